@@ -1,0 +1,321 @@
+//! Page batches: a range of pages, what each of them is, and the bytes of those that have data. Hides the batch's layout;
+//! must never hand out page bytes as good that do not match the checksum taken when they were read on the source.
+//!
+//! ```text
+//! 0         8          16           20          24           28          32
+//! | request | address  | page_count | run_count | data_count | 0 0 0 0   | runs | checksums | page bytes …
+//! ```
+//! A run is {kind u32, page_count u32}; a checksum is the CRC-32 of the page's address (8 bytes, little-endian) followed by
+//! its bytes, so that a page put at another address fails as well.
+
+use std::ops::Range;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
+
+use crate::frame::Tag;
+use crate::limits::{self, BATCH_HEADER_LEN};
+use crate::{Error, Result};
+
+/// Bytes of an encoded run.
+const RUN_LEN: usize = 8;
+/// Bytes of a checksum.
+const CHECKSUM_LEN: usize = 4;
+
+/// What a page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum PageKind {
+    /// It has data, carried in the batch.
+    Data = 1,
+    /// Never touched, or the zero page: it reads as zeros.
+    Zero = 2,
+    /// A guard region (MADV_GUARD_INSTALL): nothing may be installed.
+    Guard = 3,
+    /// It cannot be had: its host memory failed, or nothing is mapped there. Never to be taken for zeros.
+    Gone = 4,
+}
+
+impl PageKind {
+    fn from_number(number: u32) -> Option<Self> {
+        [Self::Data, Self::Zero, Self::Guard, Self::Gone].into_iter().find(|&kind| kind as u32 == number)
+    }
+}
+
+/// Neighbouring pages of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// What they are.
+    pub kind: PageKind,
+    /// Where they are.
+    pub range: PageRange,
+    /// Index of the first one among the batch's data pages; meaningless for other kinds.
+    pub data_index: usize,
+}
+
+/// Pages on their way. Cloning shares the bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageBatch {
+    request: u64,
+    range: PageRange,
+    runs: Vec<Run>,
+    /// Header, runs and checksums, as on the wire.
+    head: Bytes,
+    data: Bytes,
+}
+
+/// The CRC-32 of a page at `address`.
+pub fn page_checksum(address: u64, page: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&address.to_le_bytes());
+    hasher.update(page);
+    hasher.finalize()
+}
+
+impl PageBatch {
+    /// The number of the FETCH it answers; 0 if nobody asked.
+    pub fn request(&self) -> u64 {
+        self.request
+    }
+
+    /// The pages it speaks of.
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
+
+    /// Its runs, ascending and without gaps.
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// The bytes of all data pages, unverified.
+    pub fn data(&self) -> &Bytes {
+        &self.data
+    }
+
+    /// How many pages have data.
+    pub fn data_page_count(&self) -> usize {
+        self.data.len() / PAGE_LEN
+    }
+
+    /// The bytes of a whole data run, every page of it verified: what is handed to the kernel. Call it just before that.
+    ///
+    /// # Errors
+    /// [`Error::Page`] names the first page that is not what the source read.
+    ///
+    /// # Panics
+    /// If `run` is not a data run of this batch.
+    pub fn verify_run(&self, run: &Run) -> Result<Bytes> {
+        assert!(run.kind == PageKind::Data && self.range.intersect(run.range) == Some(run.range), "a data run of this batch");
+        let pages = 0..usize::try_from(run.range.page_count()).expect("a batch is small");
+        for page in pages.clone() {
+            self.verify_at(run.range.start + page as u64 * PAGE_SIZE, run.data_index + page)?;
+        }
+        Ok(self.data.slice(run.data_index * PAGE_LEN..(run.data_index + pages.end) * PAGE_LEN))
+    }
+
+    /// The bytes of the data page at `address`, verified; `None` if the batch has no data for it.
+    pub fn verify_page(&self, address: u64) -> Result<Option<Bytes>> {
+        let Some(run) = self.runs.iter().find(|run| run.kind == PageKind::Data && run.range.contains(address)) else {
+            return Ok(None);
+        };
+        let start = PageRange::page_of(address).start;
+        let index = run.data_index + usize::try_from((start - run.range.start) / PAGE_SIZE).expect("a batch is small");
+        self.verify_at(start, index)?;
+        Ok(Some(self.data.slice(byte_range(index))))
+    }
+
+    fn verify_at(&self, address: u64, index: usize) -> Result<()> {
+        let at = BATCH_HEADER_LEN + self.runs.len() * RUN_LEN + index * CHECKSUM_LEN;
+        let expected = (&self.head[at..at + CHECKSUM_LEN]).get_u32_le();
+        if page_checksum(address, &self.data[byte_range(index)]) == expected { Ok(()) } else { Err(Error::Page { address }) }
+    }
+
+    /// Every rule of a batch but the page checksums: asserted by the builder, an error from the decoder.
+    fn validate(request: u64, address: u64, page_count: u32, runs: &[(u32, u32)], data_len: usize) -> Result<Self> {
+        let bad = |object: &str, rule: String| Err(Error::rule(Tag::Pages, object, rule));
+        let end = address.checked_add(u64::from(page_count) * PAGE_SIZE);
+        let range = match end.and_then(|end| PageRange::new(address, end)) {
+            Some(range) if range.end <= limits::USER_ADDRESS_END => range,
+            _ => return bad("range", format!("of {page_count} pages at {address:#x} is not one of user pages")),
+        };
+        if page_count == 0 || page_count > limits::BATCH_PAGES_MAX {
+            return bad("page count", format!("{page_count} is not in 1..={}", limits::BATCH_PAGES_MAX));
+        }
+        let mut built = Vec::with_capacity(runs.len());
+        let (mut at, mut data_index) = (range.start, 0);
+        for &(kind, count) in runs {
+            let Some(kind) = PageKind::from_number(kind) else { return bad("run kind", format!("{kind} is unknown")) };
+            let run_end = at + u64::from(count) * PAGE_SIZE;
+            if count == 0 || run_end > range.end {
+                return bad("run", format!("of {count} pages at {at:#x} does not fit its batch"));
+            }
+            built.push(Run { kind, range: PageRange { start: at, end: run_end }, data_index });
+            if kind == PageKind::Data {
+                data_index += count as usize;
+            }
+            at = run_end;
+        }
+        if at != range.end {
+            return bad("run list", format!("ends at {at:#x}, before its batch does"));
+        }
+        if data_index * PAGE_LEN != data_len {
+            return bad("data", format!("has {data_len} bytes for {data_index} pages"));
+        }
+        Ok(Self { request, range, runs: built, head: Bytes::new(), data: Bytes::new() })
+    }
+
+    /// The part of an encoded batch that the frame's checksum covers. For a body that is no batch: all of it.
+    pub(crate) fn head_len(body: &[u8]) -> usize {
+        let Some(mut counts) = body.get(20..BATCH_HEADER_LEN) else { return body.len() };
+        let (runs, data) = (counts.get_u32_le(), counts.get_u32_le());
+        if runs > limits::BATCH_RUNS_MAX || data > limits::BATCH_DATA_PAGES_MAX {
+            return body.len();
+        }
+        (BATCH_HEADER_LEN + runs as usize * RUN_LEN + data as usize * CHECKSUM_LEN).min(body.len())
+    }
+
+    pub(crate) fn head(&self) -> &Bytes {
+        &self.head
+    }
+
+    /// Decodes a body whose checked part has passed its checksum. The page bytes stay where they are.
+    pub(crate) fn from_body(mut body: Bytes) -> Result<Self> {
+        let bad = |object: &str, rule: &str| Error::rule(Tag::Pages, object, rule);
+        if body.len() < BATCH_HEADER_LEN {
+            return Err(bad("batch", "is shorter than its header"));
+        }
+        let mut fields = body.slice(..BATCH_HEADER_LEN);
+        let (request, address) = (fields.get_u64_le(), fields.get_u64_le());
+        let (page_count, run_count) = (fields.get_u32_le(), fields.get_u32_le());
+        let (data_count, reserved) = (fields.get_u32_le(), fields.get_u32_le());
+        if run_count > limits::BATCH_RUNS_MAX || data_count > limits::BATCH_DATA_PAGES_MAX {
+            return Err(bad("run or page count", "is over its limit"));
+        }
+        if reserved != 0 {
+            return Err(bad("reserved field", "is not zero"));
+        }
+        let head_len = BATCH_HEADER_LEN + run_count as usize * RUN_LEN + data_count as usize * CHECKSUM_LEN;
+        if body.len() != head_len + data_count as usize * PAGE_LEN {
+            return Err(bad("batch", "is not as long as its counts say"));
+        }
+        let head = body.split_to(head_len);
+        let mut encoded = head.slice(BATCH_HEADER_LEN..);
+        let runs: Vec<_> = (0..run_count).map(|_| (encoded.get_u32_le(), encoded.get_u32_le())).collect();
+        let batch = Self::validate(request, address, page_count, &runs, body.len())?;
+        Ok(Self { head, data: body, ..batch })
+    }
+}
+
+fn byte_range(page: usize) -> Range<usize> {
+    page * PAGE_LEN..(page + 1) * PAGE_LEN
+}
+
+/// Builds one batch, page after page. Data is read by the caller straight into the batch's own buffer.
+#[derive(Debug)]
+pub struct PageBatchBuilder {
+    request: u64,
+    address: u64,
+    page_count: u32,
+    runs: Vec<(PageKind, u32)>,
+    data: BytesMut,
+    data_filled: usize,
+}
+
+impl PageBatchBuilder {
+    /// A batch that answers `request` (0: nobody asked) and begins at `address`, with room for `data_pages` pages of data.
+    ///
+    /// # Panics
+    /// If `address` is not page aligned or `data_pages` is over [`limits::BATCH_DATA_PAGES_MAX`].
+    pub fn new(request: u64, address: u64, data_pages: usize) -> Self {
+        assert!(address % PAGE_SIZE == 0, "a batch begins at a page");
+        assert!(data_pages <= limits::BATCH_DATA_PAGES_MAX as usize, "a batch is small");
+        let data = BytesMut::zeroed(data_pages * PAGE_LEN);
+        Self { request, address, page_count: 0, runs: Vec::new(), data, data_filled: 0 }
+    }
+
+    /// The address of the next page.
+    pub fn next_address(&self) -> u64 {
+        self.address + u64::from(self.page_count) * PAGE_SIZE
+    }
+
+    /// Data pages that still fit.
+    pub fn data_pages_left(&self) -> usize {
+        self.data.len() / PAGE_LEN - self.data_filled
+    }
+
+    /// False once another run might not fit: finish the batch and begin the next at [`PageBatchBuilder::next_address`].
+    pub fn has_room(&self) -> bool {
+        self.runs.len() < limits::BATCH_RUNS_MAX as usize && self.page_count < limits::BATCH_PAGES_MAX
+    }
+
+    /// True until the first page.
+    pub fn is_empty(&self) -> bool {
+        self.page_count == 0
+    }
+
+    /// The next `page_count` pages have data: read it into what is returned, all of it.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn data(&mut self, page_count: usize) -> &mut [u8] {
+        assert!(page_count <= self.data_pages_left(), "{page_count} pages fit the batch");
+        let filled = self.data_filled;
+        self.data_filled += page_count;
+        self.append(PageKind::Data, u32::try_from(page_count).expect("a batch is small"));
+        &mut self.data[filled * PAGE_LEN..(filled + page_count) * PAGE_LEN]
+    }
+
+    /// The next `page_count` pages are of `kind`.
+    ///
+    /// # Panics
+    /// If they do not fit, or for [`PageKind::Data`].
+    pub fn without_data(&mut self, kind: PageKind, page_count: u32) {
+        assert!(kind != PageKind::Data, "data pages bring data");
+        self.append(kind, page_count);
+    }
+
+    fn append(&mut self, kind: PageKind, count: u32) {
+        self.page_count += count;
+        match self.runs.last_mut() {
+            Some((last, length)) if *last == kind => *length += count,
+            _ if count > 0 => self.runs.push((kind, count)),
+            _ => {}
+        }
+    }
+
+    /// The batch, with a checksum for each page.
+    ///
+    /// # Panics
+    /// If it breaks a rule of batches (it is empty, over a limit or leaves the address space): the builder's own mistake.
+    pub fn finish(self) -> PageBatch {
+        let runs: Vec<_> = self.runs.iter().map(|&(kind, count)| (kind as u32, count)).collect();
+        assert!(runs.len() <= limits::BATCH_RUNS_MAX as usize, "the caller asks has_room before each run");
+        let data_len = self.data_filled * PAGE_LEN;
+        let mut data = self.data;
+        data.truncate(data_len);
+        let data = data.freeze();
+        let mut batch = PageBatch::validate(self.request, self.address, self.page_count, &runs, data_len)
+            .unwrap_or_else(|error| panic!("a batch built here is a batch: {error:?}"));
+        let mut head = BytesMut::with_capacity(BATCH_HEADER_LEN + runs.len() * RUN_LEN + self.data_filled * CHECKSUM_LEN);
+        head.put_u64_le(self.request);
+        head.put_u64_le(self.address);
+        head.put_u32_le(self.page_count);
+        head.put_u32_le(u32::try_from(runs.len()).expect("bounded above"));
+        head.put_u32_le(u32::try_from(self.data_filled).expect("bounded by new"));
+        head.put_u32_le(0);
+        for (kind, count) in runs {
+            head.put_u32_le(kind);
+            head.put_u32_le(count);
+        }
+        for run in batch.runs.iter().filter(|run| run.kind == PageKind::Data) {
+            for page in 0..usize::try_from(run.range.page_count()).expect("a batch is small") {
+                let bytes = &data[byte_range(run.data_index + page)];
+                head.put_u32_le(page_checksum(run.range.start + page as u64 * PAGE_SIZE, bytes));
+            }
+        }
+        batch.head = head.freeze();
+        batch.data = data;
+        batch
+    }
+}
