@@ -41,6 +41,9 @@ pub struct Mapping {
     /// MADV_GUARD_INSTALL
     #[prost(message, repeated, tag = "14")]
     pub guards: ::prost::alloc::vec::Vec<Range>,
+    /// MAP_DROPPABLE (vgetrandom state): made with that flag, private anonymous
+    #[prost(bool, tag = "15")]
+    pub droppable: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Range {

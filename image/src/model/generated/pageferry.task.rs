@@ -161,6 +161,9 @@ pub struct Process {
     pub child_subreaper: bool,
     #[prost(uint32, tag = "18")]
     pub coredump_filter: u32,
+    /// MEMBARRIER_CMD_GET_REGISTRATIONS: the registration commands to give again, one bit each
+    #[prost(uint32, tag = "19")]
+    pub membarrier: u32,
 }
 /// Everything that is captured in one freeze.
 #[derive(Clone, PartialEq, ::prost::Message)]
