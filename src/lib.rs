@@ -1,1 +1,17 @@
-//! pageferry
+//! The program: one command on each host. It reads the command line, makes a plan that can no longer be wrong, walks the
+//! phases of a crossing, and is the only place that parks, kills or resumes anybody's process.
+
+#![forbid(unsafe_code)]
+
+pub mod check;
+pub mod cli;
+pub mod commit;
+pub mod cradle;
+pub mod exit;
+pub mod identity;
+pub mod journal;
+pub mod migrate;
+pub mod plan;
+pub mod receive;
+pub mod report;
+pub mod transport;

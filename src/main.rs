@@ -1,1 +1,22 @@
-fn main() {}
+//! The binary: exit codes, and the one place where an error chain is printed.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use pageferry::cli::{Cli, Verb};
+use pageferry::{check, identity, migrate, receive, report};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    report::set_up_log(&cli.common);
+    pageferry_tracee::choke::configure_from_environment();
+    let code = match &cli.verb {
+        Verb::Check => check::run(&cli.common),
+        Verb::Identity(args) => identity::run(args, &cli.common),
+        Verb::Receive(args) => receive::run(args, &cli.common),
+        Verb::Migrate(args) => migrate::run(args, &cli.common),
+    };
+    ExitCode::from(code)
+}

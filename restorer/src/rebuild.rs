@@ -1,0 +1,291 @@
+//! Model → kernel objects: turns a husk into the captured process, stopped one instruction before it goes on.
+//!
+//! One module per kind of object, with the names of the model. Everything that only the process itself can ask of the
+//! kernel is asked by the agent planted in the husk; files and sockets are opened by us and handed over. The husk is
+//! privileged until the last batch of each thread, which drops to the captured credentials.
+//!
+//! Order, and why:
+//! 1. plant the agent in a hole that both the husk and the final layout leave free;
+//! 2. unmap all that the exec brought, map the vdso at its old place (it must be gone before it can be mapped);
+//! 3. take the leader's user and group ids, keeping capabilities: UNIX socket pairs record them;
+//! 4. mappings (they need descriptors of the mapped files for a moment, so before the table is filled);
+//! 5. `PR_SET_MM_MAP`, exe link included (nothing maps the husk's own file any more);
+//! 6. the run userfaultfd, made while the husk is privileged, then `mprotect` of locked mappings: locking a range that
+//!    is already registered would block in the kernel;
+//! 7. pages that must be there at the first instruction;
+//! 8. descriptors, then epoll items, which name descriptors;
+//! 9. threads, signal actions, pending signals, timers, and last, per thread, credentials.
+
+use std::collections::BTreeMap;
+
+use pageferry_image::model::{self, memory::Kind, task::Tree};
+use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_tracee::Error as TraceeError;
+use pageferry_tracee::injection::{Arg, Batch, Injection, Slot};
+use pageferry_tracee::tree::Tracee;
+use pageferry_tracee::uffd::Uffd;
+
+pub mod files;
+pub mod memory;
+pub mod signals;
+pub mod sockets;
+pub mod task;
+pub mod timers;
+
+/// Why the process could not be rebuilt. The husk is then destroyed; the source runs on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The model breaks a rule.
+    #[error("the source sent a model that cannot be: {0}")]
+    Model(#[from] model::Invalid),
+    /// The husk, or the kernel on its behalf.
+    #[error("the prepared process could not be worked on")]
+    Tracee(#[from] TraceeError),
+    /// One object could not be made.
+    #[error("{object}: {call} failed")]
+    Object {
+        /// As an operator would name it: `fd 9`, `mapping 7f00-7f01`, `thread 12`.
+        object: String,
+        /// The system call or step.
+        call: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The kernel did something else than asked.
+    #[error("{object}: {what}")]
+    Mismatch {
+        /// As above.
+        object: String,
+        /// What is different.
+        what: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn object(object: impl Into<String>, call: &'static str, source: impl Into<std::io::Error>) -> Self {
+        Self::Object { object: object.into(), call, source: source.into() }
+    }
+}
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A page that travels with the state: its address and its 4096 bytes.
+#[derive(Debug, Clone)]
+pub struct EagerPage {
+    /// Page-aligned address.
+    pub address: u64,
+    /// Exactly one page.
+    pub content: bytes::Bytes,
+}
+
+/// The tree's clocks at this moment, read on the target with the tree's time namespace applied, nanoseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct TreeClock {
+    /// CLOCK_MONOTONIC as the tree sees it.
+    pub monotonic_ns: u64,
+    /// CLOCK_BOOTTIME as the tree sees it.
+    pub boottime_ns: u64,
+    /// CLOCK_REALTIME.
+    pub realtime_ns: u64,
+}
+
+/// A rebuilt process: every thread stopped with its final registers, memory registered with the run userfaultfd.
+#[derive(Debug)]
+pub struct Rebuilt {
+    /// The run userfaultfd (events on, kernel-mode faults taken). Nothing was read from it yet.
+    pub uffd: Uffd,
+    /// Ranges whose pages are fetched on demand, ascending.
+    pub lazy: Vec<PageRange>,
+    /// Pages inside `lazy` that are there already.
+    pub resident: Vec<u64>,
+}
+
+/// Calls made in one thread by the agent, collected into batches, each with the words for its failure.
+pub(crate) struct Work<'w, 'i> {
+    injection: &'w mut Injection<'i>,
+    tid: i32,
+    batch: Batch,
+    named: Vec<(String, &'static str, Outcome)>,
+    scratch_used: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    MustWork,
+    /// The call must return this value.
+    Exactly(u64),
+    Ignored,
+}
+
+/// Operations that one object may add between two calls of [`Work::room`].
+const GROUP_OPS_MAX: usize = 16;
+/// Scratch bytes that one object may use between two calls of [`Work::room`]: two paths and some structures.
+const GROUP_SCRATCH_MAX: usize = 10 * 1024;
+
+impl<'w, 'i> Work<'w, 'i> {
+    pub(crate) fn new(injection: &'w mut Injection<'i>, tid: i32) -> Self {
+        Self { injection, tid, batch: Batch::new(), named: Vec::new(), scratch_used: 0 }
+    }
+
+    /// Makes sure that one object's calls fit into the batch at hand; runs what is collected if they would not.
+    /// [`Slot`]s from before are then void.
+    pub(crate) fn room(&mut self) -> Result<()> {
+        let scratch_len = self.injection.scratch(self.tid).len();
+        if self.batch.len() + GROUP_OPS_MAX > Batch::LIMIT || self.scratch_used + GROUP_SCRATCH_MAX > scratch_len {
+            self.run()?;
+        }
+        Ok(())
+    }
+
+    /// Puts `bytes` where the process can read them; valid until the batch has run.
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<u64> {
+        let tid = self.tid;
+        let start = self.scratch_used.next_multiple_of(16);
+        let end = start + bytes.len();
+        let scratch = self.injection.scratch(tid);
+        let Some(place) = scratch.get_mut(start..end) else {
+            return Err(Error::Mismatch {
+                object: format!("thread {tid}"),
+                what: format!("{} bytes of arguments do not fit the agent's scratch memory", bytes.len()),
+            });
+        };
+        place.copy_from_slice(bytes);
+        self.scratch_used = end;
+        Ok(self.injection.scratch_address(tid) + start as u64)
+    }
+
+    /// The same, with a NUL behind.
+    pub(crate) fn text(&mut self, text: &str) -> Result<u64> {
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.push(0);
+        self.bytes(&bytes)
+    }
+
+    /// Adds a call that must succeed.
+    pub(crate) fn call(&mut self, object: impl Into<String>, call: &'static str, nr: i64, args: &[Arg]) -> Slot {
+        self.add(object.into(), call, Outcome::MustWork, nr, args)
+    }
+
+    /// Adds a call that must return `value`.
+    pub(crate) fn exactly(&mut self, value: u64, object: impl Into<String>, call: &'static str, nr: i64, args: &[Arg]) -> Slot {
+        self.add(object.into(), call, Outcome::Exactly(value), nr, args)
+    }
+
+    /// Adds a call whose failure is of no account.
+    pub(crate) fn ignored(&mut self, call: &'static str, nr: i64, args: &[Arg]) -> Slot {
+        self.add(String::new(), call, Outcome::Ignored, nr, args)
+    }
+
+    fn add(&mut self, object: String, call: &'static str, outcome: Outcome, nr: i64, args: &[Arg]) -> Slot {
+        self.named.push((object, call, outcome));
+        self.batch.call(nr, args)
+    }
+
+    /// Runs what is collected. The results of the calls, in order.
+    pub(crate) fn run(&mut self) -> Result<Vec<u64>> {
+        let batch = std::mem::replace(&mut self.batch, Batch::new());
+        let named = std::mem::take(&mut self.named);
+        self.scratch_used = 0;
+        if batch.len() == 0 {
+            return Ok(Vec::new());
+        }
+        let results = self.injection.run(self.tid, &batch)?;
+        let mut values = Vec::with_capacity(results.len());
+        for (result, (object, call, outcome)) in results.into_iter().zip(named) {
+            match (result, outcome) {
+                (Ok(value), Outcome::Exactly(wanted)) if value != wanted => {
+                    return Err(Error::Mismatch { object, what: format!("{call} gave {value:#x} instead of {wanted:#x}") });
+                }
+                (Ok(value), _) => values.push(value),
+                (Err(_), Outcome::Ignored) => values.push(u64::MAX),
+                (Err(errno), _) => return Err(Error::object(object, call, errno)),
+            }
+        }
+        Ok(values)
+    }
+
+    pub(crate) fn injection(&mut self) -> &mut Injection<'i> {
+        self.injection
+    }
+}
+
+/// Rebuilds `tree` in the husk that `husk` has seized and frozen, and leaves it stopped, ready for its first instruction.
+///
+/// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
+/// On `Err` the husk is of no further use: kill it.
+pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl Fn() -> TreeClock) -> Result<Rebuilt> {
+    tree.validate()?;
+    let process = tree.root.as_ref().ok_or_else(|| model::Invalid::new("the tree", "has no process"))?;
+    let space = process.space.as_ref().ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
+    let pid = husk.pid();
+    if process.pid != pid {
+        return Err(Error::Mismatch {
+            object: format!("pid {}", process.pid),
+            what: format!("the prepared process has pid {pid}"),
+        });
+    }
+
+    let hole = memory::hole_for_agent(space, &pageferry_tracee::procfs::maps(pid)?, process.threads.len())?;
+    let mut injection = husk.plant(Some(hole))?;
+    let agent = injection.mapping();
+
+    memory::clear(&mut injection, pid)?;
+    memory::map_vdso(&mut injection, pid, space)?;
+    task::limits_first(&mut injection, process)?;
+    task::take_ids(&mut injection, process)?;
+
+    let mut handed = files::Handover::new(pid)?;
+    handed.begin(&mut injection, process)?;
+    memory::map(&mut injection, pid, space, &mut handed)?;
+    memory::set_mm(&mut injection, pid, space, &mut handed)?;
+    let uffd = memory::register(&mut injection, pid, space)?;
+    let resident = memory::install(pid, space, &uffd, eager)?;
+
+    let elapsed = |clock: TreeClock| timers::Elapsed::since_capture(tree, clock);
+    files::rebuild(&mut injection, pid, process, tree, &mut handed, elapsed(clock()))?;
+
+    for thread in process.threads.iter().skip(1) {
+        injection.spawn_thread(thread.tid)?;
+    }
+    signals::rebuild_actions(&mut injection, process)?;
+    task::rebuild_process(&mut injection, process)?;
+    signals::rebuild_pending(&mut injection, process)?;
+    handed.end(&mut injection, process)?;
+    timers::rebuild(&mut injection, process, elapsed(clock()))?;
+    task::limits_last(&mut injection, process)?;
+    task::rebuild_threads(&mut injection, process)?;
+
+    memory::verify(pid, space, &agent)?;
+    let starts = task::starts(process)?;
+    injection.finish(&starts)?;
+
+    let mut lazy = Vec::new();
+    for mapping in space.mappings.iter().filter(|m| m.kind() == Kind::Anon) {
+        lazy.push(PageRange { start: mapping.start, end: mapping.end });
+    }
+    Ok(Rebuilt { uffd, lazy, resident })
+}
+
+/// Object names of the mappings, as operators read them.
+pub(crate) fn mapping_name(start: u64, end: u64) -> String {
+    format!("mapping {start:x}-{end:x}")
+}
+
+/// Sorts eager pages into runs of consecutive addresses, so that each run is one call.
+pub(crate) fn runs(pages: &[EagerPage]) -> Vec<(u64, Vec<u8>)> {
+    let mut sorted: BTreeMap<u64, &EagerPage> = BTreeMap::new();
+    for page in pages {
+        sorted.insert(page.address, page);
+    }
+    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+    for (address, page) in sorted {
+        match runs.last_mut() {
+            Some((start, bytes)) if *start + bytes.len() as u64 == address => bytes.extend_from_slice(&page.content),
+            _ => runs.push((address, page.content.to_vec())),
+        }
+    }
+    debug_assert!(runs.iter().all(|(start, bytes)| start % PAGE_SIZE == 0 && bytes.len() as u64 % PAGE_SIZE == 0));
+    runs
+}

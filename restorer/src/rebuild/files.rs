@@ -1,0 +1,283 @@
+//! Rebuilds the descriptor table. Open file descriptions are made in our own process and handed over, so that all
+//! kinds go one way; only what records its maker (UNIX socket pairs) or names descriptors (epoll) is made in the husk.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File as StdFile, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use pageferry_image::model::Invalid;
+use pageferry_image::model::files::{Descriptor, File, file};
+use pageferry_image::model::task::{Process, Tree};
+use pageferry_tracee::descriptor::PidFd;
+use pageferry_tracee::injection::Injection;
+use pageferry_tracee::{descriptor, pipe, timer};
+
+use super::timers::Elapsed;
+use super::{Error, Result, Work, sockets};
+
+/// Status flags that fcntl(F_SETFL) or open(2) can set again.
+const STATUS_FLAGS: u32 =
+    (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_DSYNC | libc::O_SYNC)
+        .unsigned_abs();
+
+/// The way descriptors reach the husk: it takes them from us with pidfd_getfd(2) (Linux 5.6), as it may while it is
+/// privileged. Keeps account of which numbers are in use, since the kernel always gives the lowest free one.
+#[derive(Debug)]
+pub struct Handover {
+    pid: i32,
+    /// Descriptor of a pidfd of ours inside the husk: one above all that the process has.
+    pidfd: u64,
+    used: BTreeSet<u64>,
+}
+
+impl Handover {
+    /// `pid`: the husk.
+    pub fn new(pid: i32) -> Result<Self> {
+        Ok(Self { pid, pidfd: 0, used: BTreeSet::new() })
+    }
+
+    /// Gives the husk a pidfd of ours, out of the way of the numbers the process uses.
+    pub(crate) fn begin(&mut self, injection: &mut Injection<'_>, process: &Process) -> Result<()> {
+        let above = process.descriptors.iter().map(|d| u64::from(d.fd) + 1).max().unwrap_or(0) + 2;
+        let ours = std::process::id();
+        let mut work = Work::new(injection, self.pid);
+        let opened = work.call("our pidfd", "pidfd_open", libc::SYS_pidfd_open, &[u64::from(ours).into(), 0u64.into()]);
+        work.exactly(above, "our pidfd", "dup3", libc::SYS_dup3, &[opened.into(), above.into(), libc::O_CLOEXEC.into()]);
+        work.call("our pidfd", "close", libc::SYS_close, &[opened.into()]);
+        work.run()?;
+        self.pidfd = above;
+        self.used.insert(above);
+        Ok(())
+    }
+
+    /// Closes the pidfd: the table is now that of the process.
+    pub(crate) fn end(&mut self, injection: &mut Injection<'_>, _process: &Process) -> Result<()> {
+        let mut work = Work::new(injection, self.pid);
+        work.call("our pidfd", "close", libc::SYS_close, &[self.pidfd.into()]);
+        work.run()?;
+        self.used.remove(&self.pidfd);
+        Ok(())
+    }
+
+    fn lowest_free(&self) -> u64 {
+        (0..).find(|number| !self.used.contains(number)).unwrap_or(u64::MAX)
+    }
+
+    fn take(&mut self, work: &mut Work<'_, '_>, ours: &impl AsFd, object: &str) -> u64 {
+        let at = self.lowest_free();
+        let raw = ours.as_fd().as_raw_fd();
+        work.exactly(at, object, "pidfd_getfd", libc::SYS_pidfd_getfd, &[self.pidfd.into(), raw.into(), 0u64.into()]);
+        at
+    }
+
+    /// Lends `ours` to the husk for a few calls; it runs what is collected, so that the file may be dropped afterwards.
+    pub(crate) fn lend(&mut self, work: &mut Work<'_, '_>, ours: &StdFile) -> Result<u64> {
+        work.room()?;
+        let at = self.take(work, ours, "a mapped file");
+        work.run()?;
+        self.used.insert(at);
+        Ok(at)
+    }
+
+    /// Ends a loan.
+    pub(crate) fn take_back(&mut self, work: &mut Work<'_, '_>, fd: u64) -> Result<()> {
+        work.room()?;
+        work.call(format!("fd {fd}"), "close", libc::SYS_close, &[fd.into()]);
+        self.used.remove(&fd);
+        Ok(())
+    }
+
+    /// Puts `ours` at exactly `target` in the husk.
+    fn put(&mut self, work: &mut Work<'_, '_>, ours: &impl AsFd, target: &Descriptor) -> Result<()> {
+        work.room()?;
+        let object = format!("fd {}", target.fd);
+        let number = u64::from(target.fd);
+        let at = self.take(work, ours, &object);
+        if at == number {
+            let flag = if target.close_on_exec { libc::FD_CLOEXEC } else { 0 };
+            work.call(object, "fcntl(F_SETFD)", libc::SYS_fcntl, &[number.into(), libc::F_SETFD.into(), flag.into()]);
+        } else {
+            self.move_to(work, at, target, true);
+        }
+        self.used.insert(number);
+        Ok(())
+    }
+
+    /// Duplicates descriptor `from` of the husk to `target`; closes `from` if asked.
+    fn move_to(&mut self, work: &mut Work<'_, '_>, from: u64, target: &Descriptor, close: bool) {
+        let number = u64::from(target.fd);
+        let flag = if target.close_on_exec { libc::O_CLOEXEC } else { 0 };
+        let object = format!("fd {number}");
+        work.exactly(number, object.as_str(), "dup3", libc::SYS_dup3, &[from.into(), number.into(), flag.into()]);
+        if close {
+            work.call(object, "close", libc::SYS_close, &[from.into()]);
+        }
+        self.used.insert(number);
+    }
+}
+
+/// Fills the descriptor table.
+pub(crate) fn rebuild(
+    injection: &mut Injection<'_>,
+    pid: i32,
+    process: &Process,
+    tree: &Tree,
+    handed: &mut Handover,
+    elapsed: Elapsed,
+) -> Result<()> {
+    let mut pipes: BTreeMap<u32, (OwnedFd, OwnedFd)> = BTreeMap::new();
+    for carried in &tree.pipes {
+        let ends = pipe::create(carried.capacity, &carried.content)
+            .map_err(|error| Error::object(format!("pipe {}", carried.id), "pipe2", std::io::Error::other(error)))?;
+        pipes.insert(carried.id, ends);
+    }
+    let mut made: BTreeMap<u32, OwnedFd> = BTreeMap::new();
+    for carried in &tree.files {
+        let first = process.descriptors.iter().find(|d| d.file == carried.id).map_or(0, |d| d.fd);
+        if let Some(fd) = make(carried, first, &pipes, elapsed)? {
+            made.insert(carried.id, fd);
+        }
+    }
+    drop(pipes);
+    for (id, fd) in sockets::make_pairs(injection, pid, process, tree)? {
+        made.insert(id, fd);
+    }
+
+    let mut work = Work::new(injection, pid);
+    let mut first_of: BTreeMap<u32, u64> = BTreeMap::new();
+    let mut descriptors: Vec<&Descriptor> = process.descriptors.iter().collect();
+    // Ascending, so that the lowest free number is never above the one wanted.
+    descriptors.sort_by_key(|d| d.fd);
+    for descriptor in descriptors {
+        if let Some(&from) = first_of.get(&descriptor.file) {
+            work.room()?;
+            handed.move_to(&mut work, from, descriptor, false);
+            continue;
+        }
+        let ours = made
+            .get(&descriptor.file)
+            .ok_or_else(|| Invalid::new(format!("fd {}", descriptor.fd), "names no open file"))?;
+        handed.put(&mut work, ours, descriptor)?;
+        first_of.insert(descriptor.file, u64::from(descriptor.fd));
+    }
+    for carried in &tree.files {
+        if let (Some(file::Kind::Epoll(epoll)), Some(&number)) = (&carried.kind, first_of.get(&carried.id)) {
+            for item in &epoll.items {
+                work.room()?;
+                // struct epoll_event is packed on x86-64 and naturally aligned elsewhere.
+                let mut event = item.events.to_le_bytes().to_vec();
+                if !cfg!(target_arch = "x86_64") {
+                    event.extend_from_slice(&[0; 4]);
+                }
+                event.extend_from_slice(&item.data.to_le_bytes());
+                let at = work.bytes(&event)?;
+                work.call(format!("fd {number} (epoll), item fd {}", item.fd), "epoll_ctl", libc::SYS_epoll_ctl, &[
+                    number.into(),
+                    libc::EPOLL_CTL_ADD.into(),
+                    u64::from(item.fd).into(),
+                    at.into(),
+                ]);
+            }
+        }
+        if let (Some(owner), Some(&number)) = (&carried.owner, first_of.get(&carried.id)) {
+            if owner.id != 0 {
+                work.room()?;
+                let mut bytes = owner.kind.to_le_bytes().to_vec();
+                bytes.extend_from_slice(&owner.id.to_le_bytes());
+                let at = work.bytes(&bytes)?;
+                let object = format!("fd {number}");
+                // F_SETOWN_EX
+                work.call(object, "fcntl(F_SETOWN_EX)", libc::SYS_fcntl, &[number.into(), 15u64.into(), at.into()]);
+            }
+            if owner.signo != 0 {
+                work.room()?;
+                let object = format!("fd {number}");
+                // F_SETSIG
+                work.call(object, "fcntl(F_SETSIG)", libc::SYS_fcntl, &[
+                    number.into(),
+                    10u64.into(),
+                    u64::from(owner.signo).into(),
+                ]);
+            }
+        }
+    }
+    work.run()?;
+    Ok(())
+}
+
+/// Makes one open file description in our process; `None` for those made in the husk.
+fn make(carried: &File, fd: u32, pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>, elapsed: Elapsed) -> Result<Option<OwnedFd>> {
+    let object = || format!("fd {fd}");
+    let kernel = |call: &'static str| move |error: pageferry_tracee::Error| Error::object(object(), call, std::io::Error::other(error));
+    let kind = carried.kind.as_ref().ok_or_else(|| Invalid::new(object(), "is of no known kind"))?;
+    let made: OwnedFd = match kind {
+        file::Kind::Regular(regular) => {
+            let identity =
+                regular.identity.as_ref().ok_or_else(|| Invalid::new(object(), "names no file"))?;
+            open(&identity.path, carried.flags, Some(regular.position))
+                .map_err(|error| Error::object(format!("fd {fd} ({})", identity.path), "open", error))?
+        }
+        file::Kind::Directory(directory) => open(&directory.path, carried.flags, Some(directory.position))
+            .map_err(|error| Error::object(format!("fd {fd} ({})", directory.path), "open", error))?,
+        file::Kind::Device(device) => {
+            let opened = open(&device.path, carried.flags, None)
+                .map_err(|error| Error::object(format!("fd {fd} ({})", device.path), "open", error))?;
+            let rdev = nix::sys::stat::fstat(&opened).map_err(|e| Error::object(object(), "fstat", e))?.st_rdev;
+            if rdev != device.rdev {
+                return Err(Error::Mismatch { object: object(), what: format!("{} is another device here", device.path) });
+            }
+            opened
+        }
+        file::Kind::Pipe(end) => {
+            let (read, write) =
+                pipes.get(&end.pipe).ok_or_else(|| Invalid::new(object(), format!("names pipe {}, which is not there", end.pipe)))?;
+            // Opened anew through /proc, so that two descriptions of one end stay two.
+            let path = format!("/proc/self/fd/{}", if end.write_end { write.as_raw_fd() } else { read.as_raw_fd() });
+            open(&path, carried.flags, None).map_err(|error| Error::object(object(), "open of a pipe end", error))?
+        }
+        file::Kind::Eventfd(eventfd) => {
+            descriptor::create_eventfd(eventfd.count, eventfd.semaphore).map_err(kernel("eventfd2"))?
+        }
+        file::Kind::Epoll(_) => {
+            nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC)
+                .map_err(|e| Error::object(object(), "epoll_create1", e))?
+                .0
+        }
+        file::Kind::Timerfd(carried) => timer::create_timerfd(
+            carried.clock,
+            elapsed.remaining_ns(carried.clock, carried.value_ns),
+            carried.interval_ns,
+            carried.ticks,
+        )
+        .map_err(kernel("timerfd"))?,
+        file::Kind::Signalfd(carried) => descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?,
+        file::Kind::Socket(socket) => match sockets::make(socket, &object())? {
+            Some(fd) => fd,
+            None => return Ok(None),
+        },
+    };
+    if !matches!(kind, file::Kind::Regular(_) | file::Kind::Directory(_) | file::Kind::Device(_)) {
+        set_status(&made, carried.flags).map_err(|errno| Error::object(object(), "fcntl(F_SETFL)", errno))?;
+    }
+    Ok(Some(made))
+}
+
+pub(crate) fn set_status(fd: &OwnedFd, flags: u32) -> nix::Result<()> {
+    let wanted = nix::fcntl::OFlag::from_bits_retain((flags & STATUS_FLAGS).cast_signed());
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(wanted))?;
+    Ok(())
+}
+
+fn open(path: &str, flags: u32, position: Option<u64>) -> std::io::Result<OwnedFd> {
+    let mode = flags.cast_signed() & libc::O_ACCMODE;
+    let custom = (flags & STATUS_FLAGS).cast_signed() | (flags.cast_signed() & (libc::O_DIRECTORY | libc::O_LARGEFILE));
+    let mut options = OpenOptions::new();
+    options.read(mode == libc::O_RDONLY || mode == libc::O_RDWR).write(mode == libc::O_WRONLY || mode == libc::O_RDWR);
+    let mut file = options.custom_flags(custom | libc::O_NOCTTY).open(path)?;
+    if let Some(position) = position.filter(|&p| p != 0) {
+        file.seek(SeekFrom::Start(position))?;
+    }
+    Ok(file.into())
+}

@@ -1,0 +1,112 @@
+//! Rebuilds interval timers and POSIX timers. They are armed last, with what is left of them now.
+
+use pageferry_image::model::task::{Process, Tree};
+use pageferry_tracee::injection::Injection;
+
+use super::{Result, TreeClock, Work};
+
+const NS_PER_S: u64 = 1_000_000_000;
+const US_PER_S: u64 = 1_000_000;
+/// prctl(2), Linux 6.15: timer_create takes the wanted id from `*timerid` while this is on.
+const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
+
+/// How far the tree's clocks have gone since the capture, nanoseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Elapsed {
+    monotonic_ns: u64,
+    boottime_ns: u64,
+    realtime_ns: u64,
+}
+
+impl Elapsed {
+    pub(crate) fn since_capture(tree: &Tree, now: TreeClock) -> Self {
+        Self {
+            monotonic_ns: now.monotonic_ns.saturating_sub(tree.monotonic_ns),
+            boottime_ns: now.boottime_ns.saturating_sub(tree.boottime_ns),
+            realtime_ns: now.realtime_ns.saturating_sub(tree.realtime_ns),
+        }
+    }
+
+    /// What is left of `value_ns` on `clock`: at least 1 ns, so that an expired timer fires; 0 stays disarmed.
+    pub(crate) fn remaining_ns(self, clock: i32, value_ns: u64) -> u64 {
+        let passed = match clock {
+            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => self.boottime_ns,
+            libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM | libc::CLOCK_TAI => self.realtime_ns,
+            libc::CLOCK_MONOTONIC => self.monotonic_ns,
+            // CPU-time clocks stand still while the process does not run.
+            _ => 0,
+        };
+        if value_ns == 0 { 0 } else { value_ns.saturating_sub(passed).max(1) }
+    }
+}
+
+fn pair(first: u64, second: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&first.to_le_bytes());
+    bytes[8..].copy_from_slice(&second.to_le_bytes());
+    bytes
+}
+
+/// Makes and arms the timers; every signal is blocked in the agent, so one that fires now stays pending.
+pub(crate) fn rebuild(injection: &mut Injection<'_>, process: &Process, elapsed: Elapsed) -> Result<()> {
+    let mut work = Work::new(injection, process.pid);
+    if !process.posix_timers.is_empty() {
+        work.call("POSIX timers", "prctl(PR_TIMER_CREATE_RESTORE_IDS)", libc::SYS_prctl, &[
+            PR_TIMER_CREATE_RESTORE_IDS.into(),
+            1u64.into(),
+            0u64.into(),
+            0u64.into(),
+            0u64.into(),
+        ]);
+    }
+    for timer in &process.posix_timers {
+        work.room()?;
+        let name = format!("POSIX timer {}", timer.id);
+        // struct sigevent: value, signo, notify, tid; 64 bytes.
+        let mut event = [0u8; 64];
+        event[..8].copy_from_slice(&timer.sigev_value.to_le_bytes());
+        event[8..12].copy_from_slice(&timer.signo.to_le_bytes());
+        event[12..16].copy_from_slice(&timer.notify.to_le_bytes());
+        event[16..20].copy_from_slice(&timer.tid.to_le_bytes());
+        let event = work.bytes(&event)?;
+        let id = work.bytes(&timer.id.to_le_bytes())?;
+        work.call(name.as_str(), "timer_create", libc::SYS_timer_create, &[timer.clock.into(), event.into(), id.into()]);
+        let value_ns = elapsed.remaining_ns(timer.clock, timer.value_ns);
+        let mut spec = pair(timer.interval_ns / NS_PER_S, timer.interval_ns % NS_PER_S).to_vec();
+        spec.extend_from_slice(&pair(value_ns / NS_PER_S, value_ns % NS_PER_S));
+        let spec = work.bytes(&spec)?;
+        work.call(name, "timer_settime", libc::SYS_timer_settime, &[
+            u64::from(timer.id).into(),
+            0u64.into(),
+            spec.into(),
+            0u64.into(),
+        ]);
+    }
+    if !process.posix_timers.is_empty() {
+        work.room()?;
+        work.call("POSIX timers", "prctl(PR_TIMER_CREATE_RESTORE_IDS)", libc::SYS_prctl, &[
+            PR_TIMER_CREATE_RESTORE_IDS.into(),
+            0u64.into(),
+            0u64.into(),
+            0u64.into(),
+            0u64.into(),
+        ]);
+    }
+    for timer in &process.itimers {
+        work.room()?;
+        // ITIMER_REAL (0) counts CLOCK_MONOTONIC; the others count CPU time.
+        let clock = if timer.which == 0 { libc::CLOCK_MONOTONIC } else { libc::CLOCK_PROCESS_CPUTIME_ID };
+        let left_ns = elapsed.remaining_ns(clock, timer.value_us.saturating_mul(1000));
+        let value_us = left_ns.div_ceil(1000);
+        let mut spec = pair(timer.interval_us / US_PER_S, timer.interval_us % US_PER_S).to_vec();
+        spec.extend_from_slice(&pair(value_us / US_PER_S, value_us % US_PER_S));
+        let spec = work.bytes(&spec)?;
+        work.call(format!("interval timer {}", timer.which), "setitimer", libc::SYS_setitimer, &[
+            u64::from(timer.which).into(),
+            spec.into(),
+            0u64.into(),
+        ]);
+    }
+    work.run()?;
+    Ok(())
+}

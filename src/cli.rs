@@ -1,0 +1,183 @@
+//! The command line: what was typed, as types. It reads nothing of the host and decides nothing.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const AFTER_HELP: &str = "Exit codes: 0 done · 1 failed, the source runs on · 2 usage · 3 host not capable · 4 bad peer data · \
+5 lost after commit · 6 undecided: the source copy stays stopped · 7 refused: the listed objects cannot be carried, \
+nothing was touched · 130/143 ended by a signal before commit, the source runs on";
+
+/// Moves a running Linux process to another host with almost no downtime, however much memory it has.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry", version, after_help = AFTER_HELP, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+    /// Options that every verb takes.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Options that every verb takes.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// Say more (twice: everything)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Say only what went wrong
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// How log lines on stderr are written
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// Print one JSON object per line on stdout; the last is the ledger
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Look whether this host can send and receive processes; touches nothing
+    Check,
+    /// Print this host's fingerprint on stdout, making its key on first use
+    Identity(IdentityArgs),
+    /// Accept migrations on this host (the target)
+    Receive(ReceiveArgs),
+    /// Move a running process to another host (run on the source)
+    Migrate(MigrateArgs),
+}
+
+/// Where this host's key lies.
+#[derive(Debug, Clone, Args)]
+pub struct IdentityArgs {
+    /// Folder of this host's key and certificate; made on first use, 0700
+    #[arg(long, value_name = "DIR", default_value = "/etc/pageferry/identity")]
+    pub identity: PathBuf,
+}
+
+/// Options of `receive`.
+#[derive(Debug, Clone, Args)]
+pub struct ReceiveArgs {
+    /// Address and UDP port to listen on
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// Where this host's key lies.
+    #[command(flatten)]
+    pub identity: IdentityArgs,
+    /// A source that may send processes here: SHA256:… or a name from /etc/pageferry/peers.toml. It gets root on this host
+    #[arg(long, value_name = "FINGERPRINT|NAME", required = true)]
+    pub trust: Vec<String>,
+    /// Take one migration, then exit with its code
+    #[arg(long)]
+    pub once: bool,
+    /// Fetch all pages behind the running process (on), or only those it touches (off); with off, SIGTERM or Ctrl-C switches it on
+    #[arg(long, value_enum, default_value_t = Drain::On)]
+    pub drain: Drain,
+    /// Keep the process's monotonic and boot-time clocks going, in a time namespace, or let them jump to this host's
+    #[arg(long, value_enum, default_value_t = Clock::Keep)]
+    pub clock: Clock,
+    /// Accept a process from a CPU with features or register state that this one lacks
+    #[arg(long)]
+    pub force_cpu: bool,
+}
+
+/// Options of `migrate`.
+#[derive(Debug, Clone, Args)]
+pub struct MigrateArgs {
+    /// The process to move
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(2..))]
+    pub pid: i32,
+    /// The target: where `pageferry receive` listens
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+    /// Where this host's key lies.
+    #[command(flatten)]
+    pub identity: IdentityArgs,
+    /// The target's fingerprint: SHA256:… or a name from /etc/pageferry/peers.toml
+    #[arg(long, value_name = "FINGERPRINT|NAME", required = true)]
+    pub peer: Vec<String>,
+    /// How memory moves
+    #[arg(long, value_enum, default_value_t = Mode::PostCopy)]
+    pub mode: Mode,
+    /// Established TCP connections: refuse to migrate, or close them
+    #[arg(long, value_enum, default_value_t = Tcp::Refuse)]
+    pub tcp: Tcp,
+    /// How files that the process only reads are compared between the hosts
+    #[arg(long, value_enum, default_value_t = FileCheck::BuildId)]
+    pub file_check: FileCheck,
+    /// Files under this path are the same on both hosts although no network file system says so
+    #[arg(long, value_name = "PATH")]
+    pub same_file: Vec<PathBuf>,
+    /// Migrate although the target's CPU lacks features or register state that this one has
+    #[arg(long)]
+    pub force_cpu: bool,
+    /// Migrate although a service manager or container runtime may start the process again here
+    #[arg(long)]
+    pub unmanaged: bool,
+}
+
+/// How memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// The process runs on the target at once; its pages are fetched behind it.
+    PostCopy,
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("post-copy")
+    }
+}
+
+/// What becomes of established TCP connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Tcp {
+    /// The process finds them closed on the target.
+    Close,
+    /// The migration is refused, naming each.
+    Refuse,
+}
+
+/// How files are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FileCheck {
+    /// ELF files by build id, others by size and modification time.
+    BuildId,
+    /// By size.
+    Size,
+    /// By size and modification time.
+    Mtime,
+    /// By SHA-256 of the content.
+    Content,
+}
+
+/// Whether pages are fetched behind the running process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Drain {
+    /// Until all are resident.
+    On,
+    /// Only what is touched.
+    Off,
+}
+
+/// What becomes of the process's clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Clock {
+    /// They go on from where they were.
+    Keep,
+    /// They jump to the target's.
+    Jump,
+}

@@ -1,0 +1,175 @@
+//! What happened, in an order that survives us: every record goes to a file under /run/pageferry and, through a pipe, to
+//! the keeper, a process of its own that outlives a killed engine.
+//!
+//! Records are written, not synced: a frozen tree does not outlive its host, so they must survive only our own death.
+//! The file goes away when the outcome leaves nothing to decide; what lies there afterwards is what an operator must
+//! look at.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_tracee::procfs;
+
+/// Where journals lie. On a tmpfs: they mean nothing after a reboot.
+const FOLDER: &str = "/run/pageferry";
+
+/// One step that cannot be taken back silently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Record {
+    /// The source is about to stop the process.
+    Intent = 1,
+    /// SIGSTOP is queued: our death now leaves the process stopped.
+    Park = 2,
+    /// The park was taken back; the process runs on the source.
+    RolledBack = 3,
+    /// The right to run is about to be handed over.
+    Commit = 4,
+    /// Source: the target refused the right to run. Target: it refused.
+    Refused = 5,
+    /// The process runs on the target.
+    Running = 6,
+    /// Target: threads are being let go; from here on it may have executed an instruction.
+    Releasing = 7,
+    /// Every page is on the target.
+    Resident = 8,
+    /// The source copy has ended.
+    Done = 9,
+}
+
+impl Record {
+    const ALL: [Self; 9] = [
+        Self::Intent,
+        Self::Park,
+        Self::RolledBack,
+        Self::Commit,
+        Self::Refused,
+        Self::Running,
+        Self::Releasing,
+        Self::Resident,
+        Self::Done,
+    ];
+
+    fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|record| *record as u8 == byte)
+    }
+}
+
+/// An open journal of one migration.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    keeper: Option<File>,
+}
+
+impl Journal {
+    /// Makes `FOLDER/ID.SIDE`. `keeper` is the pipe to the keeper, if this side has one.
+    ///
+    /// # Errors
+    /// What the file system says, with the path.
+    pub fn create(id: &str, side: &str, pid: i32, keeper: Option<File>) -> std::io::Result<Self> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(FOLDER)?;
+        let path = PathBuf::from(FOLDER).join(format!("{id}.{side}"));
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        writeln!(file, "pageferry 1 {side} migration {id} pid {pid} boot {}", boot.trim())?;
+        Ok(Self { path, file, keeper })
+    }
+
+    /// Appends one record; it is in the page cache and with the keeper when this returns.
+    ///
+    /// # Errors
+    /// If either cannot be written: the step it announces must then not be taken.
+    pub fn record(&mut self, record: Record) -> std::io::Result<()> {
+        writeln!(self.file, "{record:?}")?;
+        if let Some(pipe) = &mut self.keeper {
+            pipe.write_all(&[record as u8])?;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written so far survive a crash of the host. Never inside the freeze.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn sync(&self) -> std::io::Result<()> {
+        self.file.sync_all()
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
+    /// The outcome is known to both sides: nothing is left to decide.
+    pub fn settle(self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!("journal {} could not be removed: {error}", self.path.display());
+        }
+        // An empty folder is ours to take away; one with other journals stays.
+        let _ = std::fs::remove_dir(FOLDER);
+    }
+}
+
+/// How long the keeper waits for the kernel to let go of a dead tracer's process.
+const RELEASE_WAIT: Duration = Duration::from_millis(5);
+const RELEASE_TRIES: u32 = 1000;
+
+/// The keeper: reads records until the engine is gone, then makes good what it left. Returns pageferry's exit code for
+/// an engine that was killed.
+///
+/// 1. The engine dies. Its pipe closes, its traced threads are let go by the kernel, in either order.
+/// 2. If the last record is PARK, the process runs into the queued SIGSTOP and stays in state T. COMMIT was never sent,
+///    so it is continued.
+/// 3. If COMMIT stands there, the target may run it: it stays stopped for good.
+/// 4. If RESIDENT stands there, the target has every page: the stopped copy is ended.
+pub fn keep(mut records: File, pid: i32, was_stopped: bool) -> u8 {
+    let start = procfs::stat(pid, pid).map(|stat| stat.start_time_ticks);
+    let mut last = None;
+    let mut byte = [0u8; 1];
+    while let Ok(1) = records.read(&mut byte) {
+        last = Record::from_byte(byte[0]);
+    }
+    let still_it = || match (&start, procfs::stat(pid, pid)) {
+        (Ok(then), Ok(now)) => *then == now.start_time_ticks,
+        _ => false,
+    };
+    match last {
+        None | Some(Record::Intent | Record::RolledBack | Record::Refused) => 1,
+        Some(Record::Park) => {
+            if !was_stopped && still_it() {
+                release(pid);
+            }
+            1
+        }
+        Some(Record::Commit) => 6,
+        Some(Record::Running | Record::Releasing) => 5,
+        Some(Record::Resident) => {
+            if still_it() {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            0
+        }
+        Some(Record::Done) => 0,
+    }
+}
+
+fn release(pid: i32) {
+    for _ in 0..RELEASE_TRIES {
+        let Ok(status) = procfs::status(pid, pid) else { return };
+        if status.tracer_pid == 0 {
+            if status.state == 'T' {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+                return;
+            }
+            // Let go, but not yet at the queued SIGSTOP.
+        }
+        std::thread::sleep(RELEASE_WAIT);
+    }
+}

@@ -1,0 +1,231 @@
+//! What the user sees: log lines and progress on stderr, JSON lines on stdout, and the ledger that ends both.
+//!
+//! It only shows; it never decides.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use pageferry_wire::phase::Phase;
+use serde::{Deserialize, Serialize};
+use tracing::level_filters::LevelFilter;
+
+use crate::cli::{Common, LogFormat};
+
+/// One line on stdout under `--json`: `{"type": …, "data": {…}}`. The last line of a run is the ledger.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", content = "data", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Event {
+    /// A phase begins.
+    Phase(PhaseEvent),
+    /// One object that cannot be carried; nothing was touched.
+    Refusal(RefusalEvent),
+    /// How far the drain is.
+    Progress(ProgressEvent),
+    /// The end.
+    Ledger(Ledger),
+}
+
+/// A phase begins.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PhaseEvent {
+    /// Migration id, the same on both hosts.
+    pub id: String,
+    /// Which phase.
+    pub phase: Phase,
+}
+
+/// One object that cannot be carried.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefusalEvent {
+    /// Migration id; empty if the source refused before it spoke to the target.
+    pub id: String,
+    /// The sentence an operator reads: pid, object, kind, what to do.
+    pub text: String,
+}
+
+/// How far the drain is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProgressEvent {
+    /// Migration id.
+    pub id: String,
+    /// Pages that are to be moved, as far as known.
+    pub pages_total: u64,
+    /// Pages that have arrived.
+    pub pages_resident: u64,
+    /// Pages a thread had to wait for.
+    pub pages_faulted: u64,
+}
+
+/// What one crossing cost. Times are milliseconds; `downtime_ms` is on the source's clock, from just before the first
+/// thread is stopped to the arrival of the target's word that the process runs. `freeze_ms`, `capture_ms`,
+/// `rebuild_ms`, `commit_ms` and `hook_ms` are its consecutive pieces and sum to it. On the target's ledger the same
+/// figures stand, as told by the source.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ledger {
+    /// Migration id, the same on both hosts.
+    pub id: String,
+    /// `post-copy`.
+    pub mode: String,
+    /// First thread stopped → running on the target.
+    pub downtime_ms: f64,
+    /// Until every thread is stopped.
+    pub freeze_ms: f64,
+    /// Until the last byte of the state is handed to the network.
+    pub capture_ms: f64,
+    /// Until the target is ready to run it.
+    pub rebuild_ms: f64,
+    /// From there until it runs: park, COMMIT, right to run.
+    pub commit_ms: f64,
+    /// Time spent in hooks inside the downtime; 0 while there are none.
+    pub hook_ms: f64,
+    /// From running until every page is on the target.
+    pub drain_ms: f64,
+    /// Bytes of page contents that travelled inside the downtime.
+    pub eager_bytes: u64,
+    /// Pages of the process that hold data.
+    pub pages_total: u64,
+    /// Pages that were on the target when it began to run.
+    pub pages_resident_at_run: u64,
+    /// Pages that a thread waited for while they came over the network.
+    pub pages_faulted: u64,
+    /// UDP payload bytes both ways, as this side counted them.
+    pub wire_bytes: u64,
+    /// pageferry's exit code.
+    pub exit: u8,
+}
+
+/// Sets up log lines on stderr.
+pub fn set_up_log(common: &Common) {
+    let level = match (common.quiet, common.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (_, 0) => LevelFilter::INFO,
+        (_, 1) => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    // The libraries' own lines are for their developers.
+    let filter = tracing_subscriber::EnvFilter::default()
+        .add_directive(LevelFilter::WARN.into())
+        .add_directive(format!("pageferry={level}").parse().unwrap_or_default())
+        .add_directive(format!("pageferry_pageserver={level}").parse().unwrap_or_default())
+        .add_directive(format!("pageferry_restorer={level}").parse().unwrap_or_default());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match common.log_format {
+        LogFormat::Json => builder.json().init(),
+        LogFormat::Text => builder
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_timer(tracing_subscriber::fmt::time::uptime())
+            .init(),
+    }
+}
+
+/// The voice of one run.
+#[derive(Debug)]
+pub struct Report {
+    json: bool,
+    quiet: bool,
+    id: String,
+    bar: Option<indicatif::ProgressBar>,
+    last_line: Mutex<Option<Instant>>,
+}
+
+/// Pause between two progress lines where stderr is no terminal.
+const PROGRESS_LINE_PAUSE: Duration = Duration::from_secs(5);
+
+impl Report {
+    /// For migration `id` (may be set later by [`Report::set_id`]).
+    pub fn new(common: &Common) -> Self {
+        Self { json: common.json, quiet: common.quiet, id: String::new(), bar: None, last_line: Mutex::new(None) }
+    }
+
+    /// The migration id that every line carries from now on.
+    pub fn set_id(&mut self, id: String) {
+        self.id = id;
+    }
+
+    /// The migration id, empty before it is known.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn emit(&self, event: &Event) {
+        if !self.json {
+            return;
+        }
+        // A reader that went away must not stop a migration.
+        if let Ok(line) = serde_json::to_string(event) {
+            let mut out = std::io::stdout().lock();
+            let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+        }
+    }
+
+    /// A phase begins.
+    pub fn phase(&self, phase: Phase) {
+        tracing::debug!(id = %self.id, %phase, "phase");
+        self.emit(&Event::Phase(PhaseEvent { id: self.id.clone(), phase }));
+    }
+
+    /// One object that cannot be carried.
+    pub fn refusal(&self, text: &str) {
+        eprintln!("refused: {text}");
+        self.emit(&Event::Refusal(RefusalEvent { id: self.id.clone(), text: text.to_owned() }));
+    }
+
+    /// How far the drain is; on a terminal a bar, elsewhere a line now and then.
+    pub fn progress(&mut self, pages_total: u64, pages_resident: u64, pages_faulted: u64) {
+        let event = ProgressEvent { id: self.id.clone(), pages_total, pages_resident, pages_faulted };
+        if std::io::stderr().is_terminal() && !self.quiet {
+            let bar = self.bar.get_or_insert_with(|| {
+                let bar = indicatif::ProgressBar::new(pages_total);
+                if let Ok(style) = indicatif::ProgressStyle::with_template("drain {bar:40} {pos}/{len} pages, {msg}, {eta} left") {
+                    bar.set_style(style);
+                }
+                bar
+            });
+            bar.set_length(pages_total);
+            bar.set_position(pages_resident);
+            bar.set_message(format!("{pages_faulted} waited for"));
+        } else if let Ok(mut last) = self.last_line.lock() {
+            if last.is_none_or(|at| at.elapsed() >= PROGRESS_LINE_PAUSE) {
+                *last = Some(Instant::now());
+                tracing::info!(id = %self.id, "drain: {pages_resident} of {pages_total} pages, {pages_faulted} waited for");
+            }
+        }
+        self.emit(&Event::Progress(event));
+    }
+
+    /// The last line.
+    pub fn ledger(&mut self, ledger: &Ledger) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        if !self.quiet && ledger.downtime_ms > 0.0 {
+            eprintln!(
+                "downtime {:.1} ms = freeze {:.1} + capture {:.1} + rebuild {:.1} + commit {:.1} + hooks {:.1}; drain {:.0} ms; \
+                 {} pages, {} there at the start, {} waited for; {:.1} MB on the wire",
+                ledger.downtime_ms,
+                ledger.freeze_ms,
+                ledger.capture_ms,
+                ledger.rebuild_ms,
+                ledger.commit_ms,
+                ledger.hook_ms,
+                ledger.drain_ms,
+                ledger.pages_total,
+                ledger.pages_resident_at_run,
+                ledger.pages_faulted,
+                ledger.wire_bytes as f64 / 1e6,
+            );
+        }
+        self.emit(&Event::Ledger(ledger.clone()));
+    }
+}
+
+/// Milliseconds in a duration, with fractions.
+pub fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
