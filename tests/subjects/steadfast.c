@@ -1,0 +1,106 @@
+/* A program that notices when anything about it was touched: registers held in a spin, memory, the layout of its address
+ * space, signal state, descriptors. For crossings that fail: afterwards the source must be exactly what it was.
+ * Argument: megabytes of memory (default 8). */
+#include "hold.h"
+
+enum { HOLDERS = 2 };
+static struct holding holders[HOLDERS];
+static char *block;
+static size_t size;
+static char *maps_before, *status_before;
+static uint64_t sum_before;
+static char maps_now[1 << 17], status_now[1 << 14];
+
+static size_t read_file(const char *path, char *into, size_t size) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    size_t used = 0;
+    for (ssize_t got; (got = read(fd, into + used, size - 1 - used)) > 0;) used += (size_t)got;
+    close(fd);
+    into[used] = 0;
+    return used;
+}
+
+/* The lines of /proc/self/status that must not change. */
+static void keep_lines(char *status) {
+    static const char *const names[] = {"Name", "Umask", "Tgid", "Pid", "TracerPid", "Uid", "Gid", "FDSize", "Groups", "Threads", "SigPnd", "ShdPnd",
+                                        "SigBlk", "SigIgn", "SigCgt", "Cap", "NoNewPrivs", "Seccomp"};
+    char *out = status;
+    for (char *line = status, *end; *line; line = end) {
+        end = strchr(line, '\n');
+        end = end ? end + 1 : line + strlen(line);
+        bool keep = false;
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++) keep |= !strncmp(line, names[i], strlen(names[i]));
+        if (keep) memmove(out, line, (size_t)(end - line)), out += end - line;
+    }
+    *out = 0;
+}
+
+static uint64_t descriptor_sum(void) {
+    uint64_t sum = 0;
+    for (int fd = 0; fd < 64; fd++) {
+        struct stat one;
+        if (fstat(fd, &one) == 0) sum += mix((uint64_t)fd * 1000003 ^ one.st_ino ^ (uint64_t)fcntl(fd, F_GETFL) << 32 ^ (uint64_t)fcntl(fd, F_GETFD) << 60);
+    }
+    return sum;
+}
+
+static void on_signal(int signo) { fail(__LINE__, "signal %d arrived", signo); }
+
+static void setup(void) {
+    size = (argument_count ? strtoul(arguments[0], NULL, 10) : 8) << 20;
+    block = pages(size, PROT_READ | PROT_WRITE);
+    fill(block, size, 1);
+    signal(SIGTRAP, SIG_IGN);
+    signal(SIGURG, on_signal);
+    signal(SIGCHLD, on_signal);
+    for (uint64_t i = 0; i < HOLDERS; i++) {
+        holders[i].seed = 50 * i + 7;
+        thread(hold_for_ever, &holders[i]);
+    }
+    for (int i = 0; i < HOLDERS; i++) MUST(EVENTUALLY(atomic_load(&holders[i].held)));
+    sigset_t blocked;
+    sigemptyset(&blocked);
+    sigaddset(&blocked, SIGTRAP);
+    sigaddset(&blocked, SIGUSR2);
+    sigprocmask(SIG_BLOCK, &blocked, NULL);
+    int ends[2];
+    MUST(pipe(ends) == 0 && open("/dev/null", O_RDWR) > 0);
+    sum_before = descriptor_sum();
+    maps_before = pages(sizeof maps_now, PROT_READ | PROT_WRITE);
+    status_before = pages(sizeof status_now, PROT_READ | PROT_WRITE);
+    descriptor_sum();
+    fail(__LINE__, "warm up"), failure[0] = 0;
+    read_file("/proc/self/status", status_before, sizeof status_now);
+    keep_lines(status_before);
+    read_file("/proc/self/maps", maps_before, sizeof maps_now);
+}
+
+static void step(void) { doze(5); }
+
+static void verify(int round) {
+    (void)round;
+    read_file("/proc/self/maps", maps_now, sizeof maps_now);
+    for (char *old = maps_before, *now = maps_now; *old || *now;) {
+        size_t old_length = strcspn(old, "\n"), now_length = strcspn(now, "\n");
+        if (old_length != now_length || memcmp(old, now, old_length)) {
+            fail(__LINE__, "maps: was %.*s, is %.*s", (int)old_length, old, (int)now_length, now);
+            break;
+        }
+        old += old_length + (old[old_length] == '\n');
+        now += now_length + (now[now_length] == '\n');
+    }
+    read_file("/proc/self/status", status_now, sizeof status_now);
+    keep_lines(status_now);
+    for (char *old = status_before, *now = status_now; *old || *now;) {
+        size_t old_length = strcspn(old, "\n"), now_length = strcspn(now, "\n");
+        if (old_length != now_length || memcmp(old, now, old_length)) {
+            fail(__LINE__, "status: was %.*s, is %.*s", (int)old_length, old, (int)now_length, now);
+            break;
+        }
+        old += old_length + (old[old_length] == '\n');
+        now += now_length + (now[now_length] == '\n');
+    }
+    CHECK(descriptor_sum() == sum_before, "the descriptor table changed");
+    CHECK(!differs(block, size, 1), "memory differs at %lx", differs(block, size, 1));
+    for (int i = 0; i < HOLDERS; i++) let_go(&holders[i]);
+}
