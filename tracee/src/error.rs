@@ -29,6 +29,14 @@ pub enum Error {
         /// Process id of the other tracer as `/proc` tells it.
         tracer: i32,
     },
+    /// The pid a process is to get is in use.
+    #[error("pid {pid} is taken by {holder}")]
+    PidTaken {
+        /// The pid.
+        pid: i32,
+        /// Name of the process or thread that has it.
+        holder: String,
+    },
     /// A system call failed.
     #[error("{what} on {pid}: {errno}")]
     Kernel {

@@ -1,0 +1,477 @@
+//! Our own processes: making them, waiting for them, and what this program sets on itself.
+//!
+//! Everything here is about this program, not about the traced tree. [`fork`] must never be called once a second thread exists.
+//!
+//! # Safety
+//! Each unsafe block is one system call; the one that returns twice, in [`fork`], says at its place why the child is sound.
+
+use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::choke::{self, Kind};
+use crate::error::{Error, Result};
+use crate::procfs;
+
+fn failed(what: &'static str, errno: Errno) -> Error {
+    Error::Kernel {
+        what,
+        pid: own_pid(),
+        errno,
+    }
+}
+
+/// Our process id.
+pub fn own_pid() -> i32 {
+    // Process ids are at most 2^22.
+    std::process::id() as i32
+}
+
+/// Our parent's process id; 0 when it lives outside our pid namespace.
+pub fn parent_pid() -> i32 {
+    // SAFETY: no arguments, never fails.
+    unsafe { libc::getppid() }
+}
+
+/// Number of threads of this process.
+///
+/// # Errors
+/// [`Error::Path`] when `/proc` is not there.
+pub fn thread_count() -> Result<usize> {
+    const PATH: &str = "/proc/self/task";
+    let tasks = std::fs::read_dir(PATH)
+        .map_err(|error| Error::path("list", PATH, errno_of(&error)))?;
+    Ok(tasks.count())
+}
+
+pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Making processes
+
+/// Makes a child that runs `child` and exits with the code it returns; a panic in it exits with 101.
+///
+/// With `share_files` both have one descriptor table (`CLONE_FILES`) and separate memory: a descriptor that one of them opens
+/// is kept open by the other when it dies. Standard output is flushed in the child before it exits; destructors of the caller's
+/// frames do not run there.
+///
+/// # Errors
+/// [`Error::WrongState`] when this process has a second thread, whose locks would stay locked in the child for ever;
+/// [`Error::Kernel`].
+pub fn fork(share_files: bool, child: impl FnOnce() -> i32) -> Result<i32> {
+    if thread_count()? != 1 {
+        return Err(Error::WrongState {
+            tid: own_pid(),
+            what: "fork with more than one thread",
+        });
+    }
+    choke::pass(Kind::Spawn).map_err(|errno| failed("clone", errno))?;
+    // Both copies would print what is still in the buffer.
+    let _ = std::io::stdout().flush();
+    // fork(3) of the C library cannot share the table, and a raw clone leaves two of its notes stale in the child: the thread
+    // id it has cached, at the address it registered with set_tid_address(2), and the robust list, which the kernel forgets.
+    let tid_address = clear_child_tid()?;
+    let robust = robust_list()?;
+    let mut flags = libc::SIGCHLD | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID;
+    if share_files {
+        flags |= libc::CLONE_FILES;
+    }
+    // SAFETY: without CLONE_VM the child goes on with a copy of this stack and of all memory, exactly as after fork(2), and this
+    // is the only thread, so no lock is held by another. `tid_address` is where the C library keeps the running thread's id.
+    let answer = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, tid_address, 0) };
+    let pid = Errno::result(answer).map_err(|errno| failed("clone", errno))? as i32;
+    if pid != 0 {
+        return Ok(pid);
+    }
+    // SAFETY: the list head lies in the C library's thread descriptor, which the copied memory has at the same address.
+    unsafe { libc::syscall(libc::SYS_set_robust_list, robust.0, robust.1) };
+    let code = catch_unwind(AssertUnwindSafe(child)).unwrap_or(101);
+    let _ = std::io::stdout().flush();
+    // SAFETY: ends this process without running the exit handlers of its parent's libraries.
+    unsafe { libc::_exit(code) }
+}
+
+/// The address at which the C library keeps this thread's id (`CONFIG_CHECKPOINT_RESTORE`).
+fn clear_child_tid() -> Result<u64> {
+    let mut address = 0_u64;
+    // SAFETY: the kernel stores one address.
+    let answer = unsafe { libc::prctl(libc::PR_GET_TID_ADDRESS, &raw mut address) };
+    Errno::result(answer).map_err(|errno| failed("prctl(PR_GET_TID_ADDRESS)", errno))?;
+    Ok(address)
+}
+
+fn robust_list() -> Result<(u64, u64)> {
+    let (mut head, mut len) = (0_u64, 0_u64);
+    // SAFETY: the kernel stores an address and a length.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &raw mut head, &raw mut len) };
+    Errno::result(answer).map_err(|errno| failed("get_robust_list", errno))?;
+    Ok((head, len))
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It exited with this code.
+    Exited(i32),
+    /// This signal killed it.
+    Killed(i32),
+}
+
+impl Ended {
+    fn decode(status: i32) -> Option<Self> {
+        if libc::WIFEXITED(status) {
+            Some(Self::Exited(libc::WEXITSTATUS(status)))
+        } else if libc::WIFSIGNALED(status) {
+            Some(Self::Killed(libc::WTERMSIG(status)))
+        } else {
+            None
+        }
+    }
+}
+
+fn wait_with(pid: i32, flags: i32) -> Result<Option<(i32, Ended)>> {
+    loop {
+        let mut status = 0;
+        // SAFETY: the kernel stores one int.
+        let answer = unsafe { libc::waitpid(pid, &raw mut status, flags | libc::__WALL) };
+        match Errno::result(answer) {
+            Ok(0) => return Ok(None),
+            // A stop or a continuation, which only a tracer is shown: not an end.
+            Ok(child) => match Ended::decode(status) {
+                Some(ended) => return Ok(Some((child, ended))),
+                None => {}
+            },
+            Err(Errno::EINTR) => {}
+            Err(Errno::ECHILD) => return Err(Error::Gone { pid }),
+            Err(errno) => return Err(Error::kernel("waitpid", pid, errno)),
+        }
+    }
+}
+
+/// Waits for the end of one child.
+///
+/// # Errors
+/// [`Error::Gone`] when it is no child of ours.
+pub fn wait(pid: i32) -> Result<Ended> {
+    match wait_with(pid, 0)? {
+        Some((_, ended)) => Ok(ended),
+        None => Err(Error::Gone { pid }),
+    }
+}
+
+/// Whether a child has ended, and how. Takes it out of the process table if so.
+///
+/// # Errors
+/// [`Error::Gone`] when it is no child of ours.
+pub fn try_wait(pid: i32) -> Result<Option<Ended>> {
+    Ok(wait_with(pid, libc::WNOHANG)?.map(|(_, ended)| ended))
+}
+
+/// Any child that has ended, taken out of the process table; `None` when none has, or there are no children.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn reap() -> Result<Option<(i32, Ended)>> {
+    match wait_with(-1, libc::WNOHANG) {
+        Err(Error::Gone { .. }) => Ok(None),
+        answer => answer,
+    }
+}
+
+/// Sends a signal to a process.
+///
+/// # Errors
+/// [`Error::Gone`], [`Error::Kernel`]; `EINVAL` for a number that is no process, so that a group is never hit by mistake.
+pub fn kill(pid: i32, signal: i32) -> Result<()> {
+    if pid <= 0 {
+        return Err(Error::kernel("kill", pid, Errno::EINVAL));
+    }
+    // SAFETY: no pointers.
+    let answer = unsafe { libc::kill(pid, signal) };
+    Errno::result(answer)
+        .map(drop)
+        .map_err(|errno| Error::kernel("kill", pid, errno))
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What this process sets on itself
+
+fn prctl(option: i32, value: u64, what: &'static str) -> Result<()> {
+    // SAFETY: the options used here take an integer.
+    let answer = unsafe { libc::prctl(option, value, 0, 0, 0) };
+    Errno::result(answer)
+        .map(drop)
+        .map_err(|errno| failed(what, errno))
+}
+
+/// Starts a session of our own, without a terminal.
+///
+/// # Errors
+/// [`Error::Kernel`]: `EPERM` for a process that leads a group already.
+pub fn set_session() -> Result<()> {
+    // SAFETY: no arguments.
+    let answer = unsafe { libc::setsid() };
+    Errno::result(answer)
+        .map(drop)
+        .map_err(|errno| failed("setsid", errno))
+}
+
+/// Makes this process the parent of all its descendants that lose theirs, instead of init.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn become_subreaper() -> Result<()> {
+    prctl(libc::PR_SET_CHILD_SUBREAPER, 1, "prctl(PR_SET_CHILD_SUBREAPER)")
+}
+
+/// Asks for `signal` when the *thread* that made this process ends; `parent` is whom the caller takes for its parent, and a
+/// parent that ended before the call is answered by sending the signal at once.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn set_parent_death_signal(signal: i32, parent: i32) -> Result<()> {
+    prctl(libc::PR_SET_PDEATHSIG, signal as u64, "prctl(PR_SET_PDEATHSIG)")?;
+    if parent_pid() == parent {
+        Ok(())
+    } else {
+        kill(own_pid(), signal)
+    }
+}
+
+/// Puts the children made from now on, not this process, into a new time namespace, whose CLOCK_MONOTONIC and CLOCK_BOOTTIME
+/// are *ours now* plus the given nanoseconds (unshare(CLONE_NEWTIME), 5.6).
+///
+/// Must come before the first child: offsets are refused once a task is inside. A child by vfork, as a husk is, enters at its
+/// execve (6.1; before, the kernel refuses the vfork).
+///
+/// # Errors
+/// [`Error::Kernel`]: `EINVAL` without `CONFIG_TIME_NS`, `EPERM` without CAP_SYS_ADMIN; [`Error::Path`] with `ERANGE` for a
+/// clock that would be negative or beyond 146 years, `EACCES` when a task is inside already.
+pub fn unshare_time(monotonic_shift_ns: i64, boottime_shift_ns: i64) -> Result<()> {
+    const PATH: &str = "/proc/self/timens_offsets";
+    // The file counts from the host's clocks, while our caller compared what it sees in the namespace we are in now.
+    let (monotonic, boottime) = procfs::timens_offsets(own_pid())?;
+    let range = || Error::path("write", PATH, Errno::ERANGE);
+    let monotonic = monotonic.checked_add(monotonic_shift_ns).ok_or_else(range)?;
+    let boottime = boottime.checked_add(boottime_shift_ns).ok_or_else(range)?;
+    // SAFETY: no pointers; time namespaces never change the caller itself.
+    let answer = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
+    Errno::result(answer).map_err(|errno| failed("unshare(CLONE_NEWTIME)", errno))?;
+    let split = |offset: i64| (offset.div_euclid(1_000_000_000), offset.rem_euclid(1_000_000_000));
+    let ((m_s, m_ns), (b_s, b_ns)) = (split(monotonic), split(boottime));
+    std::fs::write(PATH, format!("monotonic {m_s} {m_ns}\nboottime {b_s} {b_ns}\n"))
+        .map_err(|error| Error::path("write", PATH, errno_of(&error)))
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Signals and priority
+
+/// A set of signals: bit n-1 is signal n, as the kernel has it.
+pub fn signal_set(signals: &[i32]) -> u64 {
+    signals
+        .iter()
+        .filter(|signal| (1..=64).contains(*signal))
+        .fold(0, |set, signal| set | 1 << (signal - 1))
+}
+
+/// Replaces this thread's signal mask and returns the old one. Goes to the kernel directly: the C library would leave out the
+/// two signals it keeps for itself.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn set_signal_mask(mask: u64) -> Result<u64> {
+    let mut old = 0_u64;
+    // SAFETY: the kernel's signal set is 8 bytes; it reads one and stores one.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const mask,
+            &raw mut old,
+            size_of::<u64>(),
+        )
+    };
+    Errno::result(answer).map_err(|errno| failed("rt_sigprocmask", errno))?;
+    Ok(old)
+}
+
+/// Every signal is blocked in this thread until this is dropped.
+#[derive(Debug)]
+pub struct BlockedSignals {
+    old: u64,
+}
+
+impl BlockedSignals {
+    /// Blocks every signal that can be.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`].
+    pub fn all() -> Result<Self> {
+        Self::only(u64::MAX)
+    }
+
+    /// Makes `mask` the mask.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`].
+    pub fn only(mask: u64) -> Result<Self> {
+        Ok(Self {
+            old: set_signal_mask(mask)?,
+        })
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // Cannot fail: the same call with the same addresses has succeeded.
+        let _ = set_signal_mask(self.old);
+    }
+}
+
+/// This thread runs before all normal ones (`SCHED_FIFO`, priority 1) until this is dropped; processes it makes do not.
+///
+/// A host that forbids it (no CAP_SYS_NICE, a container) only makes the work slower, so that is not an error.
+#[derive(Debug)]
+pub struct RealTime {
+    old: Option<(i32, i32)>,
+}
+
+impl RealTime {
+    /// Raises the calling thread.
+    pub fn enter() -> Self {
+        // SAFETY: no pointers; 0 is the calling thread.
+        let policy = unsafe { libc::sched_getscheduler(0) };
+        let mut parameter = libc::sched_param { sched_priority: 0 };
+        // SAFETY: the kernel stores one int.
+        let known = policy >= 0 && unsafe { libc::sched_getparam(0, &raw mut parameter) } == 0;
+        let raised = known && set_scheduler(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1);
+        Self {
+            old: raised.then_some((policy, parameter.sched_priority)),
+        }
+    }
+
+    /// Whether the host allowed it.
+    pub fn is_raised(&self) -> bool {
+        self.old.is_some()
+    }
+}
+
+impl Drop for RealTime {
+    fn drop(&mut self) {
+        if let Some((policy, priority)) = self.old {
+            // Giving up priority is always allowed. The reset-on-fork flag may not be cleared without privilege, so a first
+            // refusal is answered by keeping it.
+            let _ = set_scheduler(policy, priority)
+                || set_scheduler(policy | libc::SCHED_RESET_ON_FORK, priority);
+        }
+    }
+}
+
+fn set_scheduler(policy: i32, priority: i32) -> bool {
+    let parameter = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: the kernel reads one int; 0 is the calling thread.
+    unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) == 0 }
+}
+
+/// Waits until one of the descriptors can be read, or has an error or hang-up to tell, at most `timeout` (`None`: for ever).
+/// Which of them; none when the time is over or a signal came.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn wait_readable(
+    descriptors: &[std::os::fd::BorrowedFd<'_>],
+    timeout: Option<Duration>,
+) -> Result<Vec<bool>> {
+    use std::os::fd::AsRawFd as _;
+    let mut polls: Vec<libc::pollfd> = descriptors
+        .iter()
+        .map(|descriptor| libc::pollfd {
+            fd: descriptor.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let limit = timeout.map(|timeout| libc::timespec {
+        tv_sec: timeout.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    });
+    let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: as many pollfds as stated, which outlive the call, as does the time limit.
+    let answer = unsafe {
+        libc::ppoll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, limit, std::ptr::null())
+    };
+    match Errno::result(answer) {
+        Ok(_) | Err(Errno::EINTR) => Ok(polls.iter().map(|poll| poll.revents != 0).collect()),
+        Err(errno) => Err(failed("ppoll", errno)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd as _;
+
+    #[test]
+    fn fork_refuses_with_two_threads() {
+        // The test harness runs each test on a thread beside its main one.
+        assert!(matches!(
+            fork(false, || 0),
+            Err(Error::WrongState { .. })
+        ));
+    }
+
+    #[test]
+    fn a_signal_set_has_the_kernels_bits() {
+        assert_eq!(signal_set(&[1, 15, 64]), 1 | 1 << 14 | 1 << 63);
+        assert_eq!(signal_set(&[0, 65, -3]), 0);
+    }
+
+    #[test]
+    fn blocked_signals_come_back() {
+        let before = set_signal_mask(0).expect("mask");
+        {
+            let _blocked = BlockedSignals::all().expect("block");
+            let status = procfs::status(own_pid(), nix::unistd::gettid().as_raw()).expect("status");
+            // SIGKILL and SIGSTOP cannot be blocked.
+            assert_eq!(status.sig_blk, !signal_set(&[libc::SIGKILL, libc::SIGSTOP]));
+        }
+        assert_eq!(set_signal_mask(before).expect("mask"), 0);
+    }
+
+    #[test]
+    fn real_time_ends_with_its_guard() {
+        // SAFETY: no pointers.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let before = policy();
+        let guard = RealTime::enter();
+        if guard.is_raised() {
+            assert_eq!(policy(), libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK);
+        }
+        drop(guard);
+        assert_eq!(policy(), before);
+    }
+
+    #[test]
+    fn waiting_tells_which_descriptor_is_ready() {
+        let (idle, _keep) = crate::pipe::create(4096, &[]).expect("pipe");
+        let (full, _keep_too) = crate::pipe::create(4096, b"x").expect("pipe");
+        let ready = wait_readable(
+            &[idle.as_fd(), full.as_fd()],
+            Some(Duration::from_millis(100)),
+        )
+        .expect("wait");
+        assert_eq!(ready, [false, true]);
+    }
+
+    #[test]
+    fn killing_a_group_by_mistake_is_refused() {
+        assert!(kill(0, 0).is_err() && kill(-1, 0).is_err());
+    }
+}
