@@ -74,7 +74,9 @@ pub enum Error {
         address: u64,
     },
     /// A thread did not stop within the freeze budget; everything has been thawed again.
-    #[error("thread {tid} did not stop in time (state {state}, system call {syscall}, waiting in {wchan})")]
+    #[error(
+        "thread {tid} did not stop in time (state {state}, system call {syscall}, waiting in {wchan})"
+    )]
     NotFrozen {
         /// Thread id.
         tid: i32,

@@ -1,11 +1,34 @@
-//! Injection.
+//! System calls made by somebody else: the agent is planted in a frozen process, runs batches, and is taken out again.
+//!
+//! [`Injection`] is a guard. Between plant and cure the process is on loan: all its signals are blocked (none is lost), its
+//! registers are the agent's. [`Injection::cure`], or dropping the guard, puts everything back bit for bit, and the same
+//! happens without us: **at every point in between, the death of this thread leaves each thread of the process with
+//! registers from which it finds back by itself.** The order of steps in this file is the proof of that sentence:
+//!
+//! 1. One thread maps the agent's memory. It makes the call through a `syscall; ret` in its own program text with its stack
+//!    pointer at a signal frame, written below its red zone, that holds everything it was; the `ret` falls into the
+//!    program's own rt_sigreturn. (A program without such instructions is without this safety for these microseconds.)
+//! 2. The same memory is mapped here through `/proc/<pid>/map_files`: no descriptor is opened in the process, no byte of its
+//!    text changed. Every slot is given its frame, every slot's word is put on our robust futex list.
+//! 3. Each thread's registers are pointed at the agent; only then are its signals blocked. The agent heals its thread as soon
+//!    as the word says that we are gone.
+//! 4. Cure goes backwards: first the signal mask, then the registers. The memory is unmapped as it was mapped.
+//!
+//! Nothing here ever traps or single-steps: the kernel resets a blocked or ignored SIGTRAP for that.
 
+use std::fs::OpenOptions;
 use std::ops::Range;
 
 use nix::errno::Errno;
 
-use crate::registers::Registers;
-use crate::{Result, Tracee};
+use crate::agent::{self, Shared};
+use crate::choke::{self, Kind};
+use crate::interrupted::{self, NO_CALL};
+use crate::memory::RemoteMemory;
+use crate::ptrace::{self, Report, Stop};
+use crate::registers::{Frame, Registers};
+use crate::tree::{CodePlaces, Rseq, SeizeOptions, Thread, below_red_zone, twice};
+use crate::{Error, Result, Tracee, procfs};
 
 /// The place of one call in a batch; later calls may use its result as an argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +110,10 @@ impl Batch {
     /// # Panics
     /// With more than six arguments, or with a result that is not of an earlier call of this batch.
     pub fn call(&mut self, number: i64, arguments: &[Arg]) -> Slot {
-        assert!(arguments.len() <= 6, "a system call has at most six arguments");
+        assert!(
+            arguments.len() <= 6,
+            "a system call has at most six arguments"
+        );
         let slot = Slot(self.calls.len());
         let mut all = [Arg::Value(0); 6];
         for (place, argument) in all.iter_mut().zip(arguments) {
@@ -96,13 +122,20 @@ impl Batch {
             }
             *place = *argument;
         }
-        self.calls.push(Call { number, arguments: all });
+        self.calls.push(Call {
+            number,
+            arguments: all,
+        });
         slot
     }
 
     /// Number of calls.
     pub fn len(&self) -> usize {
         self.calls.len()
+    }
+
+    pub(crate) fn calls(&self) -> &[Call] {
+        &self.calls
     }
 
     /// Whether there is no call in it.
@@ -124,43 +157,776 @@ pub struct ThreadStart {
     pub sigmask: u64,
 }
 
-/// A planted agent: a guard over a frozen process.
+/// Linux user code on x86-64; anything else is 32-bit code, whose system calls are others.
+const USER_CODE_64: u64 = 0x33;
+/// Signals cannot be blocked more than this; the kernel leaves SIGKILL and SIGSTOP out by itself.
+const ALL_SIGNALS: u64 = u64::MAX;
+/// How long the agent may work at one batch before it is given up.
+const BATCH_SECONDS: u64 = 60;
+/// How often a silent agent is looked after.
+const LOOK_NANOSECONDS: i64 = 10_000_000;
+
+/// A thread on loan: what it was.
+#[derive(Debug)]
+struct Home {
+    tid: i32,
+    registers: Registers,
+    sigmask: u64,
+    rseq: Rseq,
+    /// What it goes on with if nobody puts its registers back.
+    healed: Registers,
+    xsave: Vec<u8>,
+    /// Its registers or signal mask may differ from what they were.
+    away: bool,
+}
+
+/// A thread that makes single calls without the agent, and what lies on its stack for that.
+#[derive(Debug)]
+struct Gate {
+    /// Index of the thread.
+    index: usize,
+    /// Start of the signal frame on its stack and the bytes that were there; without one, nothing brings it home but us.
+    frame: Option<(u64, Vec<u8>)>,
+}
+
+/// A planted agent: a guard over a frozen process. See the module's description.
 #[derive(Debug)]
 pub struct Injection<'a> {
     tracee: &'a mut Tracee,
+    memory: RemoteMemory,
+    code: CodePlaces,
+    /// One for each thread, in the order of their slots.
+    homes: Vec<Home>,
+    gate: Option<Gate>,
+    /// Length of the mapping, bytes.
+    len: usize,
+    /// The agent's mapping in the process.
+    address: Option<u64>,
+    shared: Option<Shared>,
+    narrowed: bool,
+    cured: bool,
 }
 
-impl Injection<'_> {
-    /// Runs `batch` in `tid`.
+impl<'a> Injection<'a> {
+    pub(crate) fn plant(tracee: &'a mut Tracee, at: Option<u64>, room: usize) -> Result<Self> {
+        let pid = tracee.pid();
+        if !tracee.is_frozen() || tracee.threads.iter().any(|thread| !thread.is_held()) {
+            return Err(Error::WrongState {
+                tid: pid,
+                what: "planting",
+            });
+        }
+        let memory = RemoteMemory::open(pid)?;
+        let code = match tracee.code.filter(|code| code.still_there(&memory)) {
+            Some(code) => code,
+            None => tracee.find_code(None)?.ok_or(Error::NoInstruction {
+                pid,
+                what: "syscall",
+            })?,
+        };
+        tracee.code = Some(code);
+        let mut injection = Self {
+            memory,
+            code,
+            homes: Vec::with_capacity(room),
+            gate: None,
+            len: agent::byte_len(room),
+            address: None,
+            shared: None,
+            narrowed: false,
+            cured: false,
+            tracee,
+        };
+        // A failure drops the guard, which undoes what was done.
+        injection.leave_home(at)?;
+        Ok(injection)
+    }
+
+    fn leave_home(&mut self, at: Option<u64>) -> Result<()> {
+        for index in 0..self.tracee.threads.len() {
+            let home = self.remember(index)?;
+            self.homes.push(home);
+        }
+        if self.tracee.options.follow {
+            // The calls we inject are ours to know about.
+            self.narrowed = true;
+            self.tracee.set_options(SeizeOptions {
+                follow: false,
+                ..self.tracee.options
+            })?;
+        }
+        self.gate = Some(self.open_gate()?);
+        self.map_agent(at)?;
+        for index in 0..self.homes.len() {
+            self.enter_agent(index)?;
+        }
+        self.close_gate()
+    }
+
+    fn remember(&self, index: usize) -> Result<Home> {
+        let tid = self.tracee.threads[index].tid;
+        let registers = ptrace::registers(tid)?;
+        if registers.cs != USER_CODE_64 {
+            return Err(Error::Unsupported {
+                what: "threads that run 32-bit code",
+            });
+        }
+        let sigmask = ptrace::sigmask(tid)?;
+        let rseq = Rseq::of(tid, &self.memory)?;
+        let healed = match self.tracee.unleaked(index, sigmask, false)? {
+            Some(registers) => registers,
+            None => interrupted::without_kernel(&registers),
+        };
+        Ok(Home {
+            tid,
+            registers,
+            sigmask,
+            rseq,
+            healed: rseq.aborted(&self.memory, healed),
+            xsave: ptrace::xsave(tid)?,
+            away: false,
+        })
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Single calls, made without the agent
+
+    /// Chooses the thread that maps and unmaps, and writes its signal frame. That has to be a thread of which it is certain
+    /// that nothing lies below its red zone: the main thread on the main stack, or a thread on the stack that the C library
+    /// made for it, which holds its thread block further up. A coroutine's stack may end anywhere.
+    fn open_gate(&self) -> Result<Gate> {
+        let Some((_, sigreturn)) = self.code.homing else {
+            return Ok(Gate {
+                index: 0,
+                frame: None,
+            });
+        };
+        let maps = procfs::maps(self.tracee.pid())?;
+        for (index, home) in self.homes.iter().enumerate() {
+            let Registers { rsp, fs_base, .. } = home.registers;
+            let start = below_red_zone(rsp, Frame::byte_len(&home.xsave) as u64);
+            let owned = maps.iter().any(|vma| {
+                let contains = |address| (vma.start..vma.end).contains(&address);
+                vma.write
+                    && contains(rsp.wrapping_sub(1))
+                    && contains(start)
+                    && (vma.path == "[stack]" || (contains(fs_base) && rsp < fs_base))
+            });
+            if !owned {
+                continue;
+            }
+            let bytes = Frame {
+                registers: &home.healed,
+                xsave: &home.xsave,
+                sigmask: home.sigmask,
+                restorer: sigreturn,
+            }
+            .to_bytes(start);
+            let mut before = vec![0; bytes.len()];
+            match self
+                .memory
+                .read(start, &mut before)
+                .and_then(|()| self.memory.write(start, &bytes))
+            {
+                Ok(()) => {
+                    return Ok(Gate {
+                        index,
+                        frame: Some((start, before)),
+                    });
+                }
+                // A guard page in the way: what was written before it is put back.
+                Err(Error::Unreadable { .. }) => {
+                    twice(|| match self.memory.write(start, &before) {
+                        Err(Error::Unreadable { .. }) => Ok(()),
+                        result => result,
+                    })?
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Gate {
+            index: 0,
+            frame: None,
+        })
+    }
+
+    /// Puts the gate's stack back. Its thread must not need the frame any more.
+    fn close_gate(&mut self) -> Result<()> {
+        if let Some(Gate {
+            frame: Some((start, before)),
+            ..
+        }) = &self.gate
+        {
+            twice(|| self.memory.write(*start, before))?;
+        }
+        self.gate = None;
+        Ok(())
+    }
+
+    /// Makes the gate's thread do one system call and leaves it stopped behind it.
+    fn call(
+        &mut self,
+        what: &'static str,
+        number: i64,
+        arguments: [u64; 6],
+    ) -> Result<std::result::Result<u64, Errno>> {
+        choke::pass(Kind::Remote).map_err(|errno| Error::kernel(what, self.tracee.pid(), errno))?;
+        let Some(gate) = &self.gate else {
+            return Err(Error::WrongState {
+                tid: self.tracee.pid(),
+                what: "a call without a gate",
+            });
+        };
+        let index = gate.index;
+        let (rip, rsp) = match (&gate.frame, self.code.homing) {
+            (Some((start, _)), Some((syscall_return, _))) => {
+                (syscall_return, Frame::return_slot(*start))
+            }
+            _ => (self.code.syscall, self.homes[index].registers.rsp),
+        };
+        let home = &mut self.homes[index];
+        let tid = home.tid;
+        home.away = true;
+        let [rdi, rsi, rdx, r10, r8, r9] = arguments;
+        let registers = Registers {
+            rip,
+            rsp,
+            rax: number as u64,
+            orig_rax: NO_CALL,
+            rdi,
+            rsi,
+            rdx,
+            r10,
+            r8,
+            r9,
+            ..home.registers
+        };
+        ptrace::set_registers(tid, &registers)?;
+        ptrace::set_sigmask(tid, ALL_SIGNALS)?;
+        for _ in ["entry", "exit"] {
+            loop {
+                ptrace::resume_to_syscall(tid)?;
+                self.tracee.threads[index].stop = None;
+                match self.tracee.await_stop(index)? {
+                    Stop::Syscall => break,
+                    // Sent by somebody just now; it is sent again when the process is itself again.
+                    Stop::Signal(libc::SIGSTOP) => self.tracee.stop_again = true,
+                    _ => {}
+                }
+            }
+        }
+        Ok(agent::answer(ptrace::registers(tid)?.rax))
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Plant
+
+    fn map_agent(&mut self, at: Option<u64>) -> Result<()> {
+        let pid = self.tracee.pid();
+        let tid = self.homes[self.gate.as_ref().map_or(0, |gate| gate.index)].tid;
+        let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        if at.is_some() {
+            flags |= libc::MAP_FIXED_NOREPLACE;
+        }
+        let mapped = self.call(
+            "mmap",
+            libc::SYS_mmap,
+            [
+                at.unwrap_or(0),
+                self.len as u64,
+                (libc::PROT_READ | libc::PROT_EXEC) as u64,
+                flags as u64,
+                u64::MAX,
+                0,
+            ],
+        )?;
+        let address = mapped.map_err(|errno| Error::Injected {
+            what: "mmap",
+            tid,
+            errno,
+        })?;
+        self.address = Some(address);
+
+        let path = format!(
+            "/proc/{pid}/map_files/{:x}-{:x}",
+            address,
+            address + self.len as u64
+        );
+        let file = choke::pass(Kind::Memory)
+            .and_then(|()| {
+                OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .open(&path)
+                    .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+            })
+            .map_err(|errno| Error::path("open", path, errno))?;
+        let mut shared = Shared::new(&file, self.len, address)
+            .map_err(|errno| Error::kernel("mmap", pid, errno))?;
+        for (index, home) in self.homes.iter().enumerate() {
+            shared.prepare(
+                index,
+                &home.frame_at(shared.slot_address(index) + agent::FRAME_OFFSET as u64),
+            );
+        }
+        shared.watch(self.homes.len()).map_err(|_| Error::TooMuch {
+            what: "threads in one process",
+            asked: self.homes.len(),
+            limit: agent::THREAD_LIMIT,
+        })?;
+        self.shared = Some(shared);
+
+        // Execute first, write later: a process that may never make memory executable (MDWE) can do this.
+        self.call(
+            "mprotect",
+            libc::SYS_mprotect,
+            [
+                address + agent::CODE_LEN as u64,
+                (self.len - agent::CODE_LEN) as u64,
+                (libc::PROT_READ | libc::PROT_WRITE) as u64,
+                0,
+                0,
+                0,
+            ],
+        )?
+        .map_err(|errno| Error::Injected {
+            what: "mprotect",
+            tid,
+            errno,
+        })?;
+        Ok(())
+    }
+
+    fn enter_agent(&mut self, index: usize) -> Result<()> {
+        let (Some(address), Some(shared)) = (self.address, &self.shared) else {
+            return Ok(());
+        };
+        let home = &mut self.homes[index];
+        home.away = true;
+        let registers = Registers {
+            rip: address,
+            rbx: shared.slot_address(index),
+            orig_rax: NO_CALL,
+            ..home.registers
+        };
+        ptrace::set_registers(home.tid, &registers)?;
+        ptrace::set_sigmask(home.tid, ALL_SIGNALS)?;
+        ptrace::resume(home.tid, 0)?;
+        let at = self.tracee.index(home.tid, "planting")?;
+        self.tracee.threads[at].stop = None;
+        Ok(())
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Run
+
+    fn slot(&self, tid: i32) -> Result<usize> {
+        self.homes
+            .iter()
+            .position(|home| home.tid == tid)
+            .ok_or(Error::WrongState {
+                tid,
+                what: "running a batch",
+            })
+    }
+
+    fn shared(&mut self) -> &mut Shared {
+        // `plant` returns an injection only after it has set this, and only `finish` and `cure`, which consume it, take it.
+        self.shared.as_mut().expect("a planted agent has memory")
+    }
+
+    /// Makes `tid` do the calls of `batch`, in order, and returns what each returned.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when the thread died, [`Error::Silent`] when a call does not return.
     pub fn run(&mut self, tid: i32, batch: &Batch) -> Result<Vec<std::result::Result<u64, Errno>>> {
-        unimplemented!("{tid} {batch:?} {:?}", self.tracee)
+        let slot = self.start(tid, batch, None)?;
+        self.finish_batch(tid, slot, batch.len())
     }
-    /// Runs batches in parallel.
-    pub fn run_all(&mut self, work: &[(i32, Batch)]) -> Result<Vec<Vec<std::result::Result<u64, Errno>>>> {
-        unimplemented!("{work:?}")
+
+    /// As [`Injection::run`] for many threads, which work at the same time. Batches for the same thread are done one after
+    /// the other. Results are in the order of `work`.
+    ///
+    /// # Errors
+    /// As [`Injection::run`].
+    pub fn run_all(
+        &mut self,
+        work: &[(i32, Batch)],
+    ) -> Result<Vec<Vec<std::result::Result<u64, Errno>>>> {
+        let mut results = vec![Vec::new(); work.len()];
+        let mut left: Vec<usize> = (0..work.len()).collect();
+        while !left.is_empty() {
+            let mut started: Vec<(usize, usize)> = Vec::new();
+            let mut busy = std::collections::HashSet::new();
+            let mut later = Vec::new();
+            for item in left {
+                let (tid, batch) = &work[item];
+                if busy.insert(*tid) {
+                    started.push((item, self.start(*tid, batch, None)?));
+                } else {
+                    later.push(item);
+                }
+            }
+            for (item, slot) in started {
+                results[item] = self.finish_batch(work[item].0, slot, work[item].1.len())?;
+            }
+            left = later;
+        }
+        Ok(results)
     }
-    /// Scratch memory of `tid`, seen by it at [`Injection::scratch_address`].
+
+    fn start(&mut self, tid: i32, batch: &Batch, child: Option<usize>) -> Result<usize> {
+        if batch.len() > Batch::LIMIT {
+            return Err(Error::TooMuch {
+                what: "calls in one batch",
+                asked: batch.len(),
+                limit: Batch::LIMIT,
+            });
+        }
+        let slot = self.slot(tid)?;
+        choke::pass(Kind::Remote).map_err(|errno| Error::kernel("batch", tid, errno))?;
+        self.shared().start(slot, batch, child);
+        Ok(slot)
+    }
+
+    fn finish_batch(
+        &mut self,
+        tid: i32,
+        slot: usize,
+        count: usize,
+    ) -> Result<Vec<std::result::Result<u64, Errno>>> {
+        let started = std::time::Instant::now();
+        while !self.shared().finished(slot, LOOK_NANOSECONDS) {
+            self.look_after(tid)?;
+            if started.elapsed().as_secs() > BATCH_SECONDS {
+                return Err(Error::Silent {
+                    tid,
+                    what: "a batch",
+                });
+            }
+        }
+        Ok(self.shared().results(slot, count))
+    }
+
+    /// A thread that does not answer has died, or stands in a stop that somebody's signal brought about.
+    fn look_after(&mut self, tid: i32) -> Result<()> {
+        let index = self.tracee.index(tid, "running a batch")?;
+        match ptrace::look(tid).map_err(|errno| Error::kernel("waitpid", tid, errno))? {
+            Report::Running => Ok(()),
+            Report::Ended(_) => Err(Error::Gone { pid: tid }),
+            Report::Stopped(stop) => {
+                self.tracee.threads[index].stop = Some(stop);
+                if stop == Stop::Signal(libc::SIGSTOP) {
+                    self.tracee.stop_again = true;
+                }
+                ptrace::resume(tid, 0)?;
+                self.tracee.threads[index].stop = None;
+                Ok(())
+            }
+        }
+    }
+
+    /// Memory of `tid`'s own for what its calls point to: the same bytes that it sees at [`Injection::scratch_address`].
+    ///
+    /// # Panics
+    /// For a thread that is not of this process.
     pub fn scratch(&mut self, tid: i32) -> &mut [u8] {
-        unimplemented!("{tid}")
+        let slot = self.slot(tid).expect("a thread of the planted process");
+        self.shared().scratch(slot)
     }
-    /// Where `tid` sees its scratch memory.
+
+    /// Where `tid` sees its [`Injection::scratch`].
+    ///
+    /// # Panics
+    /// For a thread that is not of this process.
     pub fn scratch_address(&self, tid: i32) -> u64 {
-        unimplemented!("{tid}")
+        let slot = self.slot(tid).expect("a thread of the planted process");
+        let shared = self.shared.as_ref().expect("a planted agent has memory");
+        shared.slot_address(slot) + agent::SCRATCH_OFFSET as u64
     }
-    /// Where the agent lies in the process.
+
+    /// Where the agent lies in the process: not part of what the process is.
     pub fn mapping(&self) -> Range<u64> {
-        unimplemented!()
+        let start = self.address.unwrap_or(0);
+        start..start + self.len as u64
     }
-    /// Makes a thread of a husk.
+
+    /// The process this agent is planted in. Its threads' registers are the agent's for now.
+    pub fn tracee(&self) -> &Tracee {
+        self.tracee
+    }
+
+    /// Makes a thread with the id `tid` in a husk. It starts in the agent, with its own slot, and is seized like the others.
+    /// The agent needs room for it: [`Tracee::plant_with_room`]. Such a thread has nothing to go back to: it is for
+    /// [`Injection::finish`], and a cure leaves it running what the leader ran.
+    ///
+    /// # Errors
+    /// [`Error::TooMuch`] without room; [`Error::Injected`] with what clone3(2) said: `EEXIST` when the id is taken,
+    /// `EPERM` without CAP_CHECKPOINT_RESTORE in the pid namespace.
     pub fn spawn_thread(&mut self, tid: i32) -> Result<()> {
-        unimplemented!("{tid}")
+        const FLAGS: i32 = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let leader = self.homes[0].tid;
+        let child = self.homes.len();
+        let capacity = self.shared().capacity();
+        if child >= capacity {
+            return Err(Error::TooMuch {
+                what: "threads in an agent's mapping",
+                asked: child + 1,
+                limit: capacity,
+            });
+        }
+        choke::pass(Kind::Spawn).map_err(|errno| Error::kernel("clone3", tid, errno))?;
+        let home = Home {
+            tid,
+            xsave: self.homes[0].xsave.clone(),
+            away: true,
+            rseq: Rseq::default(),
+            ..self.homes[0]
+        };
+        let frame = home.frame_at(self.shared().slot_address(child) + agent::FRAME_OFFSET as u64);
+        self.shared().prepare(child, &frame);
+        let (arguments, len) = self.shared().clone_arguments(0, FLAGS as u64, tid);
+        let mut batch = Batch::new();
+        batch.call(libc::SYS_clone3, &[arguments.into(), len.into()]);
+        let slot = self.start(leader, &batch, Some(child))?;
+        let made = self.finish_batch(leader, slot, 1)?[0];
+        made.map_err(|errno| Error::Injected {
+            what: "clone3",
+            tid,
+            errno,
+        })?;
+        self.homes.push(home);
+        let bits = SeizeOptions {
+            follow: false,
+            ..self.tracee.options
+        };
+        ptrace::seize(tid, bits.bits())?;
+        self.tracee.threads.push(Thread::running(tid));
+        self.tracee.list_tids();
+        let count = self.homes.len();
+        self.shared().watch(count).map_err(|_| Error::TooMuch {
+            what: "threads in one process",
+            asked: count,
+            limit: agent::THREAD_LIMIT,
+        })
     }
-    /// Puts everything back.
-    pub fn cure(self) -> Result<()> {
-        unimplemented!()
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Cure
+
+    /// Takes the agent out and puts everything back bit for bit. The process stays frozen.
+    ///
+    /// # Errors
+    /// Each step is tried twice, and all threads are tried; the first error is told.
+    pub fn cure(mut self) -> Result<()> {
+        self.undo()
     }
-    /// Husk only.
-    pub fn finish(self, starts: &[ThreadStart]) -> Result<()> {
-        unimplemented!("{starts:?}")
+
+    fn undo(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.cured, true) {
+            return Ok(());
+        }
+        let mut first = Ok(());
+        let mut note = |result: Result<()>| match result {
+            Err(error) if error.is_gone() => {}
+            result => first = std::mem::replace(&mut first, Ok(())).and(result),
+        };
+        // Ask all to stop, then wait for each: they stop at the same time.
+        for index in 0..self.homes.len() {
+            if self.homes[index].away {
+                note(self.ask_to_stop(index));
+            }
+        }
+        for index in 0..self.homes.len() {
+            if self.homes[index].away {
+                note(self.halt(index));
+            }
+        }
+        self.recover_address();
+        let gate = self.unmapping_gate();
+        for index in 0..self.homes.len() {
+            if self.homes[index].away && Some(index) != gate {
+                note(self.go_home(index));
+            }
+        }
+        if gate.is_some() {
+            note(self.unmap_agent());
+        }
+        if let Some(index) = gate {
+            note(self.go_home(index));
+        }
+        note(self.close_gate());
+        self.shared = None;
+        if std::mem::take(&mut self.narrowed) {
+            note(self.tracee.set_options(self.tracee.options));
+        }
+        first
+    }
+
+    fn ask_to_stop(&mut self, index: usize) -> Result<()> {
+        let at = self.tracee.index(self.homes[index].tid, "curing")?;
+        if self.tracee.threads[at].stop.is_none() {
+            let tid = self.homes[index].tid;
+            twice(|| ptrace::interrupt(tid))?;
+        }
+        Ok(())
+    }
+
+    fn halt(&mut self, index: usize) -> Result<()> {
+        let at = self.tracee.index(self.homes[index].tid, "curing")?;
+        self.tracee.hold(at)
+    }
+
+    /// When planting failed between the mapping and our knowing of it, the thread's registers tell where it is.
+    fn recover_address(&mut self) {
+        let Some(gate) = &self.gate else { return };
+        if self.address.is_some() || !self.homes[gate.index].away {
+            return;
+        }
+        let tid = self.homes[gate.index].tid;
+        if let Ok(registers) = twice(|| ptrace::registers(tid)) {
+            let called = registers.rip != self.code.syscall
+                && self
+                    .code
+                    .homing
+                    .is_none_or(|(syscall_return, _)| registers.rip != syscall_return);
+            if called && registers.rsi == self.len as u64 && agent::answer(registers.rax).is_ok() {
+                self.address = Some(registers.rax);
+            }
+        }
+    }
+
+    /// The thread that will unmap the agent, with its frame written.
+    fn unmapping_gate(&mut self) -> Option<usize> {
+        self.address?;
+        if self.gate.is_none() {
+            self.gate = twice(|| self.open_gate()).ok();
+        }
+        self.gate.as_ref().map(|gate| gate.index)
+    }
+
+    fn unmap_agent(&mut self) -> Result<()> {
+        let Some(address) = self.address.take() else {
+            return Ok(());
+        };
+        let len = self.len as u64;
+        let result = match self.unmap(address, len) {
+            Err(error) if !error.is_gone() => {
+                if let Some(gate) = &self.gate {
+                    let index = gate.index;
+                    self.halt(index)?;
+                }
+                self.unmap(address, len)
+            }
+            result => result,
+        };
+        result
+    }
+
+    fn unmap(&mut self, address: u64, len: u64) -> Result<()> {
+        let tid = self.tracee.pid();
+        self.call("munmap", libc::SYS_munmap, [address, len, 0, 0, 0, 0])?
+            .map(drop)
+            .map_err(|errno| Error::Injected {
+                what: "munmap",
+                tid,
+                errno,
+            })
+    }
+
+    /// Makes a thread what it was. The signal mask comes first: while it is still the agent's, or at its frame, a signal
+    /// does no harm, and afterwards nothing may be missing.
+    fn go_home(&mut self, index: usize) -> Result<()> {
+        self.halt(index)?;
+        let home = &self.homes[index];
+        twice(|| ptrace::set_sigmask(home.tid, home.sigmask))?;
+        if home.rseq.place != 0 {
+            // The kernel clears the pointer when the thread passes through user mode outside the sequence.
+            let pointer = home.rseq.pointer.to_le_bytes();
+            let mut now = [0; 8];
+            twice(|| self.memory.read(home.rseq.place, &mut now))?;
+            if now != pointer {
+                twice(|| self.memory.write(home.rseq.place, &pointer))?;
+            }
+        }
+        twice(|| ptrace::set_registers(home.tid, &home.registers))?;
+        self.homes[index].away = false;
+        Ok(())
+    }
+
+    /// Ends a husk's life as a husk: the agent is unmapped and every thread gets what it is to go on with. All stay stopped.
+    /// The mappings must be those of the final layout; its vdso or another mapped file must hold a `syscall` instruction,
+    /// and what a return to user mode touches (rseq areas) must be filled.
+    ///
+    /// # Errors
+    /// After an error the husk is good for nothing but to be killed.
+    pub fn finish(mut self, starts: &[ThreadStart]) -> Result<()> {
+        // Whatever happens, this process has no home to return to.
+        self.cured = true;
+        for home in &self.homes {
+            if !starts.iter().any(|start| start.tid == home.tid) {
+                return Err(Error::WrongState {
+                    tid: home.tid,
+                    what: "finishing without registers",
+                });
+            }
+        }
+        for index in 0..self.homes.len() {
+            self.ask_to_stop(index)?;
+        }
+        for index in 0..self.homes.len() {
+            self.halt(index)?;
+        }
+        let pid = self.tracee.pid();
+        self.code = self
+            .tracee
+            .find_code(Some(self.mapping()))?
+            .ok_or(Error::NoInstruction {
+                pid,
+                what: "syscall",
+            })?;
+        self.tracee.code = Some(self.code);
+        self.gate = Some(Gate {
+            index: 0,
+            frame: None,
+        });
+        self.unmap_agent()?;
+        self.halt(0)?;
+        self.gate = None;
+        self.shared = None;
+        for start in starts {
+            if !start.xsave.is_empty() {
+                ptrace::set_xsave(start.tid, &start.xsave)?;
+            }
+            ptrace::set_sigmask(start.tid, start.sigmask)?;
+            ptrace::set_registers(start.tid, &start.registers)?;
+        }
+        self.narrowed = false;
+        self.tracee.set_options(self.tracee.options)
+    }
+}
+
+impl Drop for Injection<'_> {
+    fn drop(&mut self) {
+        // The error has nowhere to go; what could be put back has been.
+        let _ = self.undo();
+    }
+}
+
+impl Home {
+    /// The frame that brings this thread home when it lies at `start`.
+    fn frame_at(&self, start: u64) -> Vec<u8> {
+        Frame {
+            registers: &self.healed,
+            xsave: &self.xsave,
+            sigmask: self.sigmask,
+            restorer: 0,
+        }
+        .to_bytes(start)
     }
 }

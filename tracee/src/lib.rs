@@ -25,6 +25,7 @@ pub mod pagemap;
 pub mod pipe;
 pub mod process;
 pub mod procfs;
+mod ptrace;
 pub mod registers;
 pub mod socket;
 pub mod timer;

@@ -79,8 +79,13 @@ impl RemoteMemory {
     /// Opens the memory of `pid`. The handle stays with this address space: after an execve of the process it reads nothing.
     pub fn open(pid: i32) -> Result<Self> {
         let path = format!("/proc/{pid}/mem");
-        let opened = choke::pass(Kind::Memory)
-            .and_then(|()| OpenOptions::new().read(true).write(true).open(&path).map_err(errno_of));
+        let opened = choke::pass(Kind::Memory).and_then(|()| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .map_err(errno_of)
+        });
         match opened {
             Ok(mem) => Ok(Self { pid, mem }),
             Err(Errno::ENOENT | Errno::ESRCH) => Err(Error::Gone { pid }),
@@ -125,13 +130,17 @@ impl RemoteMemory {
         let mut done = 0;
         while done < bytes.len() {
             let at = address + done as u64;
-            choke::pass(Kind::Memory).map_err(|errno| Error::kernel("write /proc/<pid>/mem", self.pid, errno))?;
+            choke::pass(Kind::Memory)
+                .map_err(|errno| Error::kernel("write /proc/<pid>/mem", self.pid, errno))?;
             match self.mem.write_at(&bytes[done..], at).map_err(errno_of) {
                 Ok(0) => return Err(Error::Gone { pid: self.pid }),
                 Ok(count) => done += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EIO | Errno::EFAULT) => {
-                    return Err(Error::Unreadable { pid: self.pid, address: at });
+                    return Err(Error::Unreadable {
+                        pid: self.pid,
+                        address: at,
+                    });
                 }
                 Err(errno) => return Err(Error::kernel("write /proc/<pid>/mem", self.pid, errno)),
             }
@@ -146,7 +155,9 @@ impl RemoteMemory {
     pub fn read_value<T: Pod>(&self, pointer: RemotePtr<T>) -> Result<T> {
         let mut value = MaybeUninit::<T>::zeroed();
         // SAFETY: the bytes of `value`, zeroed and so initialised, and borrowed only here.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>()) };
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>())
+        };
         self.read(pointer.address, bytes)?;
         // SAFETY: `T: Pod`: every bit pattern is a value.
         Ok(unsafe { value.assume_init() })
@@ -170,8 +181,13 @@ impl RemoteMemory {
     fn read_forced(&self, address: u64, buffer: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buffer.len() {
-            choke::pass(Kind::Memory).map_err(|errno| Error::kernel("read /proc/<pid>/mem", self.pid, errno))?;
-            match self.mem.read_at(&mut buffer[done..], address + done as u64).map_err(errno_of) {
+            choke::pass(Kind::Memory)
+                .map_err(|errno| Error::kernel("read /proc/<pid>/mem", self.pid, errno))?;
+            match self
+                .mem
+                .read_at(&mut buffer[done..], address + done as u64)
+                .map_err(errno_of)
+            {
                 Ok(0) => return Err(Error::Gone { pid: self.pid }),
                 Ok(count) => done += count,
                 Err(Errno::EINTR) => {}
