@@ -255,15 +255,20 @@ impl Source {
                 self.stage = SourceStage::Drain;
                 self.actions.push_back(SourceAction::Serve(running));
             }
-            (SourceStage::Parking | SourceStage::Committing | SourceStage::Answer, Frame::Refused(refused)) => self.refused(&refused),
+            (
+                SourceStage::Rebuild | SourceStage::Parking | SourceStage::Committing | SourceStage::Answer,
+                Frame::Refused(refused),
+            ) => self.refused(&refused),
             (SourceStage::Drain, Frame::Resident(resident)) => {
                 self.stage = SourceStage::Killing;
                 self.resident = Some(resident);
                 self.actions.push_back(SourceAction::Record(Record::Resident));
             }
             // Answers to a COMMIT repeated after a lost link, of which the first was answered after all.
-            (SourceStage::Drain | SourceStage::Killing | SourceStage::Ending | SourceStage::Over, Frame::Running(_) | Frame::Resident(_))
-            | (SourceStage::Returning | SourceStage::Over, Frame::Refused(_)) => {}
+            (SourceStage::Drain | SourceStage::Killing | SourceStage::Ending, Frame::Running(_) | Frame::Resident(_))
+            | (SourceStage::Returning, Frame::Refused(_)) => {}
+            // It has not heard yet that this side is done with it.
+            (SourceStage::Over, _) => {}
             _ => {
                 let error = Error::Order { tag, phase };
                 self.fail(AbortCode::Protocol, &error.to_string());
@@ -498,7 +503,8 @@ pub enum TargetAction {
     ClearExitKill,
     /// Let it run. Report [`Target::handle_released`].
     Release,
-    /// End the prepared process, to the last thread. Report [`Target::handle_destroyed`].
+    /// End the prepared process, to the last thread. Report [`Target::handle_destroyed`] or
+    /// [`Target::handle_destroy_failed`].
     Destroy,
     /// Part of the page map.
     Map(Map),
@@ -723,11 +729,8 @@ impl Target {
     /// A record could not be written.
     pub fn handle_record_failed(&mut self, record: Record, text: &str) {
         match (self.stage, record) {
-            // A refusal that could be forgotten is none: the source must not hear of it.
-            (TargetStage::Refusing, Record::Refused) => {
-                self.actions.push_back(TargetAction::Destroy);
-                self.over(TargetEnd::Lost { text: text.to_owned() });
-            }
+            // A refusal that could be forgotten is none. An abort still saves a source that has not sent COMMIT.
+            (TargetStage::Refusing, Record::Refused) => self.lose(text),
             (TargetStage::RecordingResident, Record::Resident) => self.resident(),
             _ => self.fail(AbortCode::Failed, text),
         }
@@ -763,6 +766,13 @@ impl Target {
         self.actions.push_back(TargetAction::Finish(TargetEnd::Failed { phase, text }));
     }
 
+    /// Something may be left of it: the source must not hear that nothing is.
+    pub fn handle_destroy_failed(&mut self, text: &str) {
+        if self.stage == TargetStage::Destroying {
+            self.over(TargetEnd::Lost { text: text.to_owned() });
+        }
+    }
+
     /// No page is missing any more: all have arrived, or the program has ended.
     pub fn handle_resident(&mut self, resident: Resident) {
         if self.stage == TargetStage::Drain {
@@ -779,7 +789,7 @@ impl Target {
 
     /// The operator wants the crossing to end. False if it is too late.
     pub fn handle_cancel(&mut self) -> bool {
-        let in_time = self.stage < TargetStage::Releasing;
+        let in_time = self.stage <= TargetStage::Releasing && !self.has_right;
         if in_time {
             self.fail(AbortCode::Cancelled, "cancelled on the target");
         }
@@ -805,6 +815,8 @@ impl Target {
     pub fn handle_link_restored(&mut self) {
         self.linked = true;
         self.actions.retain(|action| *action != TargetAction::Wait);
+        // Whatever was said last may have been lost with the link.
+        self.answer();
         if let (TargetStage::Resident, Some(resident)) = (self.stage, self.resident) {
             self.send(resident);
         }
@@ -852,15 +864,12 @@ impl Target {
         match self.stage {
             // COMMIT has come or may be on its way: only a refusal that lasts lets the source go on.
             TargetStage::Ready | TargetStage::Taking => self.refuse(text),
+            // Recorded, but not yet told to do: nothing has run.
+            TargetStage::Releasing if !self.has_right => self.refuse(text),
             // Some of it may have run: it can never be refused, only lost.
             TargetStage::Releasing | TargetStage::Drain | TargetStage::RecordingResident if code == AbortCode::Failed => {
-                self.actions.clear();
-                self.actions.push_back(TargetAction::Destroy);
-                self.send(Abort::new(self.phase(), code, text));
-                self.over(TargetEnd::Lost { text: text.to_owned() });
+                self.lose(text);
             }
-            // Not destroyed for certain: the source must not hear that it is.
-            TargetStage::Destroying => self.over(TargetEnd::Lost { text: text.to_owned() }),
             stage if stage < TargetStage::Ready => {
                 self.send(Abort::new(self.phase(), code, text));
                 self.end_before_commit(text);
@@ -877,6 +886,14 @@ impl Target {
             self.actions.push_back(TargetAction::Destroy);
         }
         self.over(end);
+    }
+
+    /// Gives up without the certainty that lets the source go on.
+    fn lose(&mut self, text: &str) {
+        self.actions.clear();
+        self.actions.push_back(TargetAction::Destroy);
+        self.send(Abort::new(self.phase(), AbortCode::Failed, text));
+        self.over(TargetEnd::Lost { text: text.to_owned() });
     }
 
     fn refuse(&mut self, text: &str) {

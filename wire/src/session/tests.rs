@@ -71,6 +71,7 @@ enum Report {
     ExitKillCleared,
     Released,
     Destroyed,
+    DestroyFailed,
 }
 
 struct Pair {
@@ -286,7 +287,7 @@ impl Pair {
                 Report::None
             }
             SourceAction::Kill => {
-                assert_eq!(self.target_journal.last(), Some(&Record::Resident), "killed only when wholly there");
+                assert!(self.target.resident.is_some(), "killed only when wholly there");
                 self.source_copy = SourceCopy::Dead;
                 Report::Killed
             }
@@ -334,11 +335,11 @@ impl Pair {
             | TargetAction::Rebuild(_)
             | TargetAction::ClearExitKill
             | TargetAction::Release
-            | TargetAction::Destroy
                 if fails =>
             {
                 Report::Failed
             }
+            TargetAction::Destroy if fails => Report::DestroyFailed,
             TargetAction::Check(_) => Report::Verdict,
             TargetAction::Prepare => {
                 self.target_copy = TargetCopy::Prepared;
@@ -374,6 +375,7 @@ impl Pair {
             Report::ExitKillCleared => self.target.handle_exit_kill_cleared(),
             Report::Released => self.target.handle_released(Running::default()),
             Report::Destroyed => self.target.handle_destroyed(),
+            Report::DestroyFailed => self.target.handle_destroy_failed("action"),
             Report::Recorded(record) => self.target.handle_recorded(record),
             Report::RecordFailed(record) => self.target.handle_record_failed(record, "disk"),
             Report::Failed => self.target.handle_failed("action"),
