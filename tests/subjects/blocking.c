@@ -12,6 +12,7 @@
 #include <sys/timerfd.h>
 
 static int stop_pipe[2], data_pipe[2], full_pipe[2], pairs[2], datagrams[2], counter, epoll, listener, timer;
+static char filling[PAGE];
 static uint32_t word;
 static sem_t semaphore;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -78,7 +79,7 @@ static const struct { const char *name; bool (*wait)(void); } calls[] = {
     {"read of a timerfd", read_timer}, {"accept", accept_none}, {"wait4", wait_child},
 };
 enum { CALLS = sizeof calls / sizeof *calls };
-static _Atomic int begun[CALLS], returned[CALLS], released;
+static _Atomic int begun[CALLS], returned[CALLS], released, cleared;
 
 static void *block(void *argument) {
     uintptr_t index = (uintptr_t)argument;
@@ -90,7 +91,7 @@ static void *block(void *argument) {
         CHECK(atomic_load(&released) > round || calls[index].wait == wait_child, "%s returned though nothing had happened", calls[index].name);
         atomic_store(&returned[index], round + 1);
         while (atomic_load(&released) == round) doze(2);
-        while (atomic_load(&begun[0]) != -atomic_load(&released)) doze(1); /* verify() has cleared up */
+        while (atomic_load(&cleared) != atomic_load(&released)) doze(1); /* verify() has cleared up */
     }
     return NULL;
 }
@@ -121,7 +122,7 @@ static void setup(void) {
     sigaddset(&one, SIGUSR1);
     sigprocmask(SIG_BLOCK, &one, NULL);
     MUST(pipe(stop_pipe) == 0 && pipe(data_pipe) == 0 && pipe2(full_pipe, O_NONBLOCK) == 0);
-    while (write(full_pipe[1], mmap, PAGE) == PAGE) {}
+    while (write(full_pipe[1], filling, PAGE) == PAGE) {}
     fcntl(full_pipe[1], F_SETFL, O_WRONLY);
     fcntl(full_pipe[0], F_SETFL, O_RDONLY);
     MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, pairs) == 0 && socketpair(AF_UNIX, SOCK_DGRAM, 0, datagrams) == 0);
@@ -178,11 +179,12 @@ static void verify(int round) {
     char bytes[PAGE];
     CHECK(read(stop_pipe[0], bytes, 1) == 1, "read fails");
     fcntl(full_pipe[1], F_SETFL, O_WRONLY | O_NONBLOCK);
-    while (write(full_pipe[1], bytes, PAGE) == PAGE) {}
+    while (write(full_pipe[1], filling, PAGE) == PAGE) {}
+    while (write(full_pipe[1], filling, 1) == 1) {} /* the last page holds only what the thread wrote: it takes more */
     fcntl(full_pipe[1], F_SETFL, O_WRONLY);
     word = 0;
     signalled = false;
-    atomic_store(&begun[0], -(now + 1));
+    atomic_store(&cleared, now + 1);
     for (int i = 0; i < CALLS; i++) CHECK(EVENTUALLY(atomic_load(&begun[i]) == now + 2), "%s does not begin again", calls[i].name);
     doze(30);
 }

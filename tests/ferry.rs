@@ -1,0 +1,367 @@
+//! The program under test, driven from outside with the command lines an operator would type.
+//!
+//! Hides process handling; knows nothing of what happens inside. The JSON contract is written down here a second time on
+//! purpose: a field that is renamed or added by accident fails every test.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+
+use crate::hosts::{Host, Pair, Process, eventually, patience};
+
+/// The port `receive` listens on.
+pub(crate) const PORT: u16 = 7700;
+
+/// One line of `--json`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(tag = "type", content = "data", rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Event {
+    /// A phase begins.
+    Phase(Phase),
+    /// Something cannot be carried.
+    Refusal(Refusal),
+    /// How far the drain is.
+    Progress(Progress),
+    /// The last line.
+    Ledger(Ledger),
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Phase {
+    pub(crate) id: String,
+    pub(crate) phase: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Refusal {
+    pub(crate) id: String,
+    pub(crate) text: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Progress {
+    pub(crate) id: String,
+    pub(crate) pages_total: u64,
+    pub(crate) pages_resident: u64,
+    pub(crate) pages_faulted: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Ledger {
+    pub(crate) id: String,
+    pub(crate) mode: String,
+    pub(crate) downtime_ms: f64,
+    pub(crate) freeze_ms: f64,
+    pub(crate) capture_ms: f64,
+    pub(crate) rebuild_ms: f64,
+    pub(crate) commit_ms: f64,
+    pub(crate) hook_ms: f64,
+    pub(crate) drain_ms: f64,
+    pub(crate) eager_bytes: u64,
+    pub(crate) pages_total: u64,
+    pub(crate) pages_resident_at_run: u64,
+    pub(crate) pages_faulted: u64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) exit: u8,
+}
+
+/// Where the program lies: beside the test binary, or what `PAGEFERRY_PROGRAM` says.
+pub(crate) fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| match (std::env::var_os("PAGEFERRY_PROGRAM"), option_env!("CARGO_BIN_EXE_pageferry")) {
+        (Some(path), _) => path.into(),
+        (None, Some(path)) => path.into(),
+        (None, None) => {
+            let this = std::env::current_exe().expect("a running program has a path");
+            this.parent().and_then(Path::parent).expect("examples lie in a directory of the target").join("pageferry")
+        }
+    })
+}
+
+/// The key directory of a host, and its fingerprint.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    /// What `--identity` names.
+    pub(crate) directory: PathBuf,
+    /// `SHA256:…`
+    pub(crate) fingerprint: String,
+}
+
+impl Identity {
+    /// Makes one with `pageferry identity`, in a directory only root can read.
+    #[track_caller]
+    pub(crate) fn make(pair: &Pair, host: &Host, name: &str) -> Self {
+        let directory = pair.path(name);
+        let printed = host.must(program().to_str().expect("its path is text"), &["identity", "--identity", directory.to_str().expect("it is ASCII")]);
+        let fingerprint = printed.strip_suffix('\n').expect("one line").to_owned();
+        assert!(fingerprint.starts_with("SHA256:") && !fingerprint.contains(char::is_whitespace), "identity prints {printed:?}");
+        Self { directory, fingerprint }
+    }
+}
+
+/// One `pageferry` that was started inside a host.
+#[derive(Debug)]
+pub(crate) struct Running {
+    what: String,
+    child: Child,
+    stdout: Option<JoinHandle<String>>,
+    stderr: Option<JoinHandle<String>>,
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// Its exit code, if it was not killed.
+    pub(crate) code: Option<i32>,
+    /// All its output.
+    pub(crate) events: Vec<Event>,
+    /// Its stdout as it was.
+    pub(crate) stdout: String,
+    /// Its stderr as it was.
+    pub(crate) stderr: String,
+}
+
+impl Finished {
+    /// The ledger, which must be the last line.
+    #[track_caller]
+    pub(crate) fn ledger(&self) -> &Ledger {
+        let Some(Event::Ledger(ledger)) = self.events.last() else { panic!("no ledger at the end of {self:?}") };
+        ledger
+    }
+
+    /// The sentences of what was refused.
+    pub(crate) fn refusals(&self) -> Vec<&str> {
+        self.events
+            .iter()
+            .filter_map(|event| match event {
+                Event::Refusal(refusal) => Some(refusal.text.as_str()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[track_caller]
+    pub(crate) fn must_exit(&self, code: i32) -> &Self {
+        assert_eq!(self.code, Some(code), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+}
+
+impl Running {
+    /// Starts `pageferry ARGUMENTS --json` on a host.
+    pub(crate) fn start(host: &Host, arguments: &[&str], environment: &[(&str, String)]) -> Self {
+        let mut command: Command = host.command(program());
+        command.args(arguments).arg("--json").stdout(Stdio::piped()).stderr(Stdio::piped());
+        for (name, value) in environment {
+            command.env(name, value);
+        }
+        let mut child = command.spawn().expect("nsenter was found");
+        let mut stdout = child.stdout.take().expect("it is piped");
+        let mut stderr = child.stderr.take().expect("it is piped");
+        Self {
+            what: format!("pageferry {} on {}", arguments.first().unwrap_or(&""), host.name),
+            stdout: Some(std::thread::spawn(move || read_all(&mut stdout))),
+            stderr: Some(std::thread::spawn(move || read_all(&mut stderr))),
+            child,
+        }
+    }
+
+    /// True while it has not ended.
+    pub(crate) fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Its processes, by the name of the program: those of this host whose parents lead to it.
+    pub(crate) fn processes(&self, host: &Host) -> Vec<Process> {
+        let mut tree: Vec<i32> = vec![self.child.id().cast_signed()];
+        let mut found = Vec::new();
+        let all = host.processes();
+        // Twice through: parents may have higher numbers than their children after a wrap.
+        for _ in 0..3 {
+            for process in &all {
+                if !tree.contains(&process.outer) && parent(process).is_some_and(|parent| tree.contains(&parent)) {
+                    tree.push(process.outer);
+                    found.push(process.clone());
+                }
+            }
+        }
+        found
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Panics
+    /// When that takes longer than the tests' patience; it is killed then, as all of its host is.
+    #[track_caller]
+    pub(crate) fn wait(mut self) -> Finished {
+        let status = self.wait_status();
+        let stdout = self.stdout.take().map(|reader| reader.join().expect("it only reads")).unwrap_or_default();
+        let stderr = self.stderr.take().map(|reader| reader.join().expect("it only reads")).unwrap_or_default();
+        let events = stdout
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{}: {line:?} on stdout: {error}", self.what)))
+            .collect();
+        Finished { code: status.code(), events, stdout, stderr }
+    }
+
+    #[track_caller]
+    fn wait_status(&mut self) -> ExitStatus {
+        let started = Instant::now();
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status;
+            }
+            assert!(started.elapsed() < patience() * 2, "{} does not end", self.what);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Signals the process that the operator started (not the engine or keeper it made).
+    pub(crate) fn signal(&self, host: &Host, signal: Signal) {
+        let front = self.child.id().cast_signed();
+        for process in host.processes() {
+            if parent(&process) == Some(front) {
+                process.signal(signal);
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Only nsenter; what runs inside ends with the host.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn parent(process: &Process) -> Option<i32> {
+    let stat = std::fs::read_to_string(process.proc("stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
+fn read_all(from: &mut impl Read) -> String {
+    let mut bytes = Vec::new();
+    let _ = from.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Whether the target fetches what nobody touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// `--drain on`, the default.
+    On,
+    /// `--drain off`: until it is told to end.
+    Off,
+}
+
+/// Both ends of one crossing, and how they are to be called.
+#[derive(Debug, Clone)]
+pub(crate) struct Ferry<'a> {
+    /// Where the program is.
+    pub(crate) source: &'a Host,
+    /// Where it goes.
+    pub(crate) target: &'a Host,
+    source_identity: Identity,
+    target_identity: Identity,
+    /// `receive`'s further options.
+    pub(crate) receive_options: Vec<String>,
+    /// `migrate`'s further options.
+    pub(crate) migrate_options: Vec<String>,
+    /// Environment of `receive`.
+    pub(crate) receive_environment: Vec<(&'static str, String)>,
+    /// Environment of `migrate`.
+    pub(crate) migrate_environment: Vec<(&'static str, String)>,
+}
+
+impl<'a> Ferry<'a> {
+    /// From A to B, with keys made on first use. The shared directory is known to be the same on both.
+    #[track_caller]
+    pub(crate) fn new(pair: &'a Pair) -> Self {
+        Self {
+            source: &pair.a,
+            target: &pair.b,
+            source_identity: Identity::make(pair, &pair.a, "identity-a"),
+            target_identity: Identity::make(pair, &pair.b, "identity-b"),
+            receive_options: Vec::new(),
+            migrate_options: vec!["--same-file".to_owned(), pair.shared.display().to_string()],
+            receive_environment: Vec::new(),
+            migrate_environment: Vec::new(),
+        }
+    }
+
+    /// The other way.
+    pub(crate) fn back(&self) -> Self {
+        Self {
+            source: self.target,
+            target: self.source,
+            source_identity: self.target_identity.clone(),
+            target_identity: self.source_identity.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// Starts `receive` and waits until it listens.
+    #[track_caller]
+    pub(crate) fn receive(&self, drain: Drain) -> Running {
+        let listen = format!("{}:{PORT}", self.target.address);
+        let identity = self.target_identity.directory.display().to_string();
+        let mut arguments = vec!["receive", "--listen", &listen, "--identity", &identity];
+        arguments.extend(["--trust", &self.source_identity.fingerprint, "--once"]);
+        if drain == Drain::Off {
+            arguments.extend(["--drain", "off"]);
+        }
+        arguments.extend(self.receive_options.iter().map(String::as_str));
+        let mut running = Running::start(self.target, &arguments, &self.receive_environment);
+        eventually("receive to listen", || (self.target.udp_bound(PORT) || !running.runs()).then_some(()));
+        running
+    }
+
+    /// Starts `migrate`.
+    pub(crate) fn migrate(&self, pid: i32) -> Running {
+        let to = format!("{}:{PORT}", self.target.address);
+        let identity = self.source_identity.directory.display().to_string();
+        let pid = pid.to_string();
+        let mut arguments = vec!["migrate", "--pid", &pid, "--to", &to, "--identity", &identity];
+        arguments.extend(["--peer", &self.target_identity.fingerprint, "--mode", "post-copy"]);
+        if !self.migrate_options.iter().any(|option| option == "--tcp") {
+            arguments.extend(["--tcp", "close"]);
+        }
+        arguments.extend(self.migrate_options.iter().map(String::as_str));
+        Running::start(self.source, &arguments, &self.migrate_environment)
+    }
+
+    /// One whole crossing that must succeed; both ledgers are checked. Gives the source's and the target's end.
+    #[track_caller]
+    pub(crate) fn cross(&self, pid: i32) -> (Finished, Finished) {
+        let receive = self.receive(Drain::On);
+        let migrate = self.migrate(pid);
+        let (source, target) = (migrate.wait(), receive.wait());
+        check_success(&source, &target);
+        (source, target)
+    }
+}
+
+/// Both ends must have succeeded, under one id, with figures that fit together.
+#[track_caller]
+pub(crate) fn check_success(source: &Finished, target: &Finished) {
+    assert!(source.code == Some(0) && target.code == Some(0), "source: {source:#?}\ntarget: {target:#?}");
+    for ledger in [source.ledger(), target.ledger()] {
+        let parts = ledger.freeze_ms + ledger.capture_ms + ledger.rebuild_ms + ledger.commit_ms + ledger.hook_ms;
+        assert!((parts - ledger.downtime_ms).abs() < 0.01, "the parts sum to {parts}: {ledger:?}");
+        assert!(ledger.downtime_ms > 0.0 && ledger.exit == 0 && ledger.mode == "post-copy", "{ledger:?}");
+        assert!(ledger.pages_resident_at_run <= ledger.pages_total, "{ledger:?}");
+    }
+    assert_eq!(source.ledger().id, target.ledger().id);
+    assert!(!source.ledger().id.is_empty());
+}

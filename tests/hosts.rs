@@ -1,0 +1,521 @@
+//! Two hosts made of namespaces: pid, network, mount, UTS, IPC and time of their own, joined by a veth pair.
+//!
+//! Hides how they are made (`unshare`), entered (`nsenter`), looked at (from outside, through `/proc`) and removed. A host
+//! lives exactly as long as its [`Host`]: whatever happens to the test, the pipe to the host's process 1 closes, that
+//! process ends, and the kernel kills everything inside. It never touches a process that is not in one of its hosts.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long anything that must happen may take. A slow machine sets `PAGEFERRY_TEST_PATIENCE` (seconds).
+pub(crate) fn patience() -> Duration {
+    static SECONDS: OnceLock<u64> = OnceLock::new();
+    let read = || std::env::var("PAGEFERRY_TEST_PATIENCE").ok()?.parse().ok();
+    Duration::from_secs(*SECONDS.get_or_init(|| read().unwrap_or(30)))
+}
+
+/// Polls until `what` gives a value, at most [`patience`].
+///
+/// # Panics
+/// When it does not in time, naming `expected`.
+#[track_caller]
+pub(crate) fn eventually<T>(expected: &str, mut what: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(value) = what() {
+            return value;
+        }
+        assert!(started.elapsed() < patience(), "waited {:?} for {expected}", started.elapsed());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Why tests that need a test host cannot run here, if they cannot.
+///
+/// With `PAGEFERRY_TEST_STRICT=1` this panics instead, so that a run in CI never goes quietly green.
+pub(crate) fn skip() -> Option<&'static str> {
+    static REASON: OnceLock<Option<&'static str>> = OnceLock::new();
+    let reason = *REASON.get_or_init(|| {
+        if !nix::unistd::geteuid().is_root() {
+            return Some("needs root: sudo ./test");
+        }
+        for (program, package) in [
+            ("unshare", "needs util-linux: apt-get install util-linux"),
+            ("nsenter", "needs util-linux: apt-get install util-linux"),
+            ("setpriv", "needs util-linux: apt-get install util-linux"),
+            ("ip", "needs iproute2: apt-get install iproute2"),
+            ("nft", "needs nftables: apt-get install nftables"),
+            ("cc", "needs a C compiler: apt-get install gcc libc6-dev"),
+        ] {
+            if find_program(program).is_none() {
+                return Some(package);
+            }
+        }
+        None
+    });
+    if let Some(reason) = reason {
+        let strict = std::env::var_os("PAGEFERRY_TEST_STRICT").is_some_and(|value| value != "0");
+        assert!(!strict, "skipped though PAGEFERRY_TEST_STRICT is set: {reason}");
+        eprintln!("skipped: {reason}");
+    }
+    reason
+}
+
+/// Where a program lies, searched as a shell of root would.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/usr/bin:/sbin:/bin";
+    path.split(':').map(|directory| Path::new(directory).join(name)).find(|candidate| candidate.is_file())
+}
+
+/// Runs a command on the real host.
+///
+/// # Panics
+/// When it fails.
+#[track_caller]
+fn must_run(program: &str, arguments: &[&str]) {
+    let output = Command::new(find_program(program).unwrap_or_else(|| program.into()))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A number that no other pair of hosts on this machine has.
+fn unique_number() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    std::process::id() % 100_000 * 1000 + NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Seconds this machine has been up on CLOCK_BOOTTIME.
+fn uptime_s() -> i64 {
+    let text = fs::read_to_string("/proc/uptime").expect("/proc/uptime can always be read");
+    text.split('.').next().and_then(|seconds| seconds.parse().ok()).expect("/proc/uptime begins with a number")
+}
+
+/// How B's CLOCK_MONOTONIC lies to A's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clocks {
+    /// B's clock shows less than A's: an event loop that trusted it would wait for ever.
+    Behind,
+    /// B's clock is 40 days ahead of A's.
+    FarAhead,
+}
+
+/// Two hosts that see each other, and a directory both see.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    /// 10.77.0.1
+    pub(crate) a: Host,
+    /// 10.77.0.2
+    pub(crate) b: Host,
+    /// Visible on both hosts at the same path and writable by everyone; removed with the pair.
+    pub(crate) shared: PathBuf,
+}
+
+impl Pair {
+    /// Makes both hosts and joins them. [`skip`] must have said that this is possible.
+    pub(crate) fn new(clocks: Clocks) -> Self {
+        let number = unique_number();
+        let shared = PathBuf::from(format!("/var/tmp/pageferry-test-{number}"));
+        fs::create_dir_all(&shared).expect("/var/tmp can be written by root");
+        fs::set_permissions(&shared, fs::Permissions::from_mode(0o1777)).expect("it was made a moment ago");
+        let offset_s = match clocks {
+            Clocks::Behind => -(uptime_s() / 2),
+            Clocks::FarAhead => 40 * 86_400,
+        };
+        let a = Host::new("A", number, "10.77.0.1", 0);
+        let b = Host::new("B", number, "10.77.0.2", offset_s);
+        let (end_a, end_b) = (format!("pf{number}a"), format!("pf{number}b"));
+        must_run("ip", &["link", "add", &end_a, "type", "veth", "peer", "name", &end_b]);
+        let pair = Self { a, b, shared };
+        for (host, end) in [(&pair.a, &end_a), (&pair.b, &end_b)] {
+            must_run("ip", &["link", "set", end, "netns", &host.init.to_string(), "name", "eth0"]);
+            let script = format!("ip link set lo up && ip address add {}/24 dev eth0 && ip link set eth0 up", host.address);
+            host.must("sh", &["-c", &script]);
+        }
+        // Programs of A get numbers that nobody on B has: the target must not refuse a taken pid by accident.
+        pair.a.must("sh", &["-c", "echo 20000 > /proc/sys/kernel/ns_last_pid"]);
+        pair.b.must("sh", &["-c", "echo 300 > /proc/sys/kernel/ns_last_pid"]);
+        pair
+    }
+
+    /// Where a program may keep its state so that both hosts see it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.shared.join(name)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        // The hosts first: their processes may still write into it.
+        self.a.end();
+        self.b.end();
+        if std::env::var_os("PAGEFERRY_TEST_KEEP").is_none() {
+            let _ = fs::remove_dir_all(&self.shared);
+        }
+    }
+}
+
+/// One process inside a host, as seen from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Process {
+    /// Its number on the real host.
+    pub(crate) outer: i32,
+    /// Its number inside.
+    pub(crate) inner: i32,
+    /// Its name, at most 15 bytes.
+    pub(crate) name: String,
+    /// The letter of its leader's state: R, S, D, T, t, Z…
+    pub(crate) state: char,
+}
+
+impl Process {
+    /// The path of a file of it in the real host's /proc.
+    pub(crate) fn proc(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{file}", self.outer))
+    }
+
+    /// Reads its memory; `None` when the page cannot be had (or it is gone).
+    pub(crate) fn memory(&self, address: u64, length: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        fs::File::open(self.proc("mem")).ok()?.read_exact_at(&mut bytes, address).ok()?;
+        Some(bytes)
+    }
+
+    /// CPU time it has used, user and system together, in clock ticks; all threads.
+    pub(crate) fn cpu_ticks(&self) -> Option<u64> {
+        let stat = fs::read_to_string(self.proc("stat")).ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+    }
+
+    /// Who traces it (0: nobody).
+    pub(crate) fn tracer(&self) -> Option<i32> {
+        let status = fs::read_to_string(self.proc("status")).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()
+    }
+
+    /// Sends a signal to it.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.outer), signal);
+    }
+
+    fn read(outer: i32, pid_namespace: &Path) -> Option<Self> {
+        if fs::read_link(format!("/proc/{outer}/ns/pid")).ok()? != pid_namespace {
+            return None;
+        }
+        let status = fs::read_to_string(format!("/proc/{outer}/status")).ok()?;
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        Some(Self {
+            outer,
+            inner: field("NSpid:")?.split_whitespace().next_back()?.parse().ok()?,
+            name: field("Name:")?.to_owned(),
+            state: field("State:")?.chars().next()?,
+        })
+    }
+}
+
+/// One host.
+#[derive(Debug)]
+pub(crate) struct Host {
+    /// "A" or "B".
+    pub(crate) name: &'static str,
+    /// What `uname -n` says inside.
+    pub(crate) hostname: String,
+    /// Its address on the wire between the two.
+    pub(crate) address: &'static str,
+    /// Its process 1, numbered by the real host.
+    pub(crate) init: i32,
+    holder: Child,
+    pid_namespace: PathBuf,
+}
+
+impl Host {
+    fn new(name: &'static str, number: u32, address: &'static str, clock_offset_s: i64) -> Self {
+        let hostname = format!("pageferry-{}-{number}", name.to_lowercase());
+        let offset = clock_offset_s.to_string();
+        let mut holder = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "--net", "--mount", "--uts", "--ipc", "--time", "--mount-proc"])
+            .args(["--monotonic", &offset, "--boottime", &offset])
+            .arg(init_program())
+            .arg(&hostname)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .current_dir("/")
+            .spawn()
+            .expect("unshare was found");
+        let mut line = String::new();
+        BufReader::new(holder.stdout.take().expect("it is piped")).read_line(&mut line).expect("a pipe can be read");
+        assert_eq!(line, "ready\n", "host {name} did not come up: {:?}", holder.try_wait());
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", holder.id())).expect("the holder lives");
+        let init = children.trim().parse().expect("unshare has one child");
+        let pid_namespace = fs::read_link(format!("/proc/{init}/ns/pid")).expect("process 1 lives");
+        Self { name, hostname, address, init, holder, pid_namespace }
+    }
+
+    /// A command that will run inside this host, as root, with an empty environment and `/` as its directory.
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .args(["--target", &self.init.to_string(), "--pid", "--net", "--mount", "--uts", "--ipc", "--time", "--"])
+            .arg(program)
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("LANG", "C.UTF-8")
+            .current_dir("/")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command inside and gives what came of it.
+    pub(crate) fn run(&self, program: &str, arguments: &[&str]) -> Output {
+        self.command(program).args(arguments).output().expect("nsenter was found")
+    }
+
+    /// Runs a command inside and gives its output.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub(crate) fn must(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.run(program, arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "on {}: {program} {arguments:?}: {}{errors}", self.name, output.status);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Starts a program as an orphan of process 1, a session of its own, with /dev/null as its three standard files, as a
+    /// service manager would. `privileges` are arguments of setpriv(1).
+    pub(crate) fn start(&self, privileges: &[&str], program: &[&str]) {
+        let status = self
+            .command("setsid")
+            .args(["--fork", "setpriv"])
+            .args(privileges)
+            .arg("--")
+            .args(program)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .expect("nsenter was found");
+        assert!(status.success(), "on {}: {program:?} cannot be started: {status}", self.name);
+    }
+
+    /// Every process inside but process 1, ascending by inner number. Zombies too.
+    pub(crate) fn processes(&self) -> Vec<Process> {
+        let mut found: Vec<Process> = numbers_in("/proc").filter_map(|outer| Process::read(outer, &self.pid_namespace)).collect();
+        found.retain(|process| process.inner != 1);
+        found.sort_by_key(|process| process.inner);
+        found
+    }
+
+    /// The process with this number inside.
+    pub(crate) fn process(&self, inner: i32) -> Option<Process> {
+        self.processes().into_iter().find(|process| process.inner == inner)
+    }
+
+    /// A path of this host as the real host can open it.
+    pub(crate) fn outside(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.init))
+    }
+
+    /// True when a socket is bound to this UDP port here.
+    pub(crate) fn udp_bound(&self, port: u16) -> bool {
+        ["udp", "udp6"].iter().any(|table| {
+            let text = fs::read_to_string(format!("/proc/{}/net/{table}", self.init)).unwrap_or_default();
+            let suffix = format!(":{port:04X}");
+            text.lines().skip(1).any(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&suffix)))
+        })
+    }
+
+    /// Everything that could be left behind here, one line each.
+    pub(crate) fn inventory(&self) -> BTreeSet<String> {
+        let mut lines = BTreeSet::new();
+        for process in self.processes() {
+            lines.insert(format!("process {} {} {}", process.inner, process.name, process.state));
+            let root = format!("/proc/{}", process.outer);
+            for descriptor in numbers_in(&format!("{root}/fd")) {
+                if let Ok(link) = fs::read_link(format!("{root}/fd/{descriptor}")) {
+                    let link = link.to_string_lossy();
+                    if link.contains("userfaultfd") {
+                        lines.insert(format!("userfaultfd of process {} {}", process.inner, process.name));
+                    }
+                }
+            }
+            for namespace in ["pid", "net", "mnt", "uts", "ipc", "time", "user", "cgroup"] {
+                if let Ok(link) = fs::read_link(format!("{root}/ns/{namespace}")) {
+                    lines.insert(format!("namespace {}", link.display()));
+                }
+            }
+        }
+        for line in self.text("mountinfo").lines() {
+            // Mount number, parent and device change by themselves nowhere; root, place and type say what it is.
+            let fields: Vec<&str> = line.split(' ').collect();
+            lines.insert(format!("mount {}", fields[2..].join(" ")));
+        }
+        for (table, columns) in [
+            ("tcp", &[1, 2, 3][..]),
+            ("tcp6", &[1, 2, 3]),
+            ("udp", &[1, 2, 3]),
+            ("udp6", &[1, 2, 3]),
+            ("udplite", &[1, 2, 3]),
+            ("raw", &[1, 2, 3]),
+            ("raw6", &[1, 2, 3]),
+            ("packet", &[2, 3, 4]),
+            ("netlink", &[1, 2, 3]),
+            ("unix", &[3, 4, 5, 6, 7]),
+        ] {
+            for line in self.text(&format!("net/{table}")).lines().skip(1) {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                // A connection in TIME_WAIT (06) belongs to no process any more.
+                if table.starts_with("tcp") && fields.get(3) == Some(&"06") {
+                    continue;
+                }
+                let kept: Vec<&str> = columns.iter().filter_map(|&column| fields.get(column).copied()).collect();
+                lines.insert(format!("socket {table} {}", kept.join(" ")));
+            }
+        }
+        for directory in ["/tmp", "/run", "/dev/shm", "/dev/mqueue", "/var/lib"] {
+            list_files(&self.outside(directory), directory, &mut lines);
+        }
+        let script = "for table in shm sem msg; do tail -n +2 /proc/sysvipc/$table | sed \"s/^/ipc $table /\"; done; nft list ruleset | sed 's/^/nftables /'";
+        lines.extend(self.must("sh", &["-c", script]).lines().map(str::to_owned));
+        for mount in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+            for entry in fs::read_dir(mount).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if name.contains("pageferry") {
+                    lines.insert(format!("cgroup {mount}/{name}"));
+                }
+            }
+        }
+        lines
+    }
+
+    fn text(&self, file: &str) -> String {
+        fs::read_to_string(format!("/proc/{}/{file}", self.init)).unwrap_or_default()
+    }
+
+    fn end(&mut self) {
+        drop(self.holder.stdin.take());
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+        // unshare --kill-child: process 1 dies with the holder, and the kernel reaps the rest before it lets go of it.
+        let started = Instant::now();
+        while Path::new(&format!("/proc/{}", self.init)).exists() && started.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What was there before, on both hosts; the test ends by comparing.
+#[derive(Debug)]
+pub(crate) struct Before {
+    a: BTreeSet<String>,
+    b: BTreeSet<String>,
+}
+
+impl Before {
+    /// Takes stock.
+    pub(crate) fn of(pair: &Pair) -> Self {
+        Self { a: pair.a.inventory(), b: pair.b.inventory() }
+    }
+
+    /// Waits until both hosts hold exactly what they held before.
+    ///
+    /// # Panics
+    /// When they do not in time: names every difference.
+    #[track_caller]
+    pub(crate) fn assert_nothing_left(&self, pair: &Pair) {
+        let started = Instant::now();
+        loop {
+            let mut differences = String::new();
+            for (host, before) in [(&pair.a, &self.a), (&pair.b, &self.b)] {
+                let now = host.inventory();
+                for line in now.difference(before) {
+                    differences += &format!("\n  left on {}: {line}", host.name);
+                }
+                for line in before.difference(&now) {
+                    differences += &format!("\n  gone from {}: {line}", host.name);
+                }
+            }
+            if differences.is_empty() {
+                return;
+            }
+            assert!(started.elapsed() < Duration::from_secs(5), "the hosts are not what they were:{differences}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// The entries of a directory of /proc that are numbers.
+fn numbers_in(directory: &str) -> impl Iterator<Item = i32> + use<> {
+    fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+fn list_files(outside: &Path, inside: &str, lines: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(outside).into_iter().flatten().flatten() {
+        let name = format!("{inside}/{}", entry.file_name().to_string_lossy());
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            list_files(&entry.path(), &name, lines);
+        }
+        lines.insert(format!("file {name}"));
+    }
+}
+
+/// The program that is process 1 of a host, compiled once.
+fn init_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hosts/init.c"), "host-init", &[]))
+}
+
+/// Where what this test run compiles lies: readable by every user, unlike perhaps the checkout. Removed by nobody but the
+/// next run of [`compile`], which replaces what is older than its source.
+pub(crate) fn programs_directory() -> &'static Path {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    DIRECTORY.get_or_init(|| {
+        let directory = PathBuf::from("/var/tmp/pageferry-test-programs");
+        fs::create_dir_all(&directory).expect("/var/tmp can be written by root");
+        directory
+    })
+}
+
+/// Compiles one C program and gives its path. Safe to be called by several test binaries at once.
+pub(crate) fn compile(source: &Path, name: &str, options: &[&str]) -> PathBuf {
+    let program = programs_directory().join(name);
+    let modified = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
+    let newest = fs::read_dir(source.parent().expect("a source lies in a directory"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.path() == source || entry.path().extension().is_some_and(|suffix| suffix == "h"))
+        .filter_map(|entry| modified(&entry.path()))
+        .max();
+    if modified(&program).is_some_and(|built| Some(built) > newest) {
+        return program;
+    }
+    let fresh = programs_directory().join(format!("{name}.{}", unique_number()));
+    let output = Command::new("cc")
+        .args(["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"])
+        .arg(&fresh)
+        .arg(source)
+        .args(options)
+        .output()
+        .expect("cc was found");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fs::rename(&fresh, &program).expect("both lie in one directory");
+    program
+}

@@ -1,0 +1,122 @@
+//! Every subject crosses: with the drain off, then on, there and back again, and nothing is left of it.
+//!
+//! One row in the table at the end is one kernel object, one program in `tests/subjects` and one test.
+
+use nix::sys::signal::Signal;
+
+use crate::ferry::{Drain, Ferry, check_success};
+use crate::hosts::{Before, Clocks, Pair, eventually, skip};
+use crate::subject::{ORDINARY, ROOT, Subject};
+
+/// What may happen to a subject.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Action {
+    /// It looks at itself.
+    Verify,
+    /// It goes to the other host and is complete there before the next action.
+    Cross,
+    /// It goes to the other host, looks at itself while nothing but what it touches has come, and is then completed.
+    CrossWithoutDrain,
+}
+
+use Action::{Cross, CrossWithoutDrain, Verify};
+
+/// There with the drain off, back with the drain on, there again.
+pub(crate) const THERE_AND_BACK: &[Action] = &[Verify, CrossWithoutDrain, Verify, Cross, Verify, Cross, Verify];
+
+/// A subject goes through a list of actions; both hosts are then as they were.
+#[track_caller]
+pub(crate) fn lifecycle(name: &str, privileges: &[&str], arguments: &[&str], clocks: Clocks, actions: &[Action]) {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(clocks);
+    let forth = Ferry::new(&pair);
+    let back = forth.back();
+    let before = Before::of(&pair);
+    let Some(mut subject) = Subject::start(&pair, &pair.a, name, privileges, arguments) else { return };
+    let mut at_home = true;
+    for (number, action) in actions.iter().enumerate() {
+        let ferry = if at_home { &forth } else { &back };
+        let when = format!("at action {number} of {actions:?}, now on {}", ferry.source.name);
+        match action {
+            Verify => subject.must_pass(&when),
+            Cross => {
+                ferry.cross(subject.pid);
+                at_home = !at_home;
+            }
+            CrossWithoutDrain => {
+                let receive = ferry.receive(Drain::Off);
+                let mut migrate = ferry.migrate(subject.pid);
+                eventually(&format!("{name} to run on {}", ferry.target.name), || {
+                    (subject.runs_on(ferry.target) || !migrate.runs()).then_some(())
+                });
+                subject.must_pass(&format!("with its drain off, {when}"));
+                receive.signal(ferry.target, Signal::SIGTERM);
+                check_success(&migrate.wait(), &receive.wait());
+                at_home = !at_home;
+            }
+        }
+        let (here, there) = if at_home { (&pair.a, &pair.b) } else { (&pair.b, &pair.a) };
+        assert!(subject.runs_on(here), "{name} does not run on {} {when}", here.name);
+        assert!(there.process(subject.pid).is_none(), "{name} is still on {} {when}", there.name);
+    }
+    subject.end(if at_home { &pair.a } else { &pair.b });
+    before.assert_nothing_left(&pair);
+}
+
+/// The table: `test name: subject, privileges, clocks of B`.
+macro_rules! objects {
+    ($($test:ident: $subject:literal, $privileges:expr, $clocks:ident;)*) => {
+        /// The subjects that cross, by name.
+        pub(crate) const SUBJECTS: &[(&str, &[&str])] = &[$(($subject, $privileges)),*];
+
+        $(
+            #[test]
+            fn $test() {
+                lifecycle($subject, $privileges, &[], Clocks::$clocks, THERE_AND_BACK);
+            }
+        )*
+    };
+}
+
+objects! {
+    threads_and_their_storage_cross: "threads", ORDINARY, Behind;
+    registers_cross_in_full_width: "registers", ORDINARY, FarAhead;
+    restartable_sequences_cross_and_abort: "rseq", ORDINARY, Behind;
+    robust_lists_cross: "robust_list", ORDINARY, FarAhead;
+    clear_child_tid_crosses: "clear_child_tid", ORDINARY, Behind;
+    signal_actions_masks_and_stacks_cross: "signal_actions", ORDINARY, FarAhead;
+    pending_signals_cross_in_order: "pending_signals", ORDINARY, Behind;
+    credentials_of_each_thread_cross: "credentials", ROOT, FarAhead;
+    resource_limits_cross: "limits", ORDINARY, Behind;
+    scheduling_of_each_thread_crosses: "scheduling", ORDINARY, FarAhead;
+    process_settings_cross: "process_settings", ORDINARY, Behind;
+    surroundings_cross: "surroundings", ORDINARY, FarAhead;
+    clocks_go_on_where_the_other_host_is_behind: "clocks", ORDINARY, Behind;
+    clocks_go_on_where_the_other_host_is_far_ahead: "clocks", ORDINARY, FarAhead;
+    private_memory_crosses: "memory_chain", ORDINARY, Behind;
+    copied_pages_of_private_files_cross: "private_file", ORDINARY, FarAhead;
+    shared_file_mappings_cross: "shared_file", ORDINARY, Behind;
+    guard_pages_cross_and_are_followed: "guard_pages", ORDINARY, FarAhead;
+    locked_memory_crosses: "locked_memory", ORDINARY, Behind;
+    advice_and_names_of_mappings_cross: "advice", ORDINARY, FarAhead;
+    growing_stacks_cross_and_grow_on: "growing_stack", ORDINARY, Behind;
+    forks_during_the_drain_are_followed: "forking", ORDINARY, FarAhead;
+    moved_and_dropped_memory_is_followed: "remapping", ORDINARY, Behind;
+    regular_files_cross: "regular_file", ORDINARY, FarAhead;
+    open_directories_cross: "directory", ORDINARY, Behind;
+    devices_cross: "devices", ORDINARY, FarAhead;
+    pipes_cross_with_their_contents: "pipes", ORDINARY, Behind;
+    eventfds_cross: "eventfds", ORDINARY, FarAhead;
+    epolls_cross_with_many_items: "epolls", ORDINARY, Behind;
+    timerfds_cross_where_the_clock_is_behind: "timerfds", ORDINARY, Behind;
+    timerfds_cross_where_the_clock_is_far_ahead: "timerfds", ORDINARY, FarAhead;
+    signalfds_cross: "signalfds", ORDINARY, Behind;
+    tcp_listeners_cross: "tcp_listeners", ORDINARY, FarAhead;
+    udp_sockets_cross: "udp_sockets", ORDINARY, Behind;
+    socketpairs_cross_with_their_contents: "socketpairs", ORDINARY, FarAhead;
+    interval_timers_cross: "interval_timers", ORDINARY, Behind;
+    posix_timers_cross: "posix_timers", ORDINARY, FarAhead;
+    blocking_calls_cross_without_returning: "blocking", ORDINARY, Behind;
+}
