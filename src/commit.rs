@@ -19,7 +19,8 @@ use pageferry_image::model::task::Tree;
 use pageferry_pageserver::capture::{self, Captured};
 use pageferry_pageserver::survey::{Survey, SurveyOptions};
 use pageferry_restorer::rebuild::{self, EagerPage, Rebuilt, TreeClock};
-use pageferry_tracee::tree::{Pumped, SeizeOptions, Tracee};
+use pageferry_tracee::host;
+use pageferry_tracee::tree::{Held, Pumped, SeizeOptions, Tracee};
 use tokio::sync::oneshot;
 
 /// Longest time a freeze may take before every thread is let go again.
@@ -58,19 +59,18 @@ pub enum Error {
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// A frozen and captured process, with when things happened.
-#[derive(Debug)]
+/// When a freeze happened.
+#[derive(Debug, Clone, Copy)]
 pub struct Frozen {
     /// Just before the first thread was told to stop.
     pub began: Instant,
     /// Every thread stopped.
     pub stopped: Instant,
-    /// What was read.
-    pub captured: Captured,
 }
 
 enum SourceCommand {
-    Capture(Box<(Survey, SurveyOptions)>, Reply<Frozen>),
+    Freeze(Reply<Frozen>),
+    Capture(Box<(Survey, SurveyOptions)>, Reply<Captured>),
     Park(Reply<()>),
     RollBack(Reply<()>),
     Kill(Reply<()>),
@@ -100,8 +100,13 @@ impl SourceTree {
         answer.await.map_err(|_| Error::Thread)?
     }
 
-    /// Seizes, freezes and captures. On `Err` the process runs on as before.
-    pub async fn capture(&self, survey: Survey, options: SurveyOptions) -> Result<Frozen, Error> {
+    /// Seizes and freezes. On `Err` the process runs on as before.
+    pub async fn freeze(&self) -> Result<Frozen, Error> {
+        self.ask(SourceCommand::Freeze).await
+    }
+
+    /// Reads the frozen process. On `Err` it stays frozen, until it is rolled back.
+    pub async fn capture(&self, survey: Survey, options: SurveyOptions) -> Result<Captured, Error> {
         self.ask(|reply| SourceCommand::Capture(Box::new((survey, options)), reply)).await
     }
 
@@ -145,13 +150,96 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
     let mut parked = false;
     while let Ok(command) = inbox.recv() {
         match command {
+            SourceCommand::Freeze(reply) => {
+                let outcome = freeze(pid);
+                let _ = reply.send(outcome.map(|(tracee, frozen)| {
+                    held = Some(tracee);
+                    frozen
+                }));
+            }
             SourceCommand::Capture(work, reply) => {
                 let (survey, options) = *work;
-                let outcome = freeze_and_capture(pid, &survey, &options, &mut held);
-                if outcome.is_err() {
-                    // Dropping thaws.
-                    held = None;
-                }
+                let outcome = held
+                    .as_mut()
+                    .ok_or(Error::Thread)
+                    .and_then(|tracee| capture::capture(tracee, &survey, &options).map_err(Error::Capture));
+                let _ = reply.send(outcome);
+            }
+            SourceCommand::Park(reply) => {
+                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|tracee| tracee.park().map_err(Error::Park));
+                parked = outcome.is_ok();
+                let _ = reply.send(outcome);
+            }
+            SourceCommand::RollBack(reply) => {
+                let _ = reply.send(roll_back(held.take(), std::mem::take(&mut parked)));
+            }
+            SourceCommand::Kill(reply) => {
+                let outcome = held.take().ok_or(Error::Thread).and_then(|tracee| tracee.kill().map_err(Error::Kill));
+                let _ = reply.send(outcome);
+            }
+            SourceCommand::Abandon => break,
+        }
+    }
+    if parked {
+        // The thread's end detaches; the queued SIGSTOP takes over. A thaw would do the same with more steps.
+        std::mem::forget(held);
+    }
+}
+
+fn freeze(pid: i32) -> Result<(Tracee, Frozen), Error> {
+    let seize = SeizeOptions { exit_kill: false, follow: true, suspend_seccomp: true };
+    let mut tracee = Tracee::seize(pid, seize).map_err(Error::Freeze)?;
+    let began = tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(Error::Freeze)?;
+    Ok((tracee, Frozen { began, stopped: Instant::now() }))
+}
+
+fn roll_back(&self) -> Result<(), Error> {
+        self.ask(SourceCommand::RollBack).await
+    }
+
+    /// Ends the source copy. Only after the target has confirmed every page.
+    pub async fn kill(&self) -> Result<(), Error> {
+        self.ask(SourceCommand::Kill).await
+    }
+
+    /// Leaves the process stopped for good: COMMIT was sent, and the outcome is not ours to decide.
+    pub fn abandon(mut self) {
+        let _ = self.commands.send(SourceCommand::Abandon);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for SourceTree {
+    fn drop(&mut self) {
+        // The thread sees the closed channel and lets go of what it holds.
+        let (closed, _) = mpsc::channel();
+        self.commands = closed;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
+    let mut held: Option<Tracee> = None;
+    let mut parked = false;
+    while let Ok(command) = inbox.recv() {
+        match command {
+            SourceCommand::Freeze(reply) => {
+                let outcome = freeze(pid);
+                let _ = reply.send(outcome.map(|(tracee, frozen)| {
+                    held = Some(tracee);
+                    frozen
+                }));
+            }
+            SourceCommand::Capture(work, reply) => {
+                let (survey, options) = *work;
+                let outcome = held
+                    .as_mut()
+                    .ok_or(Error::Thread)
+                    .and_then(|tracee| capture::capture(tracee, &survey, &options).map_err(Error::Capture));
                 let _ = reply.send(outcome);
             }
             SourceCommand::Park(reply) => {
@@ -195,15 +283,6 @@ fn roll_back(held: Option<Tracee>, parked: bool) -> Result<(), Error> {
         tracee.unpark().map_err(Error::Thaw)?;
     }
     tracee.thaw().map_err(Error::Thaw)
-}
-
-/// How the rebuilt process fares while it is held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// It was let go of.
-    Released,
-    /// It ended by itself; the wait status as waitpid(2) gives it.
-    Ended(i32),
 }
 
 enum TargetCommand {
@@ -335,8 +414,6 @@ fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Se
     // A leader still held here dies with this thread: EXITKILL.
 }
 
-use pageferry_tracee::tree::Held;
-
 fn seize_and_rebuild(
     pid: i32,
     seize: SeizeOptions,
@@ -349,12 +426,12 @@ fn seize_and_rebuild(
     let tracee = husk.insert(Tracee::seize(pid, seize).map_err(|e| Error::Rebuild(e.into()))?);
     tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(|e| Error::Rebuild(e.into()))?;
     let clock = || {
-        let now = pageferry_tracee::host::clocks();
-        TreeClock {
+        let now = host::clocks()?;
+        Ok(TreeClock {
             monotonic_ns: now.monotonic_ns.saturating_add_signed(monotonic_offset_ns),
             boottime_ns: now.boottime_ns.saturating_add_signed(boottime_offset_ns),
             realtime_ns: now.realtime_ns,
-        }
+        })
     };
     rebuild::rebuild(tracee, tree, eager, clock).map_err(Error::Rebuild)
 }

@@ -14,51 +14,11 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tracee::procfs;
+use crate::exit;
+use pageferry_wire::session::{Record, source_may_run};
 
 /// Where journals lie. On a tmpfs: they mean nothing after a reboot.
 const FOLDER: &str = "/run/pageferry";
-
-/// One step that cannot be taken back silently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Record {
-    /// The source is about to stop the process.
-    Intent = 1,
-    /// SIGSTOP is queued: our death now leaves the process stopped.
-    Park = 2,
-    /// The park was taken back; the process runs on the source.
-    RolledBack = 3,
-    /// The right to run is about to be handed over.
-    Commit = 4,
-    /// Source: the target refused the right to run. Target: it refused.
-    Refused = 5,
-    /// The process runs on the target.
-    Running = 6,
-    /// Target: threads are being let go; from here on it may have executed an instruction.
-    Releasing = 7,
-    /// Every page is on the target.
-    Resident = 8,
-    /// The source copy has ended.
-    Done = 9,
-}
-
-impl Record {
-    const ALL: [Self; 9] = [
-        Self::Intent,
-        Self::Park,
-        Self::RolledBack,
-        Self::Commit,
-        Self::Refused,
-        Self::Running,
-        Self::Releasing,
-        Self::Resident,
-        Self::Done,
-    ];
-
-    fn from_byte(byte: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|record| *record as u8 == byte)
-    }
-}
 
 /// An open journal of one migration.
 #[derive(Debug)]
@@ -87,9 +47,10 @@ impl Journal {
     /// # Errors
     /// If either cannot be written: the step it announces must then not be taken.
     pub fn record(&mut self, record: Record) -> std::io::Result<()> {
-        writeln!(self.file, "{record:?}")?;
+        let line = format!("{record}\n");
+        self.file.write_all(line.as_bytes())?;
         if let Some(pipe) = &mut self.keeper {
-            pipe.write_all(&[record as u8])?;
+            pipe.write_all(line.as_bytes())?;
         }
         Ok(())
     }
@@ -125,38 +86,34 @@ const RELEASE_TRIES: u32 = 1000;
 /// an engine that was killed.
 ///
 /// 1. The engine dies. Its pipe closes, its traced threads are let go by the kernel, in either order.
-/// 2. If the last record is PARK, the process runs into the queued SIGSTOP and stays in state T. COMMIT was never sent,
-///    so it is continued.
+/// 2. If PARK stands without COMMIT, the process runs into the queued SIGSTOP and stays in state T. COMMIT was never
+///    sent, so it is continued.
 /// 3. If COMMIT stands there, the target may run it: it stays stopped for good.
 /// 4. If RESIDENT stands there, the target has every page: the stopped copy is ended.
-pub fn keep(mut records: File, pid: i32, was_stopped: bool) -> u8 {
+pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
     let start = procfs::stat(pid, pid).map(|stat| stat.start_time_ticks);
-    let mut last = None;
-    let mut byte = [0u8; 1];
-    while let Ok(1) = records.read(&mut byte) {
-        last = Record::from_byte(byte[0]);
-    }
+    let mut text = String::new();
+    // What a dying engine wrote is whole lines: each is one write of a few bytes to a pipe.
+    let _ = pipe.read_to_string(&mut text);
+    let records: Vec<Record> = text.lines().filter_map(Record::from_name).collect();
     let still_it = || match (&start, procfs::stat(pid, pid)) {
         (Ok(then), Ok(now)) => *then == now.start_time_ticks,
         _ => false,
     };
-    match last {
-        None | Some(Record::Intent | Record::RolledBack | Record::Refused) => 1,
-        Some(Record::Park) => {
-            if !was_stopped && still_it() {
-                release(pid);
-            }
-            1
+    if source_may_run(&records) {
+        if records.contains(&Record::Park) && !was_stopped && still_it() {
+            release(pid);
         }
-        Some(Record::Commit) => 6,
-        Some(Record::Running | Record::Releasing) => 5,
-        Some(Record::Resident) => {
-            if still_it() {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-            0
+        exit::FAILED
+    } else if records.contains(&Record::Resident) {
+        if !records.contains(&Record::Done) && still_it() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
-        Some(Record::Done) => 0,
+        exit::DONE
+    } else if records.contains(&Record::Run) {
+        exit::LOST
+    } else {
+        exit::UNDECIDED
     }
 }
 

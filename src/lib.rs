@@ -7,6 +7,7 @@ pub mod check;
 pub mod cli;
 pub mod commit;
 pub mod cradle;
+pub mod drain;
 pub mod exit;
 pub mod identity;
 pub mod journal;

@@ -199,6 +199,11 @@ impl Report {
         self.emit(&Event::Progress(event));
     }
 
+    /// Why it did not end well, causes included: printed here and nowhere else.
+    pub fn failure(&self, failure: &dyn std::error::Error) {
+        eprintln!("pageferry: {}", chain(failure));
+    }
+
     /// The last line.
     pub fn ledger(&mut self, ledger: &Ledger) {
         if let Some(bar) = self.bar.take() {
@@ -223,6 +228,18 @@ impl Report {
         }
         self.emit(&Event::Ledger(ledger.clone()));
     }
+}
+
+/// An error with all its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        next = source.source();
+    }
+    text.replace('\n', " ")
 }
 
 /// Milliseconds in a duration, with fractions.

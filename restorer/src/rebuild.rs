@@ -100,6 +100,8 @@ pub struct Rebuilt {
     pub lazy: Vec<PageRange>,
     /// Pages inside `lazy` that are there already.
     pub resident: Vec<u64>,
+    /// Ranges with MADV_WIPEONFORK.
+    pub wipe_on_fork: Vec<PageRange>,
 }
 
 /// Calls made in one thread by the agent, collected into batches, each with the words for its failure.
@@ -215,7 +217,7 @@ impl<'w, 'i> Work<'w, 'i> {
 ///
 /// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
 /// On `Err` the husk is of no further use: kill it.
-pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl Fn() -> TreeClock) -> Result<Rebuilt> {
+pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl Fn() -> pageferry_tracee::Result<TreeClock>) -> Result<Rebuilt> {
     tree.validate()?;
     let process = tree.root.as_ref().ok_or_else(|| model::Invalid::new("the tree", "has no process"))?;
     let space = process.space.as_ref().ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
@@ -228,7 +230,7 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
     }
 
     let hole = memory::hole_for_agent(space, &pageferry_tracee::procfs::maps(pid)?, process.threads.len())?;
-    let mut injection = husk.plant(Some(hole))?;
+    let mut injection = husk.plant_with_room(Some(hole), process.threads.len())?;
     let agent = injection.mapping();
 
     memory::clear(&mut injection, pid)?;
@@ -244,7 +246,7 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
     let resident = memory::install(pid, space, &uffd, eager)?;
 
     let elapsed = |clock: TreeClock| timers::Elapsed::since_capture(tree, clock);
-    files::rebuild(&mut injection, pid, process, tree, &mut handed, elapsed(clock()))?;
+    files::rebuild(&mut injection, pid, process, tree, &mut handed, elapsed(clock()?))?;
 
     for thread in process.threads.iter().skip(1) {
         injection.spawn_thread(thread.tid)?;
@@ -253,7 +255,7 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
     task::rebuild_process(&mut injection, process)?;
     signals::rebuild_pending(&mut injection, process)?;
     handed.end(&mut injection, process)?;
-    timers::rebuild(&mut injection, process, elapsed(clock()))?;
+    timers::rebuild(&mut injection, process, elapsed(clock()?))?;
     task::limits_last(&mut injection, process)?;
     task::rebuild_threads(&mut injection, process)?;
 
@@ -261,11 +263,15 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
     let starts = task::starts(process)?;
     injection.finish(&starts)?;
 
-    let mut lazy = Vec::new();
+    let (mut lazy, mut wipe_on_fork) = (Vec::new(), Vec::new());
     for mapping in space.mappings.iter().filter(|m| m.kind() == Kind::Anon) {
-        lazy.push(PageRange { start: mapping.start, end: mapping.end });
+        let range = PageRange { start: mapping.start, end: mapping.end };
+        lazy.push(range);
+        if mapping.advice.contains(&(libc::MADV_WIPEONFORK.unsigned_abs())) {
+            wipe_on_fork.push(range);
+        }
     }
-    Ok(Rebuilt { uffd, lazy, resident })
+    Ok(Rebuilt { uffd, lazy, resident, wipe_on_fork })
 }
 
 /// Object names of the mappings, as operators read them.

@@ -5,8 +5,8 @@
 //! 0      1           4            8            12
 //! | tag  | 0  0  0   | body_len   | crc32      | body …
 //! ```
-//! Integers are little-endian. The checksum covers the body, except that of PAGES: there it covers the batch's head (all
-//! before the page bytes), and each page has a checksum of its own in that head.
+//! Integers are little-endian. The checksum covers the eight bytes before it and the body, except that of PAGES: there it covers
+//! the batch's head (all before the page bytes), and each page has a checksum of its own in that head.
 
 use std::fmt;
 
@@ -171,6 +171,8 @@ frames! {
     17 Abort(message::Abort) Both limits::SMALL_LEN_MAX;
     /// The sender lives.
     18 Heartbeat(message::Heartbeat) Both limits::SMALL_LEN_MAX;
+    /// How far the drain is.
+    19 Progress(message::Progress) ToSource limits::SMALL_LEN_MAX;
 }
 
 impl fmt::Display for Tag {
@@ -235,7 +237,7 @@ impl Frame {
         head.put_u8(tag as u8);
         head.put_bytes(0, 3);
         head.put_u32_le(body_len);
-        head.put_u32_le(crc32fast::hash(&body));
+        head.put_u32_le(checksum(tag, body_len, &body));
         if copied {
             head.extend_from_slice(&body);
             return Ok(Encoded { head: head.freeze(), body: Bytes::new(), data });
@@ -244,12 +246,27 @@ impl Frame {
     }
 }
 
+/// The checksum of a frame whose body has `covered` as its covered part.
+fn checksum(tag: Tag, body_len: u32, covered: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&[tag as u8, 0, 0, 0]);
+    hasher.update(&body_len.to_le_bytes());
+    hasher.update(covered);
+    hasher.finalize()
+}
+
 /// Header of a frame whose body is still arriving.
 #[derive(Debug, Clone, Copy)]
 struct Header {
     tag: Tag,
-    body_len: usize,
+    body_len: u32,
     checksum: u32,
+}
+
+impl Header {
+    fn body_len(self) -> usize {
+        self.body_len as usize
+    }
 }
 
 /// Turns the bytes of one stream into frames, as they come. After an error the stream is of no use.
@@ -284,12 +301,12 @@ impl Decoder {
                 *self.header.insert(header)
             }
         };
-        if self.buffer.len() < header.body_len {
+        if self.buffer.len() < header.body_len() {
             return Ok(None);
         }
         self.header = None;
-        let body = self.buffer.split_to(header.body_len).freeze();
-        if crc32fast::hash(&body[..header.tag.checked_len(&body)]) != header.checksum {
+        let body = self.buffer.split_to(header.body_len()).freeze();
+        if checksum(header.tag, header.body_len, &body[..header.tag.checked_len(&body)]) != header.checksum {
             return Err(Error::Checksum { tag: header.tag });
         }
         Frame::decode(header.tag, body).map(Some)
@@ -297,7 +314,7 @@ impl Decoder {
 
     /// Bytes still needed for the next frame, as far as is known; never 0 after [`Decoder::pull`] said `None`.
     pub fn missing(&self) -> usize {
-        let whole = self.header.map_or(FRAME_HEADER_LEN, |header| header.body_len);
+        let whole = self.header.map_or(FRAME_HEADER_LEN, Header::body_len);
         whole.saturating_sub(self.buffer.len())
     }
 
@@ -319,6 +336,210 @@ impl Decoder {
         if body_len > tag.body_len_max() {
             return Err(Error::TooLong { tag, length: body_len.into(), limit: tag.body_len_max() });
         }
-        Ok(Some(Header { tag, body_len: body_len as usize, checksum: bytes.get_u32_le() }))
+        Ok(Some(Header { tag, body_len, checksum: bytes.get_u32_le() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{AbortCode, Fetch, Heartbeat, Hello, Map, Plan, Role, State};
+    use crate::pages::{PageBatchBuilder, PageKind};
+    use crate::{Phase, limits};
+    use pageferry_image::page::PageRange;
+    use proptest::prelude::*;
+
+    fn bytes(frame: &Frame) -> Vec<u8> {
+        frame.encode().expect("within its limits").into_parts().concat()
+    }
+
+    fn batch() -> PageBatch {
+        let mut builder = PageBatchBuilder::new(9, 0x7f00_0000_0000, 2);
+        builder.without_data(PageKind::Zero, 3);
+        builder.data(2).fill(0x5a);
+        builder.finish()
+    }
+
+    /// One frame of each kind, by an exhaustive match: a new kind does not compile until it is here.
+    fn examples() -> Vec<Frame> {
+        let plan = Plan { pid: 4711, tids: vec![4711, 4712], page_size: 4096, file_check: 1, ..Plan::default() };
+        Tag::ALL
+            .iter()
+            .map(|tag| match tag {
+                Tag::Hello => Hello::new([1; 16], Role::Bulk, "alpha").into(),
+                Tag::Welcome => message::Welcome { version: 1, host_name: "beta".into() }.into(),
+                Tag::Plan => plan.clone().into(),
+                Tag::Verdict => message::Verdict { notes: vec!["kernel differs".into()], ..Default::default() }.into(),
+                Tag::State => State { tree: vec![3; 100_000].into() }.into(),
+                Tag::Pages => batch().into(),
+                Tag::StateEnd => message::StateEnd { page_count: 2 }.into(),
+                Tag::Ready => message::Ready { rebuild_ns: 1, pages_resident: 2 }.into(),
+                Tag::Commit => message::Commit {}.into(),
+                Tag::Running => message::Running { commit_ns: 1, pages_resident: 2 }.into(),
+                Tag::Refused => message::Refused::new("no").into(),
+                Tag::Map => Map { from: 1, runs: vec![1, 2, 3, 4] }.into(),
+                Tag::MapEnd => message::MapEnd { pages_total: 6 }.into(),
+                Tag::Fetch => Fetch { request: 1, address: 0x1000, page_count: 1 }.into(),
+                Tag::Resident => message::Resident { pages_total: 6, ..Default::default() }.into(),
+                Tag::Done => message::Done {}.into(),
+                Tag::Abort => message::Abort::new(Phase::Plan, AbortCode::Cancelled, "ctrl-c").into(),
+                Tag::Heartbeat => Heartbeat { sequence: 1 }.into(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_frame_goes_there_and_back_however_the_stream_is_cut() {
+        let frames = examples();
+        let stream: Vec<u8> = frames.iter().flat_map(bytes).collect();
+        for piece in [1, 7, 11, 12, 13, 4096, stream.len()] {
+            let mut decoder = Decoder::new();
+            let mut seen = Vec::new();
+            for chunk in stream.chunks(piece) {
+                decoder.push(chunk);
+                while let Some(frame) = decoder.pull().expect("good bytes") {
+                    seen.push(frame);
+                }
+                assert!(decoder.missing() > 0);
+            }
+            decoder.finish().expect("whole frames");
+            assert_eq!(seen, frames, "in pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn numbers_names_and_tags_agree() {
+        for (index, &tag) in Tag::ALL.iter().enumerate() {
+            assert_eq!(tag as usize, index + 1);
+            assert_eq!(Tag::from_number(tag as u8).expect("it is one"), tag);
+        }
+        assert_eq!(Tag::StateEnd.to_string(), "STATE_END");
+        for number in [0, 19, 255] {
+            assert!(matches!(Tag::from_number(number), Err(Error::UnknownTag { tag }) if tag == number));
+        }
+    }
+
+    #[test]
+    fn a_length_over_its_limit_is_refused_before_anything_is_allocated() {
+        for &tag in Tag::ALL {
+            let mut decoder = Decoder::new();
+            let mut header = [0; FRAME_HEADER_LEN];
+            header[0] = tag as u8;
+            header[4..8].copy_from_slice(&(tag.body_len_max() + 1).to_le_bytes());
+            decoder.push(&header);
+            assert!(matches!(decoder.pull(), Err(Error::TooLong { .. })));
+        }
+        // The longest that is allowed is not reserved on its word either.
+        let mut decoder = Decoder::new();
+        let mut header = [0; FRAME_HEADER_LEN];
+        header[0] = Tag::State as u8;
+        header[4..8].copy_from_slice(&limits::STATE_LEN_MAX.to_le_bytes());
+        decoder.push(&header);
+        assert!(decoder.pull().expect("a good header").is_none());
+        decoder.push(&[0]);
+        assert!(decoder.buffer.capacity() <= 2 * limits::RESERVE_AHEAD_MAX);
+        assert!(matches!(decoder.finish(), Err(Error::Truncated { .. })));
+    }
+
+    #[test]
+    fn what_is_too_long_is_not_sent_either() {
+        let frame = Frame::from(Plan { comm: "x".repeat(65 << 20), ..Plan::default() });
+        assert!(matches!(frame.encode(), Err(Error::TooLong { tag: Tag::Plan, .. })));
+    }
+
+    #[test]
+    fn a_changed_bit_is_found_in_every_frame() {
+        for frame in examples() {
+            let good = bytes(&frame);
+            // In PAGES the page bytes at the end are covered page by page, when they are used.
+            let covered = good.len() - frame.encode().expect("within its limits").data.len();
+            for at in (0..covered).step_by(1 + covered / 97) {
+                let mut bad = good.clone();
+                bad[at] ^= 0x10;
+                let mut decoder = Decoder::new();
+                decoder.push(&bad);
+                // Either an error, or more bytes are asked for: never a frame.
+                assert!(!matches!(decoder.pull(), Ok(Some(_))), "bit 4 of byte {at} of a {}", frame.tag());
+            }
+        }
+    }
+
+    #[test]
+    fn messages_that_break_their_rules_do_not_leave_the_decoder() {
+        let broken: Vec<Frame> = vec![
+            Hello { migration_id: vec![1; 15], ..Hello::new([1; 16], Role::Bulk, "a") }.into(),
+            Hello { role: 9, ..Hello::new([1; 16], Role::Bulk, "a") }.into(),
+            Plan { pid: 1, tids: vec![1], page_size: 4096, file_check: 1, ..Plan::default() }.into(),
+            Plan { pid: 7, tids: vec![8], page_size: 4096, file_check: 1, ..Plan::default() }.into(),
+            Plan { pid: 7, tids: vec![7], page_size: 65_536, file_check: 1, ..Plan::default() }.into(),
+            Plan { pid: 7, tids: vec![7], page_size: 4096, file_check: 77, ..Plan::default() }.into(),
+            Fetch { request: 1, address: 0x1001, page_count: 1 }.into(),
+            Fetch { request: 1, address: 0x1000, page_count: 0 }.into(),
+            Fetch { request: 1, address: 0x1000, page_count: limits::FETCH_PAGES_MAX + 1 }.into(),
+            Fetch { request: 1, address: u64::MAX & !0xfff, page_count: 2 }.into(),
+            Map { from: 0, runs: vec![1] }.into(),
+            Map { from: 0, runs: vec![1, 0] }.into(),
+            Map { from: 0, runs: vec![u64::MAX, 1] }.into(),
+            Map { from: u64::MAX, runs: vec![1, 1] }.into(),
+            Map { from: 0, runs: vec![0, u64::MAX] }.into(),
+        ];
+        for frame in broken {
+            let mut decoder = Decoder::new();
+            decoder.push(&bytes(&frame));
+            assert!(matches!(decoder.pull(), Err(Error::Rule { .. })), "{frame:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_frames_or_errors_but_never_a_panic(stream in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut decoder = Decoder::new();
+            decoder.push(&stream);
+            while let Ok(Some(_)) = decoder.pull() {}
+        }
+
+        #[test]
+        fn any_body_with_the_right_checksum_is_a_message_or_an_error(
+            number in 1u8..=18, body in proptest::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let tag = Tag::from_number(number).expect("1 to 18 are tags");
+            let body_len = u32::try_from(body.len()).expect("short");
+            let mut stream = vec![number, 0, 0, 0];
+            stream.extend(body_len.to_le_bytes());
+            stream.extend(checksum(tag, body_len, &body[..tag.checked_len(&body)]).to_le_bytes());
+            stream.extend(&body);
+            let mut decoder = Decoder::new();
+            decoder.push(&stream);
+            match decoder.pull() {
+                Ok(frame) => prop_assert!(frame.is_some()),
+                Err(error) => prop_assert!(!matches!(error, Error::Checksum { .. }), "{error:?}"),
+            }
+        }
+
+        #[test]
+        fn maps_go_there_and_back(gaps in proptest::collection::vec((1u64..1000, 1u64..1000), 0..200)) {
+            let mut at = 0;
+            let ranges: Vec<_> = gaps.iter().map(|&(gap, length)| {
+                let start = at + gap * 4096;
+                at = start + length * 4096;
+                PageRange { start, end: at }
+            }).collect();
+            let back: Vec<_> = Map::frames(&ranges).flat_map(|map| map.ranges().expect("good ranges")).collect();
+            prop_assert_eq!(back, ranges);
+        }
+    }
+
+    #[test]
+    fn a_map_of_any_size_fits_its_frames() {
+        let ranges: Vec<_> = (0..100_000u64)
+            .map(|index| PageRange { start: (index * 3 + (1 << 43)) * 4096, end: (index * 3 + 1 + (1 << 43)) * 4096 })
+            .collect();
+        let frames: Vec<_> = Map::frames(&ranges).collect();
+        assert_eq!(frames.len(), 4);
+        for map in &frames {
+            Frame::from(map.clone()).encode().expect("within its limits");
+        }
+        let back: Vec<_> = frames.iter().flat_map(|map| map.ranges().expect("good ranges")).collect();
+        assert_eq!(back, ranges);
     }
 }

@@ -32,7 +32,7 @@ pub(crate) trait Checked {
 macro_rules! unruled {
     ($($message:ty),* $(,)?) => { $(impl Checked for $message { fn check(&self) -> Result<()> { Ok(()) } })* };
 }
-unruled!(StateEnd, Ready, Commit, Running, MapEnd, Resident, Done, Heartbeat);
+unruled!(StateEnd, Ready, Commit, Running, MapEnd, Resident, Done, Heartbeat, Progress);
 
 fn at_most(tag: Tag, object: &str, count: usize, limit: usize) -> Result<()> {
     if count > limit { Err(Error::rule(tag, object, format!("has {count} entries, over its limit of {limit}"))) } else { Ok(()) }

@@ -319,3 +319,128 @@ impl PageBatchBuilder {
         batch
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Decoder, Frame};
+    use proptest::prelude::*;
+
+    const AT: u64 = 0x5555_0000_0000;
+
+    fn fill(page: &mut [u8], index: usize) {
+        for (at, byte) in page.iter_mut().enumerate() {
+            *byte = (at * 7 + index * 31) as u8;
+        }
+    }
+
+    /// A batch over the wire.
+    fn carried(batch: &PageBatch, spoil: impl Fn(&mut [u8])) -> Result<Option<Frame>> {
+        let mut bytes = Frame::from(batch.clone()).encode().expect("within its limits").into_parts().concat();
+        spoil(&mut bytes);
+        let mut decoder = Decoder::new();
+        decoder.push(&bytes);
+        decoder.pull()
+    }
+
+    #[test]
+    fn a_full_batch_is_carried_and_verified_page_by_page() {
+        let mut builder = PageBatchBuilder::new(3, AT, 256);
+        for (index, page) in builder.data(256).chunks_exact_mut(PAGE_LEN).enumerate() {
+            fill(page, index);
+        }
+        assert_eq!(builder.data_pages_left(), 0);
+        let batch = builder.finish();
+        let Ok(Some(Frame::Pages(back))) = carried(&batch, |_| ()) else { panic!("it is a batch") };
+        assert_eq!(back, batch);
+        assert_eq!((back.request(), back.data_page_count(), back.runs().len()), (3, 256, 1));
+        assert_eq!(back.verify_run(&back.runs()[0]).expect("good pages"), *batch.data());
+        let mut page = vec![0; PAGE_LEN];
+        fill(&mut page, 200);
+        let address = AT + 200 * PAGE_SIZE;
+        assert_eq!(back.verify_page(address + 5).expect("a good page").expect("it has data"), page);
+        assert_eq!(back.verify_page(AT - 1).expect("not asked"), None);
+    }
+
+    #[test]
+    fn a_spoiled_page_is_named_and_its_neighbours_are_good() {
+        let mut builder = PageBatchBuilder::new(0, AT, 3);
+        builder.without_data(PageKind::Guard, 2);
+        builder.data(3).fill(1);
+        let batch = builder.finish();
+        let length = batch.head().len() + crate::limits::FRAME_HEADER_LEN;
+        let Ok(Some(Frame::Pages(back))) = carried(&batch, |bytes| bytes[length + PAGE_LEN + 9] ^= 1) else {
+            panic!("page bytes are not the frame's to check")
+        };
+        let bad = AT + 3 * PAGE_SIZE;
+        assert!(matches!(back.verify_run(&back.runs()[1]), Err(Error::Page { address }) if address == bad));
+        assert!(matches!(back.verify_page(bad), Err(Error::Page { address }) if address == bad));
+        assert!(back.verify_page(AT + 2 * PAGE_SIZE).is_ok_and(|page| page.is_some()));
+        assert!(back.verify_page(AT).is_ok_and(|page| page.is_none()), "a guard has no data");
+    }
+
+    #[test]
+    fn a_page_at_another_address_has_another_checksum() {
+        assert_ne!(page_checksum(AT, &[0; PAGE_LEN]), page_checksum(AT + PAGE_SIZE, &[0; PAGE_LEN]));
+    }
+
+    #[test]
+    fn batches_that_break_their_rules_are_refused() {
+        let validate = |address, page_count, runs: &[(u32, u32)], data_pages: usize| {
+            PageBatch::validate(1, address, page_count, runs, data_pages * PAGE_LEN).is_ok()
+        };
+        assert!(validate(AT, 3, &[(1, 1), (2, 2)], 1));
+        assert!(!validate(AT + 1, 3, &[(1, 1), (2, 2)], 1), "an address inside a page");
+        assert!(!validate(u64::MAX - 4095, 3, &[(1, 1), (2, 2)], 1), "a range past the end");
+        assert!(!validate(limits::USER_ADDRESS_END - PAGE_SIZE, 2, &[(2, 2)], 0), "kernel addresses");
+        assert!(!validate(AT, 0, &[], 0), "no pages");
+        assert!(!validate(AT, limits::BATCH_PAGES_MAX + 1, &[(2, limits::BATCH_PAGES_MAX + 1)], 0), "too many pages");
+        assert!(!validate(AT, 3, &[(1, 1), (2, 1)], 1), "runs that end early");
+        assert!(!validate(AT, 3, &[(1, 1), (2, 3)], 1), "runs that end late");
+        assert!(!validate(AT, 3, &[(1, 1), (2, u32::MAX)], 1), "a run that wraps");
+        assert!(!validate(AT, 3, &[(1, 1), (2, 0), (2, 2)], 1), "an empty run");
+        assert!(!validate(AT, 3, &[(0, 1), (2, 2)], 0), "kind zero");
+        assert!(!validate(AT, 3, &[(5, 1), (2, 2)], 0), "an unknown kind");
+        assert!(!validate(AT, 3, &[(1, 2), (2, 1)], 1), "less data than said");
+        assert!(!validate(AT, 3, &[(1, 1), (2, 2)], 2), "more data than said");
+    }
+
+    #[test]
+    #[should_panic(expected = "fit the batch")]
+    fn a_builder_takes_no_more_data_than_it_has_room_for() {
+        PageBatchBuilder::new(0, AT, 1).data(2);
+    }
+
+    #[test]
+    #[should_panic(expected = "a batch built here is a batch")]
+    fn an_empty_batch_cannot_be_built() {
+        let _ = PageBatchBuilder::new(0, AT, 1).finish();
+    }
+
+    proptest! {
+        #[test]
+        fn any_mixture_of_runs_is_carried(kinds in proptest::collection::vec((1u32..=4, 1usize..6), 1..40)) {
+            let data: usize = kinds.iter().filter(|(kind, _)| *kind == 1).map(|(_, count)| count).sum();
+            let mut builder = PageBatchBuilder::new(8, AT, data);
+            for &(kind, count) in &kinds {
+                prop_assert!(builder.has_room());
+                match PageKind::from_number(kind) {
+                    Some(PageKind::Data) => builder.data(count).fill(kind as u8),
+                    Some(other) => builder.without_data(other, u32::try_from(count).expect("small")),
+                    None => unreachable!("1 to 4 are kinds"),
+                }
+            }
+            let batch = builder.finish();
+            let Ok(Some(Frame::Pages(back))) = carried(&batch, |_| ()) else { panic!("it is a batch") };
+            prop_assert_eq!(&back, &batch);
+            // Page for page what was put in, and every data page verifies.
+            let pages = kinds.iter().flat_map(|&(kind, count)| std::iter::repeat_n(kind, count));
+            for (index, kind) in pages.enumerate() {
+                let address = AT + index as u64 * PAGE_SIZE;
+                let run = back.runs().iter().find(|run| run.range.contains(address)).expect("runs cover the batch");
+                prop_assert_eq!(run.kind as u32, kind);
+                prop_assert_eq!(back.verify_page(address).expect("good").is_some(), kind == 1);
+            }
+        }
+    }
+}

@@ -164,6 +164,7 @@ pub struct Source {
     plan: Option<Plan>,
     verdict: Option<Verdict>,
     resident: Option<Resident>,
+    figures: Done,
     /// Why the crossing must end, where that has to wait for a record.
     failure: Option<String>,
     actions: VecDeque<SourceAction>,
@@ -179,6 +180,7 @@ impl Source {
             plan: Some(plan),
             verdict: None,
             resident: None,
+            figures: Done::default(),
             failure: None,
             actions: VecDeque::from([SourceAction::Send(hello.into())]),
         }
@@ -230,7 +232,7 @@ impl Source {
         let phase = self.phase();
         let tag = frame.tag();
         match (self.stage, frame) {
-            (_, Frame::Heartbeat(_)) => {}
+            (_, Frame::Heartbeat(_) | Frame::Progress(_)) => {}
             (_, Frame::Abort(abort)) => self.aborted(&abort),
             (SourceStage::Hello, Frame::Welcome(Welcome { .. })) => {
                 self.stage = SourceStage::Plan;
@@ -344,6 +346,11 @@ impl Source {
             (SourceStage::Ending, Record::Done) => self.done(),
             _ => self.fail(AbortCode::Failed, text),
         }
+    }
+
+    /// What the crossing cost: it goes to the target with DONE. Before [`Source::handle_killed`].
+    pub fn handle_figures(&mut self, figures: Done) {
+        self.figures = figures;
     }
 
     /// The copy has ended.
@@ -473,7 +480,8 @@ impl Source {
     }
 
     fn done(&mut self) {
-        self.send(Done {});
+        let figures = std::mem::take(&mut self.figures);
+        self.send(figures);
         let resident = self.resident.take().unwrap_or_default();
         self.over(SourceEnd::Done(resident));
     }
@@ -676,7 +684,7 @@ impl Target {
             (TargetStage::Drain, Frame::MapEnd(end)) => self.actions.push_back(TargetAction::MapEnd(end)),
             // The program may end, and so be resident, while the map is still coming.
             (TargetStage::RecordingResident | TargetStage::Resident, Frame::Map(_) | Frame::MapEnd(_)) => {}
-            (TargetStage::Resident, Frame::Done(Done {})) => self.done(true),
+            (TargetStage::Resident, Frame::Done(_)) => self.done(true),
             (TargetStage::Over, _) => {}
             _ => {
                 let error = Error::Order { tag, phase };

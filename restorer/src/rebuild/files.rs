@@ -10,7 +10,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use pageferry_image::model::Invalid;
 use pageferry_image::model::files::{Descriptor, File, file};
 use pageferry_image::model::task::{Process, Tree};
-use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::injection::Injection;
 use pageferry_tracee::{descriptor, pipe, timer};
 
@@ -43,7 +42,7 @@ impl Handover {
         let above = process.descriptors.iter().map(|d| u64::from(d.fd) + 1).max().unwrap_or(0) + 2;
         let ours = std::process::id();
         let mut work = Work::new(injection, self.pid);
-        let opened = work.call("our pidfd", "pidfd_open", libc::SYS_pidfd_open, &[u64::from(ours).into(), 0u64.into()]);
+        let opened = work.call("our pidfd", "pidfd_open", libc::SYS_pidfd_open, &[ours.into(), 0u64.into()]);
         work.exactly(above, "our pidfd", "dup3", libc::SYS_dup3, &[opened.into(), above.into(), libc::O_CLOEXEC.into()]);
         work.call("our pidfd", "close", libc::SYS_close, &[opened.into()]);
         work.run()?;

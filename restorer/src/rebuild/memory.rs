@@ -8,7 +8,8 @@ use pageferry_image::model::Invalid;
 use pageferry_image::model::memory::{Kind, Mapping, Space};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_tracee::descriptor::PidFd;
-use pageferry_tracee::injection::{AGENT_ALIGN, Injection};
+use pageferry_tracee::agent;
+use pageferry_tracee::injection::Injection;
 use pageferry_tracee::memory::RemoteMemory;
 use pageferry_tracee::procfs::{self, Vma};
 use pageferry_tracee::uffd::{Copied, Features, Uffd};
@@ -33,7 +34,7 @@ const PR_SET_THP_DISABLE: u64 = 41;
 
 /// An address for the agent that neither the husk nor the final layout uses, with room for stacks to grow.
 pub(crate) fn hole_for_agent(space: &Space, husk: &[Vma], thread_count: usize) -> Result<u64> {
-    let needed = Injection::mapping_len(thread_count).next_multiple_of(AGENT_ALIGN) + 2 * PAGE_SIZE;
+    let needed = agent::byte_len(thread_count) as u64 + 2 * PAGE_SIZE;
     let mut taken: Vec<Range<u64>> = husk.iter().map(|vma| vma.start..vma.end).collect();
     for mapping in &space.mappings {
         let room = if mapping.grows_down { STACK_ROOM } else { 0 };
@@ -47,7 +48,7 @@ pub(crate) fn hole_for_agent(space: &Space, husk: &[Vma], thread_count: usize) -
         if range.start >= at && range.start - at >= needed {
             break;
         }
-        at = at.max(range.end.next_multiple_of(AGENT_ALIGN) + PAGE_SIZE);
+        at = at.max(range.end + PAGE_SIZE);
     }
     if at.saturating_add(needed) > HOLE_MAX {
         return Err(Error::Mismatch {

@@ -39,12 +39,12 @@ fn prctl(work: &mut Work<'_, '_>, object: &str, call: &'static str, option: u64,
 /// Makes room for the descriptors while the table is filled; the captured limit comes in [`limits_last`].
 pub(crate) fn limits_first(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
     let needed = process.descriptors.iter().map(|d| u64::from(d.fd) + 1).max().unwrap_or(0) + 16;
-    let now = procfs::limits(process.pid)?[RLIMIT_NOFILE as usize];
-    if now.soft >= needed {
+    let (soft, hard) = procfs::limits(process.pid)?[RLIMIT_NOFILE as usize];
+    if soft >= needed {
         return Ok(());
     }
     let mut work = Work::new(injection, process.pid);
-    set_limit(&mut work, RLIMIT_NOFILE, needed, now.hard.max(needed))?;
+    set_limit(&mut work, RLIMIT_NOFILE, needed, hard.max(needed))?;
     work.run()?;
     Ok(())
 }
@@ -68,7 +68,7 @@ pub(crate) fn limits_last(injection: &mut Injection<'_>, process: &Process) -> R
     let now = procfs::limits(process.pid)?;
     let mut work = Work::new(injection, process.pid);
     for limit in &process.limits {
-        let same = now.get(limit.resource as usize).is_some_and(|n| n.soft == limit.soft && n.hard == limit.hard);
+        let same = now.get(limit.resource as usize) == Some(&(limit.soft, limit.hard));
         if !same {
             set_limit(&mut work, limit.resource, limit.soft, limit.hard)?;
         }

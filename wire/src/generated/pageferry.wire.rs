@@ -200,9 +200,32 @@ pub struct Resident {
     #[prost(uint64, tag = "5")]
     pub page_bytes: u64,
 }
-/// The source copy has ended.
+/// The source copy has ended. What the crossing cost, for the target's ledger: the source's clock, pieces that sum to the downtime.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Done {}
+pub struct Done {
+    #[prost(uint64, tag = "1")]
+    pub downtime_ns: u64,
+    #[prost(uint64, tag = "2")]
+    pub freeze_ns: u64,
+    #[prost(uint64, tag = "3")]
+    pub capture_ns: u64,
+    #[prost(uint64, tag = "4")]
+    pub rebuild_ns: u64,
+    #[prost(uint64, tag = "5")]
+    pub commit_ns: u64,
+    #[prost(uint64, tag = "6")]
+    pub eager_bytes: u64,
+}
+/// How far the drain is, for the source's progress line. Nothing is decided by it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Progress {
+    #[prost(uint64, tag = "1")]
+    pub pages_total: u64,
+    #[prost(uint64, tag = "2")]
+    pub pages_resident: u64,
+    #[prost(uint64, tag = "3")]
+    pub pages_faulted: u64,
+}
 /// Ends the migration before COMMIT. After COMMIT it is not an answer and changes nothing.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Abort {

@@ -1,0 +1,290 @@
+//! The supervisor and the cradles: who is parent of a husk, and what happens to it when the engine dies.
+//!
+//! The supervisor is single-threaded and shares one descriptor table with the engine, so that no userfaultfd closes with
+//! a killed engine: threads that wait for a page go on waiting until they are killed, and never read zeros. For each
+//! migration it forks a cradle, which enters a time namespace of the tree's own, makes the husk, and stays its parent
+//! until every page is there; then it ends and the kernel hands the process to the nearest subreaper or init.
+//!
+//! One migration is served at a time, so supervisor and cradle take turns at one socket.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use pageferry_tracee::descriptor::PidFd;
+use pageferry_tracee::husk::{self, HuskRequest};
+use pageferry_tracee::{process, procfs};
+
+use crate::{exit, report};
+
+/// How often the supervisor and a cradle look whether the engine lives.
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+/// What the engine asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HuskOrder {
+    /// The process id wanted.
+    pub pid: i32,
+    /// Make it the leader of a session of its own.
+    pub set_sid: bool,
+    /// What the clocks of a time namespace of its own are ahead of ours, nanoseconds; `None`: none is made.
+    pub clock_offsets_ns: Option<(i64, i64)>,
+    /// Where the husk's one page of code lies until it is replaced: free in the final layout or not, it does not matter.
+}
+
+/// The engine's end of the socket.
+#[derive(Debug)]
+pub struct Cradle {
+    writer: UnixStream,
+    reader: BufReader<UnixStream>,
+}
+
+impl Cradle {
+    fn new(socket: UnixStream) -> std::io::Result<Self> {
+        Ok(Self { writer: socket.try_clone()?, reader: BufReader::new(socket) })
+    }
+
+    /// Has a husk made. Blocks for a millisecond or so.
+    ///
+    /// # Errors
+    /// Why not, in words for the operator.
+    pub fn make(&mut self, order: HuskOrder) -> Result<(), String> {
+        let (keep, monotonic, boottime) = match order.clock_offsets_ns {
+            Some((monotonic, boottime)) => (1, monotonic, boottime),
+            None => (0, 0, 0),
+        };
+        let line = format!(
+            "make {} {} {keep} {monotonic} {boottime} {}",
+            order.pid,
+            u8::from(order.set_sid),
+        );
+        match self.ask(&line)?.split_once(' ') {
+            Some(("made", _)) => Ok(()),
+            Some((_, why)) => Err(why.to_owned()),
+            None => Err("the supervisor does not answer".into()),
+        }
+    }
+
+    /// Tells the cradle that the process may have run: from now on its loss is a loss.
+    pub fn running(&mut self) -> Result<(), String> {
+        self.ask("running").map(drop)
+    }
+
+    /// Every page is there: the cradle ends, the process gets its new parent.
+    pub fn let_go(&mut self) -> Result<(), String> {
+        self.ask("let-go").map(drop)
+    }
+
+    /// Ends the husk, or the process with all its children.
+    pub fn destroy(&mut self) -> Result<(), String> {
+        self.ask("destroy").map(drop)
+    }
+
+    fn ask(&mut self, line: &str) -> Result<String, String> {
+        let mut answer = String::new();
+        writeln!(self.writer, "{line}")
+            .and_then(|()| self.reader.read_line(&mut answer))
+            .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
+        if answer.is_empty() { Err("the supervisor is gone".into()) } else { Ok(answer.trim_end().to_owned()) }
+    }
+}
+
+/// Forks the engine and supervises it. Returns pageferry's exit code.
+///
+/// Must be called while the process has one thread. `engine` runs in the child, which shares our descriptor table.
+pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
+    let (ours, theirs) = match UnixStream::pair() {
+        Ok(pair) => pair,
+        Err(error) => {
+            eprintln!("pageferry: no socket for the supervisor: {error}");
+            return exit::FAILED;
+        }
+    };
+    let mut both = Some((ours, theirs));
+    let forked = process::fork(true, || {
+        let Some((ours, theirs)) = both.take() else { return i32::from(exit::FAILED) };
+        // The table is shared: closing the supervisor's end here would close it there.
+        std::mem::forget(ours);
+        match Cradle::new(theirs) {
+            Ok(cradle) => i32::from(engine(cradle)),
+            Err(error) => {
+                eprintln!("pageferry: no socket to the supervisor: {error}");
+                i32::from(exit::FAILED)
+            }
+        }
+    });
+    let Some((ours, theirs)) = both.take() else { return exit::FAILED };
+    std::mem::forget(theirs);
+    match forked {
+        Ok(engine) => supervisor(Pid::from_raw(engine), ours),
+        Err(error) => {
+            eprintln!("pageferry: the engine could not be started: {error}");
+            exit::FAILED
+        }
+    }
+}
+
+fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
+    // Signals are the engine's business: it is asked to end in order.
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        process::ignore_signal(signal);
+    }
+    let mut lost = false;
+    let _ = socket.set_read_timeout(Some(LOOK_PAUSE));
+    let mut lines = Lines::new(socket);
+    loop {
+        match lines.next() {
+            Some(line) if line.starts_with("make ") => lost |= rock(engine, &mut lines, &line),
+            Some(_) => lines.answer("failed no husk is held"),
+            None => {}
+        }
+        match waitpid(engine, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, code)) => return u8::try_from(code).unwrap_or(exit::FAILED),
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                eprintln!(
+                    "pageferry: the engine was killed by {signal}; {}",
+                    if lost {
+                        "the process had run here without all its pages and was ended"
+                    } else {
+                        "no process had run here"
+                    }
+                );
+                return if lost { exit::LOST } else { exit::FAILED };
+            }
+            Err(Errno::ECHILD) => return exit::FAILED,
+            _ => {}
+        }
+    }
+}
+
+/// One migration: forks the cradle and waits for its end. True if a process that may have run was ended.
+fn rock(engine: Pid, lines: &mut Lines, order: &str) -> bool {
+    let forked = process::fork(false, || i32::from(cradle(engine, lines, order)));
+    match forked {
+        Ok(child) => loop {
+            match waitpid(Pid::from_raw(child), None) {
+                Ok(WaitStatus::Exited(_, code)) => return code == i32::from(exit::LOST),
+                Ok(WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => return true,
+                _ => {}
+            }
+        },
+        Err(error) => {
+            lines.answer(&format!("failed the cradle could not be forked: {error}"));
+            false
+        }
+    }
+}
+
+fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
+    let Some(order) = parse(order) else {
+        lines.answer("failed the order is not understood");
+        return exit::FAILED;
+    };
+    // Grandchildren whose parents end come to us: none can be left behind if the process must be ended.
+    if let Err(error) = process::become_subreaper() {
+        lines.answer(&format!("failed {error}"));
+        return exit::FAILED;
+    }
+    let made = order
+        .clock_offsets_ns
+        .map_or(Ok(()), |(monotonic, boottime)| process::unshare_time(monotonic, boottime))
+        .and_then(|()| {
+        });
+    match made {
+        Ok(_) => lines.answer("made it"),
+        Err(error) => {
+            lines.answer(&format!("failed {}", report::chain(&error)));
+            return exit::FAILED;
+        }
+    }
+    let engine = PidFd::open(engine.as_raw());
+    let mut may_have_run = false;
+    loop {
+        match lines.next().as_deref() {
+            Some("running") => {
+                may_have_run = true;
+                lines.answer("noted it");
+            }
+            Some("let-go") => {
+                lines.answer("gone it");
+                return exit::DONE;
+            }
+            Some("destroy") => {
+                end_all(order.pid);
+                lines.answer("gone it");
+                return if may_have_run { exit::LOST } else { exit::FAILED };
+            }
+            Some(_) => lines.answer("failed not understood"),
+            None => {}
+        }
+        let alive = engine.as_ref().is_ok_and(|engine| !engine.has_exited());
+        if !alive {
+            end_all(order.pid);
+            return if may_have_run { exit::LOST } else { exit::FAILED };
+        }
+        if may_have_run {
+            reap();
+        }
+    }
+}
+
+fn parse(line: &str) -> Option<HuskOrder> {
+    let mut words = line.strip_prefix("make ")?.split(' ');
+    let pid = words.next()?.parse().ok()?;
+    let set_sid = words.next()? == "1";
+    let keep = words.next()? == "1";
+    let monotonic = words.next()?.parse().ok()?;
+    let boottime = words.next()?.parse().ok()?;
+}
+
+/// Reaps what ended, the process itself included: its status is told by the one who traces it.
+fn reap() {
+    while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {}
+}
+
+/// Kills the process and every descendant, and reaps them. We are their subreaper: what is orphaned meanwhile becomes
+/// our child and is found on the next look.
+fn end_all(root: i32) {
+    let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
+    loop {
+        for pid in procfs::children(std::process::id().cast_signed()).unwrap_or_default() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        match waitpid(None, None) {
+            Err(Errno::ECHILD) => return,
+            _ => continue,
+        }
+    }
+}
+
+/// Lines of the socket, read with a time limit.
+struct Lines {
+    reader: BufReader<UnixStream>,
+    partial: String,
+}
+
+impl Lines {
+    fn new(socket: UnixStream) -> Self {
+        Self { reader: BufReader::new(socket), partial: String::new() }
+    }
+
+    /// The next line, or `None` if none came within [`LOOK_PAUSE`].
+    fn next(&mut self) -> Option<String> {
+        match self.reader.read_line(&mut self.partial) {
+            Ok(n) if n > 0 && self.partial.ends_with('\n') => {
+                let line = std::mem::take(&mut self.partial);
+                Some(line.trim_end().to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    fn answer(&mut self, line: &str) {
+        // The engine that asked may be dead; the next look finds out.
+        let _ = writeln!(self.reader.get_mut(), "{line}");
+    }
+}

@@ -1,0 +1,730 @@
+//! `pageferry migrate`, the source's side of a crossing.
+//!
+//! Three processes: the *front* talks to the terminal and waits; the *engine*, in a session of its own, does the work
+//! and goes on when the terminal goes away; the *keeper* outlives a killed engine and puts right what it left.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, pipe2, setsid};
+use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_pageserver::serve::PageReader;
+use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
+use pageferry_tracee::{host, process, procfs};
+use pageferry_wire::message::{Done, FileCheck, Hello, MapEnd, Plan, Role, State};
+use pageferry_wire::session::{Record, Source, SourceAction, SourceEnd};
+use pageferry_wire::{Frame, Phase, Tag};
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use crate::cli::{self, Common, MigrateArgs};
+use crate::commit::{Frozen, SourceTree};
+use crate::identity::{Identity, PEERS, Peers, TrustSet};
+use crate::journal::{Journal, keep};
+use crate::report::{self, Ledger, Report, ms};
+use crate::transport::{self, FramedRecv, FramedSend, Link, SILENCE_MAX};
+use crate::{check, exit};
+
+/// Longest time from the end of the freeze to the target's READY, and from COMMIT to its answer.
+const ANSWER_WAIT: Duration = Duration::from_secs(60);
+
+/// Longest wait for the target to have read the last word.
+const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
+
+/// Runs the verb; the exit code.
+pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
+    if let Some(missing) = check::first_missing() {
+        eprintln!("pageferry: {missing}");
+        return exit::HOST;
+    }
+    let was_stopped = match procfs::status(args.pid, args.pid) {
+        Ok(status) => status.state == 'T',
+        Err(error) => {
+            eprintln!("pageferry: pid {}: {error}; nothing was touched", args.pid);
+            return exit::FAILED;
+        }
+    };
+    let (records, keeper_pipe) = match pipe2(nix::fcntl::OFlag::O_CLOEXEC) {
+        Ok(ends) => ends,
+        Err(errno) => {
+            eprintln!("pageferry: no pipe to the keeper: {errno}; nothing was touched");
+            return exit::FAILED;
+        }
+    };
+    let mut waited = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD] {
+        waited.add(signal);
+    }
+    if let Err(errno) = waited.thread_block() {
+        eprintln!("pageferry: signals cannot be blocked: {errno}; nothing was touched");
+        return exit::FAILED;
+    }
+    let (mut records, mut keeper_pipe) = (Some(records), Some(keeper_pipe));
+    let keeper = process::fork(false, || {
+        drop(keeper_pipe.take());
+        let _ = setsid();
+        records.take().map_or(i32::from(exit::FAILED), |records| i32::from(keep(File::from(records), args.pid, was_stopped)))
+    });
+    drop(records.take());
+    let keeper = match keeper {
+        Ok(pid) => Pid::from_raw(pid),
+        Err(error) => {
+            eprintln!("pageferry: the keeper could not be started: {error}; nothing was touched");
+            return exit::FAILED;
+        }
+    };
+    let engine = process::fork(false, || {
+        let _ = setsid();
+        let _ = waited.thread_unblock();
+        let code = keeper_pipe.take().map_or(exit::FAILED, |pipe| engine(args, common, pipe));
+        pageferry_tracee::choke::report();
+        i32::from(code)
+    });
+    drop(keeper_pipe.take());
+    match engine {
+        Ok(engine) => front(Pid::from_raw(engine), keeper, &waited, args.pid),
+        Err(error) => {
+            eprintln!("pageferry: the engine could not be started: {error}; nothing was touched");
+            exit::FAILED
+        }
+    }
+}
+
+/// Waits for the engine; hands signals on; tells what became of the process if the engine was killed.
+fn front(engine: Pid, keeper: Pid, waited: &SigSet, pid: i32) -> u8 {
+    let mut engine_code = None;
+    loop {
+        match waited.wait() {
+            Ok(Signal::SIGCHLD) => {}
+            Ok(signal) => {
+                let _ = kill(engine, if signal == Signal::SIGHUP { Signal::SIGHUP } else { signal });
+            }
+            Err(_) => {}
+        }
+        match waitpid(engine, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, code)) => engine_code = Some(u8::try_from(code).unwrap_or(exit::FAILED)),
+            Ok(WaitStatus::StillAlive) => continue,
+            _ => {}
+        }
+        break;
+    }
+    let keeper_code = loop {
+        match waitpid(keeper, None) {
+            Ok(WaitStatus::Exited(_, code)) => break u8::try_from(code).unwrap_or(exit::UNDECIDED),
+            Err(Errno::EINTR) => {}
+            _ => break exit::UNDECIDED,
+        }
+    };
+    if let Some(code) = engine_code {
+        return code;
+    }
+    let where_is_it = match keeper_code {
+        exit::DONE => "every page had arrived; it lives on the target and the source copy was ended".to_owned(),
+        exit::FAILED => format!("pid {pid} runs on here, as before"),
+        exit::LOST => format!("it ran on the target, without all its pages; the source copy pid {pid} stays stopped"),
+        _ => format!("the target may run it; the source copy pid {pid} stays stopped. Look at the target before continuing it"),
+    };
+    eprintln!("pageferry: the engine was killed; {where_is_it}");
+    keeper_code
+}
+
+/// Why a migration did not end well. Says where the process is.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{what}; pid {pid} runs on here, as before")]
+    Before { what: String, pid: i32, #[source] source: Option<Box<dyn std::error::Error + Send + Sync>> },
+    #[error("refused; nothing was touched")]
+    Refused,
+    #[error("{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped. Look at the target before continuing it")]
+    Undecided { what: String, pid: i32 },
+    #[error("{what}; the process ran on the target and pages were missing: the source copy pid {pid} stays stopped")]
+    Lost { what: String, pid: i32 },
+}
+
+fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
+    let mut report = Report::new(common);
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("pageferry: no runtime: {error}; nothing was touched");
+            return exit::FAILED;
+        }
+    };
+    let mut ledger = Ledger { mode: args.mode.to_string(), ..Ledger::default() };
+    let outcome = runtime.block_on(crossing(args, &mut report, &mut ledger, File::from(keeper)));
+    let code = match &outcome {
+        Ok(code) => *code,
+        Err(failure) => {
+            report.failure(failure);
+            match failure {
+                Failure::Before { .. } => exit::FAILED,
+                Failure::Refused => exit::REFUSED,
+                Failure::Undecided { .. } => exit::UNDECIDED,
+                Failure::Lost { .. } => exit::LOST,
+            }
+        }
+    };
+    ledger.id = report.id().to_owned();
+    ledger.exit = code;
+    report.ledger(&ledger);
+    code
+}
+
+fn survey_options(args: &MigrateArgs) -> SurveyOptions {
+    SurveyOptions {
+        tcp: match args.tcp {
+            cli::Tcp::Close => survey::TcpPolicy::Close,
+            cli::Tcp::Refuse => survey::TcpPolicy::Refuse,
+        },
+        file_check: match args.file_check {
+            cli::FileCheck::BuildId => survey::FileCheck::BuildId,
+            cli::FileCheck::Size => survey::FileCheck::Size,
+            cli::FileCheck::Mtime => survey::FileCheck::Mtime,
+            cli::FileCheck::Content => survey::FileCheck::Content,
+        },
+        same_file: args.same_file.clone(),
+        unmanaged: args.unmanaged,
+    }
+}
+
+/// The three connections of a migration. The control link's stream has carried nothing yet: greeting is the session's.
+struct Links {
+    control: Link,
+    sender: FramedSend,
+    receiver: FramedRecv,
+    faults: FaultServer,
+    bulk: Link,
+}
+
+/// Walks the phases. On `Err` the failure itself says where the process is; before COMMIT it always runs on here.
+async fn crossing(args: &MigrateArgs, report: &mut Report, ledger: &mut Ledger, keeper: File) -> Result<u8, Failure> {
+    let pid = args.pid;
+    let before = |what: &str| {
+        let what = what.to_owned();
+        move |source: BoxError| Failure::Before { what, pid, source: Some(source) }
+    };
+    let mut stop = Stop::new().map_err(|e| before("signals cannot be watched")(e.into()))?;
+    report.phase(Phase::Hello);
+    let identity = Identity::open(&args.identity.identity).map_err(|e| before("this host's identity cannot be used")(e.into()))?;
+    let peers = Peers::load(PEERS.as_ref()).map_err(|e| before("the peers file cannot be used")(e.into()))?;
+    let trust = peers
+        .resolve(args.peer.iter().map(String::as_str))
+        .map_err(|e| before("the peer is not known")(e.into()))?;
+
+    let options = survey_options(args);
+    let survey = survey::survey(pid, &options).map_err(|e| before("the process cannot be looked at")(e.into()))?;
+    for note in &survey.notes {
+        tracing::warn!("{note}");
+    }
+    if !survey.refusals.is_empty() {
+        for refusal in &survey.refusals {
+            report.refusal(&refusal.to_string());
+        }
+        return Err(Failure::Refused);
+    }
+
+    let id = new_id().map_err(|e| before("no migration id")(e.into()))?;
+    report.set_id(hex(&id));
+    let links = connect(args, &identity, &trust, id).await.map_err(before("the target cannot be reached"))?;
+    let plan = make_plan(args, &survey).map_err(|e| before("this host cannot be described")(e.into()))?;
+    let journal =
+        Journal::create(report.id(), "source", pid, Some(keeper)).map_err(|e| before("the journal cannot be written")(e.into()))?;
+    journal.sync().map_err(|e| before("the journal cannot be written")(e.into()))?;
+
+    let mut shell = Shell {
+        pid,
+        report,
+        ledger,
+        links,
+        journal,
+        tree: None,
+        surveyed: Some((survey, options)),
+        lazy: Vec::new(),
+        eager: Vec::new(),
+        clock: Clock::default(),
+        page_service: JoinSet::new(),
+    };
+    let mut session = Source::new(hello(id, Role::Control), plan);
+    let end = shell.walk(&mut session, &mut stop).await;
+    shell.finish(end).await
+}
+
+/// When things happened.
+#[derive(Debug, Default)]
+struct Clock {
+    frozen: Option<Frozen>,
+    sent: Option<Instant>,
+    ready: Option<Instant>,
+    running: Option<Instant>,
+}
+
+/// How the walk ended.
+enum End {
+    Session(SourceEnd),
+    /// A signal, before COMMIT.
+    Cancelled(i32),
+    /// The target cannot be reached any more, after COMMIT.
+    Unreachable(String),
+}
+
+/// Does what the session says, and tells it what came of it.
+struct Shell<'a> {
+    pid: i32,
+    report: &'a mut Report,
+    ledger: &'a mut Ledger,
+    links: Links,
+    journal: Journal,
+    tree: Option<SourceTree>,
+    surveyed: Option<(Survey, SurveyOptions)>,
+    lazy: Vec<PageRange>,
+    eager: Vec<PageRange>,
+    clock: Clock,
+    /// The page map and the bulk pages, once the process runs on the target. A task ends only when it failed.
+    page_service: JoinSet<String>,
+}
+
+impl Shell<'_> {
+    async fn walk(&mut self, session: &mut Source, stop: &mut Stop) -> End {
+        let control = self.links.control.clone();
+        let silence = control.silent_for(SILENCE_MAX);
+        tokio::pin!(silence);
+        let mut silent = false;
+        let mut cancelled = None;
+        let mut last_error = String::new();
+        let mut phase = Phase::Hello;
+        loop {
+            while let Some(action) = session.poll() {
+                if session.phase() != phase {
+                    phase = session.phase();
+                    self.report.phase(phase);
+                }
+                match action {
+                    SourceAction::Finish(end) => {
+                        return match cancelled {
+                            Some(signal) if matches!(end, SourceEnd::Failed { .. }) => End::Cancelled(signal),
+                            _ => End::Session(end),
+                        };
+                    }
+                    SourceAction::Reconnect => return End::Unreachable(last_error),
+                    action => self.perform(action, session).await,
+                }
+            }
+            let deadline = async {
+                match session.phase() {
+                    Phase::Rebuild | Phase::Commit => tokio::time::sleep(ANSWER_WAIT).await,
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                frame = self.links.receiver.expect() => match frame {
+                    Ok(Frame::Progress(progress)) => {
+                        self.report.progress(progress.pages_total, progress.pages_resident, progress.pages_faulted);
+                    }
+                    Ok(frame) => {
+                        let now = Instant::now();
+                        match &frame {
+                            Frame::Ready(_) => self.clock.ready = Some(now),
+                            Frame::Running(_) => self.clock.running = Some(now),
+                            _ => {}
+                        }
+                        if let Err(error) = session.handle_frame(frame) {
+                            tracing::warn!("{}", report::chain(&error));
+                        }
+                    }
+                    Err(error) => {
+                        last_error = report::chain(&error);
+                        session.handle_link_lost(&last_error);
+                    }
+                },
+                error = &mut silence, if !silent => {
+                    silent = true;
+                    last_error = report::chain(&error);
+                    session.handle_link_lost(&last_error);
+                }
+                signal = stop.wait() => {
+                    if session.handle_cancel() {
+                        cancelled = Some(signal);
+                    } else {
+                        tracing::warn!("too late to cancel: the process runs on the target; its pages follow");
+                    }
+                }
+                Some(ended) = self.page_service.join_next() => {
+                    last_error = ended.unwrap_or_else(|error| error.to_string());
+                    session.handle_link_lost(&last_error);
+                }
+                () = deadline => {
+                    last_error = format!("the target did not answer within {} s", ANSWER_WAIT.as_secs());
+                    session.handle_link_lost(&last_error);
+                }
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: SourceAction, session: &mut Source) {
+        match action {
+            SourceAction::Send(frame) => {
+                let state = frame.tag() == Tag::State;
+                if let Err(error) = self.links.sender.send(frame).await {
+                    session.handle_link_lost(&report::chain(&error));
+                } else if state {
+                    match self.send_eager().await {
+                        Ok(page_count) => {
+                            self.ledger.eager_bytes = page_count * PAGE_SIZE;
+                            self.clock.sent = Some(Instant::now());
+                            session.handle_eager_sent(page_count);
+                        }
+                        Err(text) => session.handle_failed(&text),
+                    }
+                }
+            }
+            SourceAction::Freeze => {
+                let frozen = match SourceTree::new(self.pid) {
+                    Ok(tree) => self.tree.insert(tree).freeze().await.map_err(|error| report::chain(&error)),
+                    Err(error) => Err(format!("no thread to hold the process: {error}")),
+                };
+                match frozen {
+                    Ok(frozen) => {
+                        self.clock.frozen = Some(frozen);
+                        session.handle_frozen();
+                    }
+                    Err(text) => session.handle_failed(&text),
+                }
+            }
+            SourceAction::Capture => match self.capture().await {
+                Ok(state) => session.handle_captured(state),
+                Err(text) => session.handle_failed(&text),
+            },
+            SourceAction::Record(record) => match self.journal.record(record) {
+                Ok(()) => session.handle_recorded(record),
+                Err(error) => session.handle_record_failed(record, &format!("the journal cannot be written: {error}")),
+            },
+            SourceAction::Park => match self.tree() {
+                Ok(tree) => match tree.park().await {
+                    Ok(()) => session.handle_parked(),
+                    Err(error) => session.handle_failed(&report::chain(&error)),
+                },
+                Err(text) => session.handle_failed(&text),
+            },
+            SourceAction::Serve(running) => {
+                self.ledger.pages_resident_at_run = running.pages_resident;
+                // For the keeper: from here on a killed engine means a lost process, not an undecided one.
+                if let Err(error) = self.journal.record(Record::Run) {
+                    tracing::error!("the journal cannot be written: {error}");
+                }
+                if let Err(text) = self.serve().await {
+                    session.handle_failed(&text);
+                }
+            }
+            SourceAction::Thaw => {
+                if let Some(tree) = self.tree.take() {
+                    if let Err(error) = tree.roll_back().await {
+                        tracing::error!("{}", report::chain(&error));
+                    }
+                }
+            }
+            SourceAction::Kill => {
+                if let Ok(tree) = self.tree() {
+                    if let Err(error) = tree.kill().await {
+                        tracing::error!("{}", report::chain(&error));
+                    }
+                }
+                self.account();
+                session.handle_figures(self.done());
+                session.handle_killed();
+            }
+            SourceAction::Reconnect | SourceAction::Finish(_) => {}
+        }
+    }
+
+    fn tree(&self) -> Result<&SourceTree, String> {
+        self.tree.as_ref().ok_or_else(|| "nothing is held".to_owned())
+    }
+
+    async fn capture(&mut self) -> Result<State, String> {
+        let (survey, options) = self.surveyed.take().ok_or("it was captured before")?;
+        let captured = self.tree()?.capture(survey, options).await.map_err(|error| report::chain(&error))?;
+        self.lazy = captured.lazy;
+        self.eager = captured.eager;
+        Ok(State::new(&captured.tree))
+    }
+
+    /// Sends the pages that must be there at the first instruction; how many have data.
+    async fn send_eager(&mut self) -> Result<u64, String> {
+        let mut reader = PageReader::open(self.pid).map_err(|error| report::chain(&error))?;
+        let mut page_count = 0;
+        for range in &self.eager {
+            let mut next = range.start;
+            while next < range.end {
+                let batch = reader.batch(0, PageRange { start: next, end: range.end }).map_err(|error| report::chain(&error))?;
+                next = batch.range().end;
+                page_count += batch.data_page_count() as u64;
+                self.links.sender.send(batch).await.map_err(|error| report::chain(&error))?;
+            }
+        }
+        Ok(page_count)
+    }
+
+    /// Begins to serve the frozen process: the page map on a stream of its own task, faults and bulk on their links.
+    async fn serve(&mut self) -> Result<(), String> {
+        let reader = PageReader::open(self.pid).map_err(|error| report::chain(&error))?;
+        if let Some(serve) = self.links.faults.serve.take() {
+            let _ = serve.send(self.pid);
+        }
+        let (bulk, pid) = (self.links.bulk.clone(), self.pid);
+        self.page_service.spawn(async move {
+            serve_pages(&bulk, pid).await;
+            "the target closed the bulk connection".to_owned()
+        });
+        let mut total = 0;
+        for piece in reader.page_map(&self.lazy) {
+            let (map, page_count) = piece.map_err(|error| report::chain(&error))?;
+            total += page_count;
+            self.links.sender.send(map).await.map_err(|error| report::chain(&error))?;
+            // Others serve pages on this thread.
+            tokio::task::yield_now().await;
+        }
+        self.links.sender.send(MapEnd { pages_total: total }).await.map_err(|error| report::chain(&error))
+    }
+
+    /// Fills in the times.
+    fn account(&mut self) {
+        let clock = &self.clock;
+        let (Some(frozen), Some(sent), Some(ready), Some(running)) = (clock.frozen, clock.sent, clock.ready, clock.running) else {
+            return;
+        };
+        self.ledger.freeze_ms = ms(frozen.stopped - frozen.began);
+        self.ledger.capture_ms = ms(sent - frozen.stopped);
+        self.ledger.rebuild_ms = ms(ready - sent);
+        self.ledger.commit_ms = ms(running - ready);
+        self.ledger.downtime_ms = ms(running - frozen.began);
+        self.ledger.drain_ms = ms(running.elapsed());
+    }
+
+    /// The same for the target's ledger.
+    fn done(&self) -> Done {
+        let ns = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX));
+        Done {
+            downtime_ns: ns(self.ledger.downtime_ms),
+            freeze_ns: ns(self.ledger.freeze_ms),
+            capture_ns: ns(self.ledger.capture_ms),
+            rebuild_ns: ns(self.ledger.rebuild_ms),
+            commit_ns: ns(self.ledger.commit_ms),
+            eager_bytes: self.ledger.eager_bytes,
+        }
+    }
+
+    async fn finish(mut self, end: End) -> Result<u8, Failure> {
+        let pid = self.pid;
+        self.account();
+        let outcome = match end {
+            End::Session(SourceEnd::Done(resident)) => {
+                self.ledger.pages_total = resident.pages_total;
+                self.ledger.pages_faulted = resident.pages_faulted;
+                Ok(exit::DONE)
+            }
+            End::Session(SourceEnd::Refused(verdict)) => {
+                for refusal in &verdict.refusals {
+                    self.report.refusal(&format!("{}: {}", refusal.object, refusal.text));
+                }
+                Err(Failure::Refused)
+            }
+            End::Session(SourceEnd::Failed { phase, text }) => {
+                Err(Failure::Before { what: format!("failed in phase {phase}: {text}"), pid, source: None })
+            }
+            End::Cancelled(signal) => {
+                eprintln!("pageferry: cancelled; pid {pid} runs on here, as before");
+                Ok(exit::signalled(signal))
+            }
+            End::Session(SourceEnd::Lost { text: what }) | End::Unreachable(what) => {
+                if self.clock.running.is_some() {
+                    Err(Failure::Lost { what, pid })
+                } else {
+                    Err(Failure::Undecided { what, pid })
+                }
+            }
+        };
+        // What was said last must arrive: the target closes the link when it has read it.
+        let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
+        self.ledger.wire_bytes = self.links.control.udp_bytes() + self.links.faults.link.udp_bytes() + self.links.bulk.udp_bytes();
+        match &outcome {
+            Err(Failure::Undecided { .. } | Failure::Lost { .. }) => {
+                tracing::error!("what was recorded lies in {}", self.journal.path().display());
+                if let Some(tree) = self.tree.take() {
+                    tree.abandon();
+                }
+            }
+            _ => self.journal.settle(),
+        }
+        self.page_service.abort_all();
+        self.links.control.close();
+        self.links.bulk.close();
+        self.links.faults.link.close();
+        outcome
+    }
+}
+
+/// The signals that end a migration before COMMIT.
+struct Stop {
+    interrupt: SignalStream,
+    terminate: SignalStream,
+    hang_up: SignalStream,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The number of the next one.
+    async fn wait(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.interrupt.recv() => Signal::SIGINT as i32,
+            _ = self.terminate.recv() => Signal::SIGTERM as i32,
+            _ = self.hang_up.recv() => Signal::SIGHUP as i32,
+        }
+    }
+}
+
+fn new_id() -> std::io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut id)?;
+    Ok(id)
+}
+
+/// A migration id as people read it.
+pub(crate) fn hex(id: &[u8]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+async fn connect(args: &MigrateArgs, identity: &Identity, trust: &TrustSet, id: [u8; 16]) -> Result<Links, BoxError> {
+    let address = tokio::net::lookup_host(&args.to)
+        .await
+        .map_err(|error| format!("{}: {error}", args.to))?
+        .next()
+        .ok_or_else(|| format!("{} has no address", args.to))?;
+    let control = transport::dial(address, identity, trust, Role::Control, None).await?;
+    let (sender, receiver) = control.open().await?;
+    let faults = FaultServer::start(address, identity.clone(), trust.clone(), id).await?;
+    let bulk = transport::dial(address, identity, trust, Role::Bulk, None).await?;
+    bulk.greet(hello(id, Role::Bulk)).await?;
+    if faults.link.peer() != control.peer() || bulk.peer() != control.peer() {
+        return Err("the connections ended at different hosts".into());
+    }
+    Ok(Links { control, sender, receiver, faults, bulk })
+}
+
+fn hello(id: [u8; 16], role: Role) -> Hello {
+    Hello::new(id, role, &host::host_name())
+}
+
+/// Serves faults on a thread, a runtime and a socket of their own: bulk never stands in front of a fault.
+struct FaultServer {
+    link: Link,
+    serve: Option<oneshot::Sender<i32>>,
+}
+
+impl FaultServer {
+    async fn start(address: SocketAddr, identity: Identity, trust: TrustSet, id: [u8; 16]) -> Result<Self, BoxError> {
+        let (ready, dialled) = oneshot::channel();
+        let (serve, begin) = oneshot::channel();
+        std::thread::Builder::new().name("faults".into()).spawn(move || {
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    let _ = ready.send(Err(BoxError::from(error)));
+                    return;
+                }
+            };
+            runtime.block_on(async move {
+                let greeted = async {
+                    let link = transport::dial(address, &identity, &trust, Role::Faults, None).await?;
+                    link.greet(hello(id, Role::Faults)).await?;
+                    Ok::<_, transport::Error>(link)
+                };
+                let link = match greeted.await {
+                    Ok(link) => link,
+                    Err(error) => {
+                        let _ = ready.send(Err(error.into()));
+                        return;
+                    }
+                };
+                if ready.send(Ok(link.clone())).is_err() {
+                    return;
+                }
+                let pid = tokio::select! {
+                    pid = begin => pid,
+                    _ = link.closed() => return,
+                };
+                if let Ok(pid) = pid {
+                    serve_pages(&link, pid).await;
+                }
+                link.close_and_wait().await;
+            });
+        })?;
+        let link = dialled.await??;
+        Ok(Self { link, serve: Some(serve) })
+    }
+}
+
+/// Answers every page request on `link` until it ends.
+async fn serve_pages(link: &Link, pid: i32) {
+    while let Ok((sender, receiver)) = link.accept().await {
+        tokio::spawn(async move {
+            if let Err(error) = serve_stream(sender, receiver, pid).await {
+                tracing::debug!("a page stream ended: {error}");
+            }
+        });
+    }
+}
+
+async fn serve_stream(mut sender: FramedSend, mut receiver: FramedRecv, pid: i32) -> Result<(), BoxError> {
+    let mut reader = PageReader::open(pid)?;
+    while let Some(frame) = receiver.recv().await? {
+        let Frame::Fetch(fetch) = frame else { return Err(format!("{:?} on a page stream", frame.tag()).into()) };
+        let wanted = fetch.range();
+        let mut next = wanted.start;
+        while next < wanted.end {
+            let batch = reader.batch(fetch.request, PageRange { start: next, end: wanted.end })?;
+            next = batch.range().end;
+            sender.send(batch).await?;
+        }
+    }
+    Ok(())
+}
+
+fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_tracee::Error> {
+    let now = host::clocks();
+    let (monotonic_offset, boottime_offset) = procfs::tree_clock_offsets(args.pid)?;
+    let mut plan = survey.plan();
+    plan.cpu_flags = host::cpu_flags()?;
+    plan.xsave_size = host::xsave_size();
+    plan.xcr0 = host::xcr0();
+    plan.kernel_release = host::kernel_release();
+    plan.vdso = host::vdso()?;
+    plan.page_size = PAGE_SIZE as u32;
+    plan.monotonic_ns = now.monotonic_ns.saturating_add_signed(monotonic_offset);
+    plan.boottime_ns = now.boottime_ns.saturating_add_signed(boottime_offset);
+    plan.realtime_ns = now.realtime_ns;
+    plan.set_file_check(match args.file_check {
+        cli::FileCheck::BuildId => FileCheck::BuildId,
+        cli::FileCheck::Size => FileCheck::Size,
+        cli::FileCheck::Mtime => FileCheck::Mtime,
+        cli::FileCheck::Content => FileCheck::Content,
+    });
+    plan.same_file = args.same_file.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+    plan.force_cpu = args.force_cpu;
+    plan.clock_keep = true;
+    Ok(plan)
+}

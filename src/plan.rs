@@ -1,0 +1,148 @@
+//! The plan: what the source says of the process before anything is touched, and what the target answers. Every check
+//! that could make a migration fail after the freeze, and can be made before it, is made here; the target names all
+//! that is wrong at once.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nix::libc;
+use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::page::PAGE_SIZE;
+use pageferry_pageserver::file::{build_id, content_sha256};
+use pageferry_tracee::{host, procfs, socket};
+use pageferry_wire::message::{BoundSocket, FileCheck, Plan, Refusal, Verdict};
+
+/// Memory that must stay free beside the process, bytes: the engine, page tables, and a little air.
+const MEMORY_MARGIN: u64 = 64 << 20;
+
+fn refusal(object: impl Into<String>, text: impl Into<String>) -> Refusal {
+    Refusal { object: object.into(), text: text.into() }
+}
+
+/// What this host thinks of `plan`. `force_cpu`: the operator of this host accepts any CPU.
+pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
+    let mut refusals = Vec::new();
+    let mut notes = Vec::new();
+    let process = format!("pid {}", plan.pid);
+    if u64::from(plan.page_size) != PAGE_SIZE {
+        refusals.push(refusal(&process, format!("pages of {} bytes; this version moves pages of {PAGE_SIZE}", plan.page_size)));
+    }
+    judge_cpu(plan, force_cpu || plan.force_cpu, &process, &mut refusals, &mut notes);
+    for &tid in &plan.tids {
+        if let Ok(status) = procfs::status(tid, tid) {
+            let what = if tid == plan.pid { "process id" } else { "thread id" };
+            refusals.push(refusal(
+                format!("{process} thread {tid}"),
+                format!("{what} {tid} is taken on the target by {:?}; end it, or receive in a pid namespace of its own", status.name),
+            ));
+        }
+    }
+    for file in &plan.files {
+        if let Err(text) = judge_file(file, plan) {
+            refusals.push(refusal(format!("{process} file {}", file.path), text));
+        }
+    }
+    for bound in &plan.sockets {
+        if let Err(text) = judge_address(bound) {
+            refusals.push(refusal(format!("{process} fd {}", bound.fd), text));
+        }
+    }
+    let memory_available = host::memory_available_bytes().unwrap_or(0);
+    if plan.resident_bytes.saturating_add(MEMORY_MARGIN) > memory_available {
+        refusals.push(refusal(
+            &process,
+            format!(
+                "needs {} MiB; the target has {} MiB available (free memory there)",
+                plan.resident_bytes >> 20,
+                memory_available >> 20
+            ),
+        ));
+    }
+    let kernel_release = host::kernel_release();
+    if kernel_release != plan.kernel_release {
+        notes.push(format!("kernels differ: source {}, target {kernel_release}", plan.kernel_release));
+    }
+    Verdict { refusals, notes, kernel_release, memory_available }
+}
+
+fn judge_cpu(plan: &Plan, force: bool, process: &str, refusals: &mut Vec<Refusal>, notes: &mut Vec<String>) {
+    let mut found = Vec::new();
+    let ours: BTreeSet<String> = host::cpu_flags().unwrap_or_default().into_iter().collect();
+    let missing: Vec<&str> = plan.cpu_flags.iter().filter(|flag| !ours.contains(*flag)).map(String::as_str).collect();
+    if !missing.is_empty() {
+        found.push(format!("the target's CPU lacks {}", missing.join(" ")));
+    }
+    if plan.xcr0 != host::xcr0() || plan.xsave_size > host::xsave_size() {
+        found.push(format!(
+            "register state differs: source {:#x} in {} bytes, target {:#x} in {} bytes",
+            plan.xcr0,
+            plan.xsave_size,
+            host::xcr0(),
+            host::xsave_size()
+        ));
+    }
+    for text in found {
+        if force {
+            notes.push(text);
+        } else {
+            refusals.push(refusal(process, format!("{text} (--force-cpu to go on: the process may die of SIGILL)")));
+        }
+    }
+    if host::vdso().is_ok_and(|vdso| vdso != plan.vdso) {
+        refusals.push(refusal(process, "the target's kernel brings another vdso; run the same kernel build on both hosts"));
+    }
+}
+
+/// Whether the file at the same path here is the one the process means.
+fn judge_file(file: &FileIdentity, plan: &Plan) -> Result<(), String> {
+    let path = Path::new(&file.path);
+    let found = std::fs::metadata(path).map_err(|error| format!("cannot be used on the target: {error}"))?;
+    if file.must_be_shared {
+        // The operator, or the kind of file system, vouches that it is the same file: its size changes under our eyes.
+        return Ok(());
+    }
+    if found.is_dir() {
+        return Ok(());
+    }
+    let mtime_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
+    let check = plan.file_check();
+    let advice = "install the same version, or choose what is compared with --file-check";
+    if check == FileCheck::BuildId && !file.build_id.is_empty() {
+        return match build_id(path) {
+            Ok(Some(id)) if id == file.build_id => Ok(()),
+            Ok(_) => Err(format!("differs on the target (build id); {advice}")),
+            Err(error) => Err(format!("cannot be read on the target: {error}")),
+        };
+    }
+    if found.size() != file.size {
+        return Err(format!("differs on the target ({} bytes here, {} there); {advice}", file.size, found.size()));
+    }
+    if matches!(check, FileCheck::BuildId | FileCheck::Mtime) && mtime_ns != file.mtime_ns {
+        return Err(format!("differs on the target (modification time); {advice}"));
+    }
+    if check == FileCheck::Content {
+        let digest = content_sha256(path).map_err(|error| format!("cannot be read on the target: {error}"))?;
+        if digest[..] != file.content_sha256[..] {
+            return Err(format!("differs on the target (content); {advice}"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the address can be bound here: tried, and given back at once.
+fn judge_address(bound: &BoundSocket) -> Result<(), String> {
+    let number = |value: u32| i32::try_from(value).unwrap_or(0);
+    let tried = socket::create(number(bound.family), number(bound.kind), number(bound.protocol)).and_then(|fd| {
+        use std::os::fd::AsFd;
+        // So that an address in TIME_WAIT does not refuse what the real socket may take.
+        socket::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_le_bytes())?;
+        socket::bind_raw(fd.as_fd(), &bound.address)
+    });
+    tried.map_err(|error| {
+        format!(
+            "address {} cannot be bound on the target ({error}); free it, or bring the address over first",
+            socket::format_address(&bound.address)
+        )
+    })
+}

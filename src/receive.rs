@@ -1,0 +1,699 @@
+//! `pageferry receive`, the target's side of a crossing.
+//!
+//! The supervisor (see [`crate::cradle`]) stays single-threaded; the engine here speaks with the source, holds the husk
+//! in a thread of its own, and answers page faults.
+
+use std::time::{Duration, Instant};
+
+use pageferry_image::page::{PAGE_LEN, PAGE_SIZE};
+use pageferry_restorer::fault::driver::{DriverHandle, Summary};
+use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
+use pageferry_tracee::host;
+use pageferry_wire::message::{
+    Abort, AbortCode, Done, Hello, Plan, Progress, Ready, Refusal, Resident, Role, Running, State, Verdict, Welcome,
+};
+use pageferry_wire::session::{Target, TargetAction, TargetEnd};
+use pageferry_wire::{Frame, PageBatch, PageKind, Phase};
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use crate::cli::{Clock, Common, Drain, ReceiveArgs};
+use crate::commit::TargetTree;
+use crate::cradle::{Cradle, HuskOrder, supervise};
+use crate::identity::{Identity, PEERS, Peers, TrustSet};
+use crate::journal::Journal;
+use crate::migrate::hex;
+use crate::report::{self, Ledger, Report};
+use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, SILENCE_MAX};
+use crate::{check, drain, exit, plan};
+
+/// Longest wait for the source to have read the last word.
+const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
+/// How long the source's last word is waited for once every page is here.
+const DONE_WAIT: Duration = Duration::from_secs(10);
+/// Pause between two looks at the drain for the progress line.
+const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
+
+/// Runs the verb; the exit code.
+pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
+    if let Some(missing) = check::first_missing() {
+        eprintln!("pageferry: {missing}");
+        return exit::HOST;
+    }
+    let opened = Identity::open(&args.identity.identity)
+        .and_then(|identity| Peers::load(PEERS.as_ref()).map(|peers| (identity, peers)))
+        .and_then(|(identity, peers)| Ok((identity, peers.resolve(args.trust.iter().map(String::as_str))?)));
+    let (identity, trust) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            eprintln!("pageferry: {}", report::chain(&error));
+            return exit::FAILED;
+        }
+    };
+    supervise(|cradle| {
+        let code = engine(args, common, &identity, &trust, cradle);
+        pageferry_tracee::choke::report();
+        code
+    })
+}
+
+fn engine(args: &ReceiveArgs, common: &Common, identity: &Identity, trust: &TrustSet, mut cradle: Cradle) -> u8 {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("pageferry: no runtime: {error}");
+            return exit::FAILED;
+        }
+    };
+    runtime.block_on(async {
+        let mut listener = match Listener::bind(args.listen, identity, trust) {
+            Ok(listener) => listener,
+            Err(error) => {
+                eprintln!("pageferry: {}", report::chain(&error));
+                return exit::FAILED;
+            }
+        };
+        let mut stop = match Stop::new() {
+            Ok(stop) => stop,
+            Err(error) => {
+                eprintln!("pageferry: signals cannot be watched: {error}");
+                return exit::FAILED;
+            }
+        };
+        tracing::info!("listening on {} as {}", listener.local_address(), identity.fingerprint());
+        let code = serve(args, common, &mut listener, &mut cradle, &mut stop).await;
+        listener.close();
+        let _ = tokio::time::timeout(Duration::from_secs(1), listener.wait_idle()).await;
+        code
+    })
+}
+
+async fn serve(args: &ReceiveArgs, common: &Common, listener: &mut Listener, cradle: &mut Cradle, stop: &mut Stop) -> u8 {
+    loop {
+        let met = tokio::select! {
+            met = meet(listener) => met,
+            signal = stop.wait() => return exit::signalled(signal),
+        };
+        let mut report = Report::new(common);
+        let links = match met {
+            Ok(links) => links,
+            Err(text) => {
+                tracing::warn!("{text}");
+                continue;
+            }
+        };
+        report.set_id(links.id.clone());
+        tracing::info!(id = %links.id, "migration from {} ({})", links.control.remote_address(), links.hello.host_name);
+        let mut ledger = Ledger { id: links.id.clone(), mode: "post-copy".into(), ..Ledger::default() };
+        let outcome = {
+            let crossing = crossing(args, &mut report, &mut ledger, links, cradle, stop);
+            tokio::pin!(crossing);
+            loop {
+                tokio::select! {
+                    outcome = &mut crossing => break outcome,
+                    other = listener.accept() => if let Some(Ok(link)) = other {
+                        tokio::spawn(turn_away(link));
+                    },
+                }
+            }
+        };
+        let code = match outcome {
+            Ok(code) => code,
+            Err(failure) => {
+                report.failure(&failure);
+                failure.exit_code()
+            }
+        };
+        ledger.exit = code;
+        report.ledger(&ledger);
+        if args.once {
+            return code;
+        }
+    }
+}
+
+/// Says that another migration is being served.
+async fn turn_away(link: Link) {
+    if let Ok((_, mut sender, _)) = link.greeted().await {
+        let busy = Abort::new(Phase::Hello, AbortCode::Busy, "another migration is being received; try again when it is done");
+        if sender.send(busy).await.is_ok() {
+            let _ = tokio::time::timeout(Duration::from_secs(1), link.closed()).await;
+        }
+    }
+}
+
+/// The connections of a migration, greeted.
+struct Links {
+    id: String,
+    hello: Hello,
+    own_name: String,
+    control: Link,
+    sender: FramedSend,
+    receiver: FramedRecv,
+    faults: Link,
+    bulk: Link,
+}
+
+/// Waits for the three connections of one migration. The control link's hello is left to the session to answer.
+async fn meet(listener: &mut Listener) -> Result<Links, String> {
+    let own_name = host::host_name().unwrap_or_default();
+    let (control, hello, sender, receiver) = loop {
+        let (link, hello, sender, receiver) = next_link(listener).await?;
+        if hello.role() == Role::Control {
+            break (link, hello, sender, receiver);
+        }
+        link.close();
+    };
+    let id = hello.id();
+    let others = async {
+        let (mut faults, mut bulk) = (None, None);
+        while faults.is_none() || bulk.is_none() {
+            let (link, hello, mut sender, _receiver) = next_link(listener).await?;
+            if hello.id() != id || link.peer() != control.peer() {
+                link.close();
+                continue;
+            }
+            let version = hello.version().map_err(|error| report::chain(&error))?;
+            let welcome = Welcome { version, host_name: own_name.clone() };
+            sender.send(welcome).await.map_err(|error| report::chain(&error))?;
+            match hello.role() {
+                Role::Faults => faults = Some(link),
+                Role::Bulk => bulk = Some(link),
+                _ => link.close(),
+            }
+        }
+        Ok::<_, String>((faults, bulk))
+    };
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, others).await {
+        Ok(Ok((Some(faults), Some(bulk)))) => {
+            Ok(Links { id: hex(&id), hello, own_name, control, sender, receiver, faults, bulk })
+        }
+        Ok(Err(text)) => Err(text),
+        _ => Err(format!("{} did not open all its connections in time", control.remote_address())),
+    }
+}
+
+async fn next_link(listener: &mut Listener) -> Result<(Link, Hello, FramedSend, FramedRecv), String> {
+    loop {
+        match listener.accept().await {
+            Some(Ok(link)) => {
+                let (hello, sender, receiver) = link.greeted().await.map_err(|error| report::chain(&error))?;
+                return Ok((link, hello, sender, receiver));
+            }
+            Some(Err(error)) => tracing::warn!("turned away: {}", report::chain(&error)),
+            None => return Err("the listener is closed".into()),
+        }
+    }
+}
+
+/// Why a migration did not end well here.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{what}; nothing runs here, the source keeps the process")]
+    Before { what: String },
+    #[error("{what}; the process ran here and was ended, since pages of it can no longer be had")]
+    Lost { what: String },
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Before { .. } => exit::FAILED,
+            Self::Lost { .. } => exit::LOST,
+        }
+    }
+}
+
+async fn crossing(
+    args: &ReceiveArgs,
+    report: &mut Report,
+    ledger: &mut Ledger,
+    mut links: Links,
+    cradle: &mut Cradle,
+    stop: &mut Stop,
+) -> Result<u8, Failure> {
+    let mut session = Target::new(&links.own_name);
+    let hello = std::mem::take(&mut links.hello);
+    let mut shell = Shell {
+        args,
+        report,
+        ledger,
+        links,
+        cradle,
+        in_cradle: false,
+        pid: 0,
+        offsets: ClockOffsets { monotonic_ns: 0, boottime_ns: 0, keep: false },
+        tree: None,
+        state: None,
+        eager: Vec::new(),
+        rebuilt: None,
+        resident_at_run: 0,
+        committed: None,
+        running: None,
+        journal: None,
+        handle: None,
+        driver: JoinSet::new(),
+        ended: None,
+        source_lost: None,
+    };
+    if let Err(error) = session.handle_frame(hello.into()) {
+        tracing::warn!("{}", report::chain(&error));
+    }
+    let end = shell.walk(&mut session, stop).await;
+    shell.finish(end).await
+}
+
+/// How the walk ended.
+enum End {
+    Session(TargetEnd),
+    /// A signal, before the process could run.
+    Cancelled(i32),
+    /// The operator gave up waiting for a lost source.
+    GivenUp(String),
+}
+
+/// Does what the session says, and tells it what came of it.
+struct Shell<'a> {
+    args: &'a ReceiveArgs,
+    report: &'a mut Report,
+    ledger: &'a mut Ledger,
+    links: Links,
+    cradle: &'a mut Cradle,
+    /// A husk, or the process, is in the cradle and must not outlive a failure.
+    in_cradle: bool,
+    pid: i32,
+    offsets: ClockOffsets,
+    tree: Option<TargetTree>,
+    state: Option<State>,
+    eager: Vec<EagerPage>,
+    rebuilt: Option<Rebuilt>,
+    resident_at_run: u64,
+    committed: Option<Instant>,
+    running: Option<Instant>,
+    journal: Option<Journal>,
+    handle: Option<DriverHandle>,
+    driver: JoinSet<Result<Summary, String>>,
+    ended: Option<oneshot::Receiver<i32>>,
+    source_lost: Option<String>,
+}
+
+impl Shell<'_> {
+    async fn walk(&mut self, session: &mut Target, stop: &mut Stop) -> End {
+        let control = self.links.control.clone();
+        let silence = control.silent_for(SILENCE_MAX);
+        tokio::pin!(silence);
+        let mut silent = false;
+        let mut closed = false;
+        let mut cancelled = None;
+        let mut phase = Phase::Hello;
+        let mut progress = tokio::time::interval(PROGRESS_PAUSE);
+        loop {
+            while let Some(action) = session.poll() {
+                if session.phase() != phase {
+                    phase = session.phase();
+                    self.report.phase(phase);
+                }
+                match action {
+                    TargetAction::Finish(end) => {
+                        return match cancelled {
+                            Some(signal) if matches!(end, TargetEnd::Failed { .. }) => End::Cancelled(signal),
+                            _ => End::Session(end),
+                        };
+                    }
+                    action => self.perform(action, session).await,
+                }
+            }
+            let done_deadline = async {
+                match session.phase() {
+                    Phase::Done => tokio::time::sleep(DONE_WAIT).await,
+                    _ => std::future::pending().await,
+                }
+            };
+            let ended = async {
+                match &mut self.ended {
+                    Some(ended) => match ended.await {
+                        Ok(status) => status,
+                        Err(_) => std::future::pending().await,
+                    },
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                frame = self.links.receiver.expect(), if !closed => match frame {
+                    Ok(Frame::Pages(batch)) => {
+                        if let Err(text) = keep_eager(&batch, &mut self.eager) {
+                            session.handle_failed(&text);
+                        }
+                    }
+                    Ok(frame) => {
+                        match &frame {
+                            Frame::Commit(_) => self.committed = Some(Instant::now()),
+                            Frame::Done(done) => enter(self.ledger, done),
+                            _ => {}
+                        }
+                        if let Err(error) = session.handle_frame(frame) {
+                            tracing::warn!("{}", report::chain(&error));
+                        }
+                    }
+                    Err(error) => {
+                        closed = true;
+                        self.source_lost = Some(report::chain(&error));
+                        session.handle_link_lost(&report::chain(&error));
+                    }
+                },
+                error = &mut silence, if !silent && !closed => {
+                    silent = true;
+                    self.source_lost = Some(report::chain(&error));
+                    session.handle_link_lost(&report::chain(&error));
+                }
+                Some(over) = self.driver.join_next() => match over {
+                    Ok(Ok(summary)) => session.handle_resident(self.resident(&summary)),
+                    Ok(Err(text)) => session.handle_failed(&text),
+                    Err(error) => session.handle_failed(&error.to_string()),
+                },
+                status = ended => {
+                    self.ended = None;
+                    if let Some(handle) = &self.handle {
+                        handle.root_ended();
+                    }
+                    tracing::info!("the process ended by itself (wait status {status:#x})");
+                }
+                _ = progress.tick(), if self.handle.is_some() => {
+                    if let Some(seen) = self.handle.as_ref().map(DriverHandle::progress) {
+                        if seen.pages_total > 0 && self.source_lost.is_none() {
+                            self.report.progress(seen.pages_total, seen.pages_resident, seen.pages_faulted);
+                            let frame = Progress {
+                                pages_total: seen.pages_total,
+                                pages_resident: seen.pages_resident,
+                                pages_faulted: seen.pages_faulted,
+                            };
+                            let _ = self.links.sender.send(frame).await;
+                        }
+                    }
+                }
+                signal = stop.wait() => {
+                    if session.handle_cancel() {
+                        cancelled = Some(signal);
+                    } else if let Some(why) = &self.source_lost {
+                        return End::GivenUp(why.clone());
+                    } else if let Some(handle) = &self.handle {
+                        tracing::warn!("the process runs here and cannot be given back: fetching all its pages, then ending");
+                        handle.drain(true);
+                    }
+                }
+                () = done_deadline => session.handle_link_lost("the source did not say that its stopped copy ended; look there"),
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: TargetAction, session: &mut Target) {
+        match action {
+            TargetAction::Send(frame) => {
+                if let Err(error) = self.links.sender.send(frame).await {
+                    self.source_lost = Some(report::chain(&error));
+                    session.handle_link_lost(&report::chain(&error));
+                }
+            }
+            TargetAction::Check(plan) => match self.check(&plan) {
+                Ok(verdict) => session.handle_verdict(verdict),
+                Err(text) => session.handle_failed(&text),
+            },
+            TargetAction::Prepare => match TargetTree::new(self.pid) {
+                Ok(tree) => self.tree = Some(tree),
+                Err(error) => session.handle_failed(&format!("no thread to hold the process: {error}")),
+            },
+            // Built when its eager pages are here too.
+            TargetAction::Rebuild(state) => self.state = Some(state),
+            TargetAction::EagerPages(end) => match self.rebuild(end.page_count).await {
+                Ok(ready) => session.handle_rebuilt(ready),
+                Err(text) => session.handle_failed(&text),
+            },
+            TargetAction::Record(record) => {
+                let written = match &mut self.journal {
+                    Some(journal) => journal.record(record),
+                    None => Journal::create(self.report.id(), "target", self.pid, None).and_then(|journal| {
+                        let journal = self.journal.insert(journal);
+                        journal.record(record)
+                    }),
+                };
+                match written {
+                    Ok(()) => session.handle_recorded(record),
+                    Err(error) => session.handle_record_failed(record, &format!("the journal cannot be written: {error}")),
+                }
+            }
+            TargetAction::ClearExitKill => match self.take_right().await {
+                Ok(()) => session.handle_exit_kill_cleared(),
+                Err(text) => session.handle_failed(&text),
+            },
+            TargetAction::Release => match self.release().await {
+                Ok(running) => session.handle_released(running),
+                Err(text) => session.handle_failed(&text),
+            },
+            TargetAction::Destroy => {
+                self.driver.abort_all();
+                self.tree = None;
+                if self.in_cradle {
+                    match self.cradle.destroy() {
+                        Ok(()) => self.in_cradle = false,
+                        Err(error) => {
+                            session.handle_failed(&error);
+                            return;
+                        }
+                    }
+                }
+                session.handle_destroyed();
+            }
+            TargetAction::Map(map) => match (map.ranges(), &self.handle) {
+                (Ok(ranges), Some(handle)) => handle.map(ranges),
+                (Err(error), _) => session.handle_failed(&report::chain(&error)),
+                (Ok(_), None) => {}
+            },
+            TargetAction::MapEnd(_) => {
+                if let Some(handle) = &self.handle {
+                    handle.map_end();
+                }
+            }
+            TargetAction::Wait => {
+                let why = self.source_lost.clone().unwrap_or_default();
+                tracing::error!(
+                    "the source is lost ({why}); threads that touch missing pages wait. Ctrl-C or SIGTERM gives up and ends the process"
+                );
+                if let Some(handle) = &self.handle {
+                    handle.link_lost();
+                }
+            }
+            TargetAction::SourceLost(abort) => {
+                session.handle_failed(&format!("the source lost the pages it served: {}", abort.text));
+            }
+            TargetAction::Finish(_) => {}
+        }
+    }
+
+    /// Looks at the plan, and makes the husk: what would fail then must be said in the verdict.
+    fn check(&mut self, plan: &Plan) -> Result<Verdict, String> {
+        let now = host::clocks().map_err(|error| report::chain(&error))?;
+        self.offsets = ClockOffsets::new(plan, self.args.clock, now);
+        self.pid = plan.pid;
+        let mut verdict = plan::judge(plan, self.args.force_cpu);
+        if verdict.refusals.is_empty() {
+            let offsets = self.offsets;
+            let order = HuskOrder {
+                pid: plan.pid,
+                set_sid: true,
+                clock_offsets_ns: offsets.keep.then_some((offsets.monotonic_ns, offsets.boottime_ns)),
+            };
+            match self.cradle.make(order) {
+                Ok(()) => self.in_cradle = true,
+                Err(text) => verdict.refusals.push(Refusal {
+                    object: format!("pid {}", plan.pid),
+                    text: format!("no process can be prepared on the target: {text}"),
+                }),
+            }
+        }
+        for refusal in &verdict.refusals {
+            self.report.refusal(&format!("{}: {}", refusal.object, refusal.text));
+        }
+        Ok(verdict)
+    }
+
+    async fn rebuild(&mut self, eager_page_count: u64) -> Result<Ready, String> {
+        let began = Instant::now();
+        let eager = std::mem::take(&mut self.eager);
+        if eager.len() as u64 != eager_page_count {
+            return Err(format!("{} of {eager_page_count} pages came with the state", eager.len()));
+        }
+        let state = self.state.take().ok_or("no state came")?;
+        let tree = state.decode().map_err(|error| report::chain(&error))?;
+        let target = self.tree.as_ref().ok_or("nothing is prepared")?;
+        let rebuilt = target
+            .rebuild(tree, eager, self.offsets.monotonic_ns, self.offsets.boottime_ns)
+            .await
+            .map_err(|error| report::chain(&error))?;
+        self.resident_at_run = rebuilt.resident.len() as u64;
+        self.rebuilt = Some(rebuilt);
+        Ok(Ready { rebuild_ns: nanoseconds(began), pages_resident: self.resident_at_run })
+    }
+
+    /// COMMIT is here and RUN is recorded: faults can be answered, and our death may no longer leave the source in doubt.
+    async fn take_right(&mut self) -> Result<(), String> {
+        let rebuilt = self.rebuilt.take().ok_or("nothing is rebuilt")?;
+        let drain = self.args.drain == Drain::On;
+        let (driver, handle) = drain::start(self.pid, rebuilt, &self.links.faults, &self.links.bulk, drain)
+            .await
+            .map_err(|error| report::chain(&error))?;
+        self.handle = Some(handle);
+        self.driver.spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
+        self.cradle.running()?;
+        let tree = self.tree.as_ref().ok_or("nothing is prepared")?;
+        tree.clear_exit_kill().await.map_err(|error| report::chain(&error))
+    }
+
+    async fn release(&mut self) -> Result<Running, String> {
+        let tree = self.tree.as_mut().ok_or("nothing is prepared")?;
+        self.ended = tree.ended();
+        tree.release().await.map_err(|error| report::chain(&error))?;
+        self.running = Some(Instant::now());
+        tracing::info!(id = %self.report.id(), "pid {} runs here; its pages follow", self.pid);
+        let commit_ns = self.committed.map_or(0, nanoseconds);
+        Ok(Running { commit_ns, pages_resident: self.resident_at_run })
+    }
+
+    fn resident(&mut self, summary: &Summary) -> Resident {
+        self.handle = None;
+        let drain_ns = self.running.map_or(0, nanoseconds);
+        self.ledger.drain_ms = drain_ns as f64 / 1e6;
+        self.ledger.pages_total = summary.pages_total;
+        self.ledger.pages_faulted = summary.pages_faulted;
+        self.ledger.pages_resident_at_run = self.resident_at_run;
+        Resident {
+            pages_total: summary.pages_total,
+            pages_resident_at_run: self.resident_at_run,
+            pages_faulted: summary.pages_faulted,
+            drain_ns,
+            page_bytes: summary.pages_installed * PAGE_SIZE,
+        }
+    }
+
+    async fn finish(mut self, end: End) -> Result<u8, Failure> {
+        let outcome = match end {
+            End::Session(TargetEnd::Done { confirmed, .. }) => {
+                if let Some(tree) = &self.tree {
+                    if let Err(error) = tree.let_go().await {
+                        tracing::warn!("{}", report::chain(&error));
+                    }
+                }
+                if let Err(error) = self.cradle.let_go() {
+                    tracing::warn!("{error}");
+                }
+                self.in_cradle = false;
+                if !confirmed {
+                    tracing::warn!("the source did not say that its stopped copy ended; look there");
+                }
+                Ok(exit::DONE)
+            }
+            End::Session(TargetEnd::Refused(_)) => Ok(exit::REFUSED),
+            End::Session(TargetEnd::Failed { phase, text }) => Err(Failure::Before { what: format!("failed in phase {phase}: {text}") }),
+            End::Cancelled(signal) => Ok(exit::signalled(signal)),
+            End::Session(TargetEnd::Lost { text: what }) | End::GivenUp(what) => Err(Failure::Lost { what }),
+        };
+        self.driver.abort_all();
+        self.tree = None;
+        if self.in_cradle {
+            if let Err(error) = self.cradle.destroy() {
+                tracing::error!("the prepared process could not be ended: {error}");
+            }
+        }
+        if outcome.is_err() || matches!(outcome, Ok(code) if code != exit::DONE) {
+            // The source closes when it has read the last word.
+            let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
+        }
+        self.ledger.wire_bytes = self.links.control.udp_bytes() + self.links.faults.udp_bytes() + self.links.bulk.udp_bytes();
+        self.links.control.close();
+        match (&outcome, self.journal) {
+            (Err(Failure::Lost { .. }), Some(journal)) => {
+                tracing::error!("what was recorded lies in {}", journal.path().display());
+            }
+            (_, Some(journal)) => journal.settle(),
+            _ => {}
+        }
+        outcome
+    }
+}
+
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Keeps the pages that travel with the state, each verified.
+fn keep_eager(batch: &PageBatch, eager: &mut Vec<EagerPage>) -> Result<(), String> {
+    for run in batch.runs() {
+        match run.kind {
+            PageKind::Data => {
+                let bytes = batch.verify_run(run).map_err(|error| report::chain(&error))?;
+                for (index, address) in (run.range.start..run.range.end).step_by(PAGE_LEN).enumerate() {
+                    eager.push(EagerPage { address, content: bytes.slice(index * PAGE_LEN..(index + 1) * PAGE_LEN) });
+                }
+            }
+            // Untouched pages are so here too, and guard regions are part of the mapping.
+            PageKind::Zero | PageKind::Guard => {}
+            PageKind::Gone => return Err(format!("page {:x} cannot be read on the source", run.range.start)),
+        }
+    }
+    Ok(())
+}
+
+/// The source's figures, in the target's ledger.
+fn enter(ledger: &mut Ledger, done: &Done) {
+    let ms = |ns: u64| ns as f64 / 1e6;
+    ledger.freeze_ms = ms(done.freeze_ns);
+    ledger.capture_ms = ms(done.capture_ns);
+    ledger.rebuild_ms = ms(done.rebuild_ns);
+    ledger.commit_ms = ms(done.commit_ns);
+    ledger.downtime_ms = ms(done.downtime_ns);
+    ledger.eager_bytes = done.eager_bytes;
+}
+
+/// What the tree's clocks are ahead of this host's.
+#[derive(Debug, Clone, Copy)]
+struct ClockOffsets {
+    /// Against our own CLOCK_MONOTONIC.
+    monotonic_ns: i64,
+    /// Against our own CLOCK_BOOTTIME.
+    boottime_ns: i64,
+    /// Whether the tree gets a time namespace with these offsets.
+    keep: bool,
+}
+
+impl ClockOffsets {
+    fn new(plan: &Plan, clock: Clock, now: host::Clocks) -> Self {
+        if clock == Clock::Jump {
+            return Self { monotonic_ns: 0, boottime_ns: 0, keep: false };
+        }
+        let ahead = |tree: u64, ours: u64| tree.cast_signed().wrapping_sub(ours.cast_signed());
+        Self {
+            monotonic_ns: ahead(plan.monotonic_ns, now.monotonic_ns),
+            boottime_ns: ahead(plan.boottime_ns, now.boottime_ns),
+            keep: true,
+        }
+    }
+}
+
+/// The signals that end `receive`, or hurry the drain.
+struct Stop {
+    interrupt: SignalStream,
+    terminate: SignalStream,
+}
+
+impl Stop {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn wait(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.interrupt.recv() => nix::libc::SIGINT,
+            _ = self.terminate.recv() => nix::libc::SIGTERM,
+        }
+    }
+}
