@@ -531,7 +531,7 @@ fn a_frame_out_of_order_ends_the_crossing_before_commit() {
         let last = std::iter::from_fn(|| source.poll()).last();
         assert!(matches!(last, Some(SourceAction::Finish(SourceEnd::Failed { .. }))));
     }
-    for frame in [Frame::from(Commit {}), plan().into(), Done {}.into(), Ready::default().into()] {
+    for frame in [Frame::from(Commit {}), plan().into(), Done::default().into(), Ready::default().into()] {
         let mut target = Target::new("beta");
         assert!(matches!(target.handle_frame(frame), Err(Error::Order { phase: Phase::Hello, .. })));
         let last = std::iter::from_fn(|| target.poll()).last();
