@@ -188,6 +188,8 @@ pub struct Options {
     pub bulk_request_pages_max: u64,
     /// Pages asked for without hurry and not yet installed.
     pub bulk_pages_max: u64,
+    /// Requests without hurry that are not yet answered: in memory full of holes a request may be for a single page.
+    pub bulk_requests_max: u64,
     /// Whether the drain starts switched on.
     pub drain: bool,
     /// What to do about pages that cannot be read.
@@ -196,7 +198,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { bulk_request_pages_max: 64, bulk_pages_max: 1024, drain: true, lost_pages: LostPages::Wait }
+        Self { bulk_request_pages_max: 64, bulk_pages_max: 1024, bulk_requests_max: 128, drain: true, lost_pages: LostPages::Wait }
     }
 }
 
@@ -315,6 +317,7 @@ pub struct Engine {
     urgent: PageSet,
     /// Source pages asked for with less hurry and not answered.
     bulk: PageSet,
+    bulk_requests: u64,
     /// Source pages whose bytes are here and not yet everywhere they belong.
     arrived: PageSet,
     /// Source pages the source cannot read.
@@ -372,6 +375,7 @@ impl Engine {
             link: true,
             urgent: PageSet::default(),
             bulk: PageSet::default(),
+            bulk_requests: 0,
             arrived: PageSet::default(),
             lost: PageSet::default(),
             waited: BTreeSet::new(),
@@ -421,10 +425,8 @@ impl Engine {
     pub fn handle_remap(&mut self, space: SpaceId, from: PageRange, to: u64) {
         let Some(found) = self.spaces.get_mut(&space) else { return };
         let mut moved = Vec::new();
+        // From the source's side each of these is overwritten below.
         found.pending.remove(from, |stretch| moved.push(stretch));
-        for stretch in &moved {
-            found.reverse.remove(stretch.inverse().range, |_| {});
-        }
         // What was pending at the destination has been unmapped by the kernel.
         found.remove(PageRange { start: to, end: to + from.byte_len() });
         for stretch in moved {
@@ -507,6 +509,7 @@ impl Engine {
             open.outstanding.remove(source);
             if open.outstanding.is_empty() {
                 self.requests.remove(&request);
+                self.bulk_requests -= u64::from(!urgent);
             }
             if urgent {
                 self.urgent.remove(source);
@@ -532,21 +535,36 @@ impl Engine {
         Ok(reply)
     }
 
+    /// The bytes of a reply are not what the source read. They are dropped and their pages asked for again. Also the answer to an
+    /// [`Action::Install`] from that reply.
+    pub fn handle_spoiled(&mut self, reply: ReplyId) {
+        self.current = None;
+        for lane in [Lane::Urgent, Lane::Bulk] {
+            let (spoiled, kept) = std::mem::take(self.works(lane)).into_iter().partition(|work: &Work| work.reply == reply);
+            *self.works(lane) = kept;
+            for work in spoiled {
+                self.arrived.remove(work.source);
+                self.finish(reply);
+            }
+        }
+        self.drain_cursor = 0;
+        self.ask_again();
+    }
+
     /// The connections are gone: everything asked for has to be asked again. Threads wait.
     pub fn handle_link_lost(&mut self) {
         self.link = false;
         self.requests.clear();
         self.urgent = PageSet::default();
         self.bulk = PageSet::default();
+        self.bulk_requests = 0;
     }
 
     /// The source can be asked again.
     pub fn handle_link_restored(&mut self) {
         self.link = true;
         self.drain_cursor = 0;
-        for (&id, space) in &self.spaces {
-            self.faults.extend(space.waiting.iter().map(|&page| (id, page)));
-        }
+        self.ask_again();
     }
 
     // ---- what the operator wants ----
@@ -609,7 +627,11 @@ impl Engine {
 
     /// Everything the source holds is here, in every space: nothing will ever be asked again.
     pub fn is_complete(&self) -> bool {
-        (self.map_ended || self.spaces.is_empty())
+        // Nobody is left to wait for anything.
+        if self.spaces.is_empty() {
+            return true;
+        }
+        self.map_ended
             && self.requests.is_empty()
             && self.replies.is_empty()
             && self.faults.is_empty()
@@ -639,6 +661,13 @@ impl Engine {
     }
 
     // ---- inside ----
+
+    /// Every waiting thread is looked at again.
+    fn ask_again(&mut self) {
+        for (&id, space) in &self.spaces {
+            self.faults.extend(space.waiting.iter().map(|&page| (id, page)));
+        }
+    }
 
     /// What a waiting thread needs, by the state of this moment.
     fn answer(&mut self, space: SpaceId, page: u64) -> Option<Action> {
@@ -678,7 +707,10 @@ impl Engine {
         self.requests.insert(request, Request { outstanding, priority });
         match priority {
             Priority::Fault => self.urgent.insert(source),
-            Priority::Ahead | Priority::Bulk => self.bulk.insert(source),
+            Priority::Ahead | Priority::Bulk => {
+                self.bulk_requests += 1;
+                self.bulk.insert(source);
+            }
         }
         Action::Fetch { request, source, priority }
     }
@@ -818,7 +850,7 @@ impl Engine {
         }
         let busy = self.bulk.page_count() + self.arrived.page_count();
         let room = self.options.bulk_pages_max.saturating_sub(busy).min(self.options.bulk_request_pages_max);
-        if room == 0 {
+        if room == 0 || self.bulk_requests >= self.options.bulk_requests_max {
             return None;
         }
         while let Some(guess) = self.ahead.pop_front() {

@@ -129,6 +129,8 @@ struct Sim {
     map_done: bool,
     link: bool,
     written: u64,
+    /// The next reply to be installed turns out damaged.
+    spoil: bool,
 }
 
 const SOURCE_FIRST: u64 = 0x100;
@@ -157,6 +159,7 @@ impl Sim {
             map_done: false,
             link: true,
             written: 0,
+            spoil: false,
         }
     }
 
@@ -272,6 +275,10 @@ impl Sim {
                     self.asked.push(Asked { request, source });
                 }
                 Action::Install { space, range, reply, source, .. } => {
+                    if std::mem::take(&mut self.spoil) {
+                        self.engine.handle_spoiled(reply);
+                        continue;
+                    }
                     let first = source / PAGE_SIZE;
                     assert!(self.replies.contains(&reply), "bytes are kept until they are released");
                     let result = self.space(space).fill(range, |offset| Value::Source(first + offset));
@@ -408,6 +415,7 @@ enum Op {
     Map { count: usize },
     Drain { on: bool },
     Link { up: bool },
+    Spoil,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -429,6 +437,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (1..12_usize).prop_map(|count| Op::Map { count }),
         1 => any::<bool>().prop_map(|on| Op::Drain { on }),
         1 => any::<bool>().prop_map(|up| Op::Link { up }),
+        1 => Just(Op::Spoil),
     ]
 }
 
@@ -442,7 +451,7 @@ proptest! {
         request_pages in 1..20_u64,
         in_flight in 1..40_u64,
     ) {
-        let options = Options { bulk_request_pages_max: request_pages, bulk_pages_max: in_flight, drain, lost_pages: LostPages::Wait };
+        let options = Options { bulk_request_pages_max: request_pages, bulk_pages_max: in_flight, bulk_requests_max: 8, drain, lost_pages: LostPages::Wait };
         let mut sim = Sim::new(&data, options);
         for op in ops {
             let known = sim.spaces.len();
@@ -459,6 +468,7 @@ proptest! {
                 Op::Poll { limit } => { sim.poll(limit); }
                 Op::Reply { which, limit } => sim.reply(which, limit),
                 Op::Map { count } => sim.map_piece(count),
+                Op::Spoil => sim.spoil = true,
                 Op::Drain { on } => sim.engine.set_drain(on),
                 Op::Link { up } => if up != sim.link {
                     sim.link = up;
@@ -468,4 +478,379 @@ proptest! {
         }
         sim.finish();
     }
+}
+
+// ---- One hazard at a time ----
+
+/// Source pages 0x100..0x110 at the same addresses, everything pending, drain off.
+fn engine() -> Engine {
+    Engine::new(&[pages(0x100, 0x10)], &[], &[], Options { drain: false, ..Options::default() })
+}
+
+fn address(page: u64) -> u64 {
+    page * PAGE_SIZE
+}
+
+/// Takes the request that has to come next.
+fn fetch(engine: &mut Engine) -> (RequestId, PageRange, Priority) {
+    match engine.poll_action() {
+        Some(Action::Fetch { request, source, priority }) => (request, source, priority),
+        other => panic!("a request, not {other:?}"),
+    }
+}
+
+/// Faults at `page`, expecting a request.
+fn fault(engine: &mut Engine, page: u64) -> RequestId {
+    engine.handle_fault(SpaceId::ROOT, address(page));
+    let (request, source, priority) = fetch(engine);
+    assert_eq!((source, priority), (pages(page, 1), Priority::Fault));
+    request
+}
+
+fn reply(engine: &mut Engine, request: RequestId, page: u64, kind: RunKind, page_count: u64) -> ReplyId {
+    engine.handle_reply(request, address(page), &[Run { page_count, kind }]).expect("an honest reply")
+}
+
+/// All actions there are, every install done in full.
+fn run(engine: &mut Engine) -> Vec<Action> {
+    let mut actions = Vec::new();
+    while let Some(action) = engine.poll_action() {
+        if let Action::Install { range, .. } | Action::Zero { range, .. } | Action::Poison { range, .. } = action {
+            engine.handle_result(range.page_count(), None);
+        }
+        actions.push(action);
+    }
+    actions
+}
+
+#[test]
+fn a_reply_in_flight_during_mremap_goes_to_the_new_address() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    engine.handle_remap(SpaceId::ROOT, pages(0x100, 8), address(0x400));
+    let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    let actions = run(&mut engine);
+    assert_eq!(actions[0], Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }, "who waits at the old address looks again");
+    assert_eq!(actions[1], Action::Install { space: SpaceId::ROOT, range: pages(0x404, 1), reply, source: address(0x104), prefetch: true });
+    assert_eq!(actions[2..], [Action::Release { reply }]);
+}
+
+#[test]
+fn a_fault_at_the_new_address_read_before_its_remap_event_is_never_zero() {
+    let mut engine = engine();
+    engine.handle_fault(SpaceId::ROOT, address(0x404));
+    // The kernel refuses the zero page while the event is unread.
+    assert_eq!(engine.poll_action(), Some(Action::Zero { space: SpaceId::ROOT, range: pages(0x404, 1) }));
+    engine.handle_result(0, Some(Stop::Again));
+    engine.handle_remap(SpaceId::ROOT, pages(0x100, 8), address(0x400));
+    assert_eq!(fetch(&mut engine).1, pages(0x104, 1));
+}
+
+#[test]
+fn a_page_dropped_while_in_flight_is_zero_and_its_reply_goes_nowhere() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    engine.handle_remove(SpaceId::ROOT, pages(0x100, 8));
+    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }]);
+    let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    assert_eq!(run(&mut engine), [Action::Release { reply }]);
+    assert_eq!(engine.counters().duplicate_bytes, PAGE_SIZE);
+}
+
+#[test]
+fn a_mapping_made_where_one_was_unmapped_never_gets_the_old_page() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    engine.handle_unmap(SpaceId::ROOT, pages(0x104, 1));
+    assert_eq!(run(&mut engine), [Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }]);
+    engine.handle_fault(SpaceId::ROOT, address(0x104));
+    let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }, Action::Release { reply }]);
+}
+
+#[test]
+fn a_page_in_flight_at_a_fork_belongs_to_parent_and_child() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    let child = engine.handle_fork(SpaceId::ROOT).expect("the parent lives");
+    let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    let source = address(0x104);
+    assert_eq!(
+        run(&mut engine),
+        [
+            Action::Install { space: SpaceId::ROOT, range: pages(0x104, 1), reply, source, prefetch: false },
+            Action::Install { space: child, range: pages(0x104, 1), reply, source, prefetch: true },
+            Action::Release { reply },
+        ]
+    );
+    assert_eq!(engine.counters().pages_faulted, 1, "one transfer, one page");
+}
+
+#[test]
+fn a_child_born_between_two_halves_of_a_refused_install_gets_the_page_once() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    let first = engine.poll_action();
+    assert!(matches!(first, Some(Action::Install { space: SpaceId::ROOT, .. })));
+    engine.handle_result(0, Some(Stop::Again));
+    let child = engine.handle_fork(SpaceId::ROOT).expect("the parent lives");
+    let actions = run(&mut engine);
+    assert_eq!(Some(actions[0]), first);
+    assert!(matches!(actions[1], Action::Install { space, .. } if space == child));
+    assert_eq!(actions[2..], [Action::Release { reply }]);
+}
+
+#[test]
+fn memory_wiped_on_fork_reads_as_zeros_in_the_child_and_as_itself_in_the_parent() {
+    let mut engine = Engine::new(&[pages(0x100, 0x10)], &[], &[pages(0x104, 2)], Options { drain: false, ..Options::default() });
+    let child = engine.handle_fork(SpaceId::ROOT).expect("the parent lives");
+    engine.handle_fault(child, address(0x105));
+    assert_eq!(run(&mut engine), [Action::Zero { space: child, range: pages(0x105, 1) }]);
+    fault(&mut engine, 0x105);
+}
+
+#[test]
+fn a_child_of_a_forgotten_parent_is_not_answered_with_zeros() {
+    let mut engine = engine();
+    engine.handle_gone(SpaceId::ROOT);
+    assert_eq!(engine.handle_fork(SpaceId::ROOT), None);
+}
+
+#[test]
+fn stack_growth_below_the_registered_start_is_zero_at_once() {
+    let mut engine = engine();
+    engine.handle_fault(SpaceId::ROOT, address(0xff) + 4088);
+    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0xff, 1) }]);
+    assert_eq!(engine.counters().pages_zero, 1);
+}
+
+#[test]
+fn several_faults_for_one_page_make_one_request_and_one_install() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    for _ in 0..3 {
+        engine.handle_fault(SpaceId::ROOT, address(0x104) + 8);
+    }
+    assert_eq!(run(&mut engine), []);
+    let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    assert_eq!(run(&mut engine).len(), 2);
+    // One more, sent by a thread that was just too late.
+    engine.handle_fault(SpaceId::ROOT, address(0x104));
+    assert_eq!(engine.poll_action(), Some(Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }));
+    engine.handle_result(0, Some(Stop::Exists));
+    assert_eq!(run(&mut engine), [Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }], "the page is there: {reply:?}");
+    assert_eq!(engine.pages_waiting(), 0);
+}
+
+#[test]
+fn a_page_that_exists_although_it_was_pending_is_kept_and_its_waiters_woken() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    assert!(matches!(engine.poll_action(), Some(Action::Install { .. })));
+    engine.handle_result(0, Some(Stop::Exists));
+    assert_eq!(engine.poll_action(), Some(Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }));
+}
+
+#[test]
+fn a_page_asked_for_in_bulk_is_asked_for_once_more_when_a_thread_needs_it() {
+    let mut engine = engine();
+    engine.set_drain(true);
+    engine.handle_map(&[pages(0x100, 0x10)]).expect("ascending");
+    let (bulk, source, _) = fetch(&mut engine);
+    assert_eq!(source, pages(0x100, 0x10));
+    let urgent = fault(&mut engine, 0x104);
+    reply(&mut engine, urgent, 0x104, RunKind::Data, 1);
+    run(&mut engine);
+    reply(&mut engine, bulk, 0x100, RunKind::Data, 0x10);
+    let installed: Vec<_> = run(&mut engine)
+        .into_iter()
+        .filter_map(|action| match action {
+            Action::Install { range, .. } => Some(range),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(installed, [pages(0x100, 4), pages(0x105, 0xb)], "around the page that is there");
+    assert_eq!(engine.counters().duplicate_bytes, PAGE_SIZE);
+}
+
+#[test]
+fn a_page_that_has_arrived_but_waits_its_turn_is_installed_first_and_not_asked_for_again() {
+    let mut engine = engine();
+    engine.set_drain(true);
+    engine.handle_map(&[pages(0x100, 0x10)]).expect("ascending");
+    let (bulk, ..) = fetch(&mut engine);
+    let reply = reply(&mut engine, bulk, 0x100, RunKind::Data, 0x10);
+    engine.handle_fault(SpaceId::ROOT, address(0x108));
+    let source = address(0x108);
+    assert_eq!(run(&mut engine)[0], Action::Install { space: SpaceId::ROOT, range: pages(0x108, 1), reply, source, prefetch: false });
+    assert_eq!(engine.counters().duplicate_bytes, 0);
+}
+
+#[test]
+fn holes_of_the_page_map_are_never_asked_for() {
+    let mut engine = engine();
+    engine.set_drain(true);
+    engine.handle_map(&[pages(0x102, 2), pages(0x108, 1)]).expect("ascending");
+    engine.handle_map_end();
+    assert_eq!(fetch(&mut engine).1, pages(0x102, 2));
+    assert_eq!(fetch(&mut engine).1, pages(0x108, 1));
+    assert_eq!(run(&mut engine), []);
+    assert_eq!(engine.counters().pages_total, 3);
+}
+
+#[test]
+fn nothing_beyond_the_page_map_is_drained() {
+    let mut engine = engine();
+    engine.set_drain(true);
+    assert_eq!(run(&mut engine), [], "it may be terabytes of holes");
+    assert!(!engine.is_complete());
+}
+
+#[test]
+fn a_thread_waiting_for_a_hole_is_released_by_the_page_map() {
+    let mut engine = engine();
+    fault(&mut engine, 0x104);
+    engine.handle_map_end();
+    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }]);
+}
+
+#[test]
+fn a_page_the_source_cannot_read_makes_its_thread_wait_and_is_never_zero() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    let lost = reply(&mut engine, request, 0x104, RunKind::Gone, 1);
+    assert_eq!(run(&mut engine), [Action::Lost { source: pages(0x104, 1) }, Action::Release { reply: lost }]);
+    assert_eq!(engine.pages_waiting(), 1);
+    engine.handle_map(&[pages(0x104, 1)]).expect("ascending");
+    engine.handle_map_end();
+    engine.set_drain(true);
+    assert_eq!(run(&mut engine), [], "not asked for again and again");
+    assert!(!engine.is_complete(), "the source must not be given up");
+    engine.set_lost_pages(LostPages::Poison);
+    assert_eq!(run(&mut engine)[0], Action::Poison { space: SpaceId::ROOT, range: pages(0x104, 1) });
+    assert!(engine.is_complete());
+}
+
+#[test]
+fn a_guard_found_before_a_prefetch_keeps_its_page_out_for_good() {
+    let mut engine = engine();
+    engine.set_drain(true);
+    engine.handle_map(&[pages(0x100, 4)]).expect("ascending");
+    engine.handle_map_end();
+    let (bulk, ..) = fetch(&mut engine);
+    reply(&mut engine, bulk, 0x100, RunKind::Data, 4);
+    assert!(matches!(engine.poll_action(), Some(Action::Install { prefetch: true, .. })));
+    engine.handle_guarded(SpaceId::ROOT, pages(0x101, 1));
+    engine.handle_result(0, None);
+    let installed: Vec<_> = run(&mut engine).into_iter().filter(|action| matches!(action, Action::Install { .. })).collect();
+    assert_eq!(installed.len(), 2);
+    assert!(engine.is_complete());
+    engine.handle_fault(SpaceId::ROOT, address(0x101));
+    assert!(matches!(run(&mut engine)[..], [Action::Zero { .. }]), "once the guard is removed the page is zeros");
+}
+
+#[test]
+fn an_install_across_the_border_of_two_mappings_is_halved_until_it_fits() {
+    let mut engine = engine();
+    engine.set_drain(true);
+    engine.handle_map(&[pages(0x100, 0x10)]).expect("ascending");
+    engine.handle_map_end();
+    let (bulk, ..) = fetch(&mut engine);
+    reply(&mut engine, bulk, 0x100, RunKind::Data, 0x10);
+    let mut installed = Vec::new();
+    while let Some(action) = engine.poll_action() {
+        if let Action::Install { range, .. } = action {
+            // Mappings end at 0x105; 0x109 has none at all, as after MADV_DONTFORK in a child.
+            if [0x105, 0x109, 0x10a].iter().any(|&border| range.start < address(border) && address(border) < range.end) || range.start == address(0x109) {
+                engine.handle_result(0, Some(Stop::NoMapping));
+            } else {
+                installed.extend(page_numbers(range));
+                engine.handle_result(range.page_count(), None);
+            }
+        }
+    }
+    installed.sort_unstable();
+    assert_eq!(installed, (0x100..0x110).filter(|&page| page != 0x109).collect::<Vec<_>>());
+    assert!(engine.is_complete());
+}
+
+#[test]
+fn threads_wait_while_the_link_is_down_and_are_served_when_it_is_back() {
+    let mut engine = engine();
+    let lost = fault(&mut engine, 0x104);
+    engine.handle_link_lost();
+    engine.handle_fault(SpaceId::ROOT, address(0x108));
+    assert_eq!(run(&mut engine), [], "nothing is asked, nothing is zeroed");
+    engine.handle_link_restored();
+    let (first, source, _) = fetch(&mut engine);
+    assert_eq!(source, pages(0x104, 1));
+    assert_eq!(fetch(&mut engine).1, pages(0x108, 1));
+    // What the old connection still brings is not counted on.
+    let late = reply(&mut engine, lost, 0x104, RunKind::Data, 1);
+    assert_eq!(run(&mut engine), [Action::Release { reply: late }]);
+    reply(&mut engine, first, 0x104, RunKind::Data, 1);
+    assert!(matches!(run(&mut engine)[0], Action::Install { .. }));
+}
+
+#[test]
+fn damaged_pages_are_dropped_and_asked_for_again() {
+    let mut engine = engine();
+    let request = fault(&mut engine, 0x104);
+    let spoiled = reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    assert!(matches!(engine.poll_action(), Some(Action::Install { .. })));
+    engine.handle_spoiled(spoiled);
+    assert_eq!(fetch(&mut engine).1, pages(0x104, 1));
+    assert_eq!(run(&mut engine), [Action::Release { reply: spoiled }]);
+}
+
+#[test]
+fn a_peer_that_answers_what_was_not_asked_is_named() {
+    let mut engine = engine();
+    let runs = [Run { page_count: 1, kind: RunKind::Data }];
+    assert_eq!(engine.handle_reply(RequestId(0), 0, &runs), Err(BadPeer::UnknownRequest { request: 0 }));
+    assert_eq!(engine.handle_reply(RequestId(9), 0, &runs), Err(BadPeer::UnknownRequest { request: 9 }));
+    let request = fault(&mut engine, 0x104);
+    for (start, page_count) in [(0x103, 1), (0x104, 2), (0x104, 0), (0x104, u64::MAX), (0x104, 1 << 52)] {
+        let answer = engine.handle_reply(request, address(start), &[Run { page_count, kind: RunKind::Data }]);
+        assert!(matches!(answer, Err(BadPeer::NotAsked { .. })), "{answer:?}");
+    }
+    reply(&mut engine, request, 0x104, RunKind::Data, 1);
+    engine.handle_map(&[pages(0x108, 1)]).expect("ascending");
+    assert!(matches!(engine.handle_map(&[pages(0x107, 1)]), Err(BadPeer::MapOrder { .. })));
+}
+
+#[test]
+fn the_drain_keeps_to_its_bounds() {
+    let options = Options { bulk_request_pages_max: 4, bulk_pages_max: 10, bulk_requests_max: 2, ..Options::default() };
+    let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], options);
+    engine.handle_map(&[pages(0x100, 0x100)]).expect("ascending");
+    let asked = run(&mut engine);
+    assert_eq!(asked.len(), 2);
+    engine.set_drain(false);
+    reply(&mut engine, RequestId(1), 0x100, RunKind::Data, 4);
+    assert!(run(&mut engine).iter().all(|action| !matches!(action, Action::Fetch { .. })), "off means off");
+}
+
+#[test]
+fn the_neighbours_of_a_fault_come_before_the_rest_of_the_drain() {
+    let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], Options::default());
+    engine.handle_map(&[pages(0x100, 0x100)]).expect("ascending");
+    engine.handle_map_end();
+    engine.handle_fault(SpaceId::ROOT, address(0x183));
+    assert_eq!(fetch(&mut engine).1, pages(0x183, 1));
+    let (_, source, priority) = fetch(&mut engine);
+    assert_eq!((source, priority), (pages(0x180, 3), Priority::Ahead));
+    assert_eq!(fetch(&mut engine).1, pages(0x184, 4));
+    assert_eq!(fetch(&mut engine).2, Priority::Bulk);
+}
+
+#[test]
+fn an_exec_or_exit_ends_the_space_and_completes_the_engine() {
+    let mut engine = engine();
+    fault(&mut engine, 0x104);
+    engine.handle_gone(SpaceId::ROOT);
+    assert_eq!(run(&mut engine), []);
+    assert!(engine.is_complete());
 }
