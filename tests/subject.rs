@@ -46,12 +46,27 @@ impl Subject {
     #[track_caller]
     pub(crate) fn start(pair: &Pair, host: &Host, name: &str, privileges: &[&str], arguments: &[&str]) -> Option<Self> {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/subjects/{name}.c"));
-        let program = compile(&source, name, &[]);
+        Self::start_program(pair, host, &source, privileges, arguments)
+    }
+
+    /// The same for any C program that speaks as subjects do.
+    #[track_caller]
+    pub(crate) fn start_program(
+        pair: &Pair,
+        host: &Host,
+        source: &Path,
+        privileges: &[&str],
+        arguments: &[&str],
+    ) -> Option<Self> {
+        let name = source.file_stem().and_then(|name| name.to_str()).expect("a source has a name");
+        let program = compile(source, name, &[]);
         let state = pair.path(&format!("{name}.state"));
         let mut command = vec![program.to_str().expect("it is ASCII"), "--state", state.to_str().expect("it is ASCII")];
         command.extend(arguments);
         host.start(privileges, &command);
-        let first = eventually(&format!("{name} to be READY"), || lines(&state).into_iter().next());
+        let first = eventually(&format!("{name} to be READY"), || {
+            lines(&state).into_iter().find(|line| ["READY ", "SKIP ", "FAIL "].iter().any(|word| line.starts_with(word)))
+        });
         if let Some(what) = first.strip_prefix("SKIP ") {
             eprintln!("skipped: {what}");
             return None;
@@ -78,6 +93,16 @@ impl Subject {
     pub(crate) fn ask_only(&mut self) {
         self.asked += 1;
         self.put_question(&format!("{}\n", self.asked));
+    }
+
+    /// Leaves one question out.
+    pub(crate) fn skip_question(&mut self) {
+        self.asked += 1;
+    }
+
+    /// All it has said.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        lines(&self.state)
     }
 
     /// The answer to the last question.
