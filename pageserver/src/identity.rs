@@ -1,0 +1,232 @@
+//! What makes a file on the target the same file as here: reading that on the source, comparing it on the target.
+//!
+//! A program's clean pages are not carried but mapped from the target's own copy of the file, so two files taken for the same
+//! that are not would be silent corruption. The comparison is the operator's choice ([`FileCheck`]).
+
+use std::fs::{File, Metadata};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::Path;
+
+use pageferry_image::model::memory::FileIdentity;
+use sha2::{Digest as _, Sha256};
+
+use crate::{Error, Result};
+
+/// How carefully the target's files are compared with the source's (`--file-check`). Size and type are always compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FileCheck {
+    /// ELF files by build id; those without one, and other files, by size and modification time.
+    #[default]
+    BuildId,
+    /// Size only.
+    Size,
+    /// Size and modification time.
+    Mtime,
+    /// SHA-256 of the whole content.
+    Content,
+}
+
+/// Most bytes of notes read from an ELF file; build ids stand in a few dozen.
+const NOTES_LEN_MAX: u64 = 1 << 20;
+/// Most program headers looked at.
+const PROGRAM_HEADERS_MAX: u16 = 512;
+const PT_NOTE: u32 = 4;
+const NT_GNU_BUILD_ID: u32 = 3;
+
+/// The identity of the file `path` leads to.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be read as far as `check` asks.
+pub fn identify(path: &str, check: FileCheck, must_be_shared: bool) -> Result<FileIdentity> {
+    let failed = |source| Error::File { path: path.to_owned(), source };
+    let metadata = std::fs::metadata(path).map_err(failed)?;
+    let mut identity = outline(path, &metadata, must_be_shared);
+    if metadata.is_file() && !must_be_shared {
+        match check {
+            FileCheck::BuildId => identity.build_id = build_id(&File::open(path).map_err(failed)?).map_err(failed)?.unwrap_or_default(),
+            FileCheck::Content => identity.content_sha256 = content_sha256(&File::open(path).map_err(failed)?).map_err(failed)?,
+            FileCheck::Size | FileCheck::Mtime => {}
+        }
+    }
+    Ok(identity)
+}
+
+/// What is known of a file without opening it.
+pub(crate) fn outline(path: &str, metadata: &Metadata, must_be_shared: bool) -> FileIdentity {
+    FileIdentity {
+        path: path.to_owned(),
+        size: if metadata.is_file() { metadata.len() } else { 0 },
+        mtime_ns: metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()),
+        mode: metadata.mode(),
+        build_id: Vec::new(),
+        content_sha256: Vec::new(),
+        must_be_shared,
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    }
+}
+
+/// How a file here differs from what the source has; `None` if it does not.
+///
+/// The text is a clause about the file: `is missing`, `has another build id`.
+pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
+    let path = Path::new(&expected.path);
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Some("is missing".into()),
+        Err(error) => return Some(format!("cannot be examined: {error}")),
+    };
+    if (metadata.mode() ^ expected.mode) & libc::S_IFMT != 0 {
+        return Some("is of another type".into());
+    }
+    // A file both hosts share may grow between the two looks; that it is shared is the operator's word or its file system's.
+    if !metadata.is_file() || expected.must_be_shared {
+        return None;
+    }
+    if metadata.len() != expected.size {
+        return Some(format!("has {} bytes instead of {}", metadata.len(), expected.size));
+    }
+    let same_time = || {
+        let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
+        (mtime_ns != expected.mtime_ns).then(|| "was modified at another time".to_owned())
+    };
+    let open = || File::open(path);
+    match check {
+        FileCheck::Size => None,
+        FileCheck::Mtime => same_time(),
+        FileCheck::BuildId if expected.build_id.is_empty() => same_time(),
+        FileCheck::BuildId => match open().and_then(|file| build_id(&file)) {
+            Ok(Some(id)) if id == expected.build_id => None,
+            Ok(Some(_)) => Some("has another build id".into()),
+            Ok(None) => Some("has no build id".into()),
+            Err(error) => Some(format!("cannot be read: {error}")),
+        },
+        FileCheck::Content => match open().and_then(|file| content_sha256(&file)) {
+            Ok(digest) if digest == expected.content_sha256 => None,
+            Ok(_) => Some("has other content".into()),
+            Err(error) => Some(format!("cannot be read: {error}")),
+        },
+    }
+}
+
+fn content_sha256(mut file: &File) -> io::Result<Vec<u8>> {
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(digest.finalize().to_vec()),
+            length => digest.update(&buffer[..length]),
+        }
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+}
+
+/// The GNU build id of an ELF file; `None` for other files and for those without one.
+///
+/// # Errors
+/// What reading gave.
+pub fn build_id(file: &File) -> io::Result<Option<Vec<u8>>> {
+    let mut header = [0; 64];
+    match file.read_exact_at(&mut header, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        result => result?,
+    }
+    // 64-bit, little-endian.
+    if !header.starts_with(b"\x7fELF\x02\x01") {
+        return Ok(None);
+    }
+    let (table, entry_len, count) = (u64_at(&header, 32), u16_at(&header, 54), u16_at(&header, 56));
+    let (Some(table), Some(entry_len @ 56..), Some(count @ ..=PROGRAM_HEADERS_MAX)) = (table, entry_len, count) else {
+        return Ok(None);
+    };
+    let mut headers = vec![0; usize::from(entry_len) * usize::from(count)];
+    if file.read_exact_at(&mut headers, table).is_err() {
+        return Ok(None);
+    }
+    for entry in headers.chunks_exact(usize::from(entry_len)) {
+        let (Some(PT_NOTE), Some(offset), Some(length)) = (u32_at(entry, 0), u64_at(entry, 8), u64_at(entry, 32)) else {
+            continue;
+        };
+        let mut notes = vec![0; length.min(NOTES_LEN_MAX) as usize];
+        if file.read_exact_at(&mut notes, offset).is_ok() {
+            if let Some(id) = note_build_id(&notes) {
+                return Ok(Some(id));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn note_build_id(mut notes: &[u8]) -> Option<Vec<u8>> {
+    loop {
+        let (name_len, id_len, kind) = (u32_at(notes, 0)? as usize, u32_at(notes, 4)? as usize, u32_at(notes, 8)?);
+        let id_at = 12 + name_len.next_multiple_of(4);
+        if kind == NT_GNU_BUILD_ID && notes.get(12..12 + name_len) == Some(b"GNU\0") {
+            return notes.get(id_at..id_at.checked_add(id_len)?).map(<[u8]>::to_vec);
+        }
+        notes = notes.get(id_at.checked_add(id_len)?.next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn notes_before_the_build_id_are_passed_over() {
+        let mut notes = Vec::new();
+        for (name, kind, id) in [(&b"stapsdt\0"[..], 3u32, &b"abc"[..]), (b"GNU\0", 1, b"1234"), (b"GNU\0", 3, b"\x01\x02\x03\x04\x05")] {
+            notes.extend_from_slice(&(name.len() as u32).to_le_bytes());
+            notes.extend_from_slice(&(id.len() as u32).to_le_bytes());
+            notes.extend_from_slice(&kind.to_le_bytes());
+            notes.extend_from_slice(name);
+            notes.resize(notes.len().next_multiple_of(4), 0);
+            notes.extend_from_slice(id);
+            notes.resize(notes.len().next_multiple_of(4), 0);
+        }
+        assert_eq!(note_build_id(&notes), Some(vec![1, 2, 3, 4, 5]));
+        assert_eq!(note_build_id(&notes[..40]), None);
+        assert_eq!(note_build_id(&[0xff; 64]), None);
+    }
+
+    #[test]
+    fn a_changed_file_is_told_by_the_chosen_check() {
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.write_all(b"first").expect("written");
+        let path = file.path().to_str().expect("UTF-8").to_owned();
+        let mtime = identify(&path, FileCheck::Mtime, false).expect("identified");
+        let content = identify(&path, FileCheck::Content, false).expect("identified");
+        assert_eq!(difference(&mtime, FileCheck::Mtime), None);
+        assert_eq!(difference(&content, FileCheck::Content), None);
+        file.as_file().write_all_at(b"FIRST", 0).expect("written");
+        file.as_file().set_modified(std::time::SystemTime::UNIX_EPOCH).expect("modified");
+        assert_eq!(difference(&mtime, FileCheck::Size), None);
+        assert_eq!(difference(&mtime, FileCheck::Mtime).as_deref(), Some("was modified at another time"));
+        assert_eq!(difference(&mtime, FileCheck::BuildId).as_deref(), Some("was modified at another time"));
+        assert_eq!(difference(&content, FileCheck::Content).as_deref(), Some("has other content"));
+        file.as_file().set_len(3).expect("cut");
+        assert_eq!(difference(&mtime, FileCheck::Size).as_deref(), Some("has 3 bytes instead of 5"));
+        drop(file);
+        assert_eq!(difference(&mtime, FileCheck::Size).as_deref(), Some("is missing"));
+    }
+
+    #[test]
+    fn this_program_has_a_build_id_or_none_but_no_error() {
+        let own = std::env::current_exe().expect("own path");
+        build_id(&File::open(own).expect("own file")).expect("readable");
+    }
+}

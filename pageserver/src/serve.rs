@@ -1,0 +1,1 @@
+//! The frozen process as a source of pages.

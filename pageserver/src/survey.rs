@@ -1,0 +1,453 @@
+//! The look before anything is touched: what a process consists of, and everything in it that cannot be carried, all at once.
+//!
+//! It reads `/proc` and copies of descriptors of a running process, so a fact may be over when it is read. A refusal counts
+//! when a second look confirms it, and capture asks again in the freeze.
+
+mod managed;
+mod refusal;
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+
+use pageferry_image::model::files::file;
+use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::sockets::State;
+use pageferry_image::page::PageRange;
+use pageferry_tracee::choke::{self, Kind as Call};
+use pageferry_tracee::procfs::{self, DescriptorEntry, Namespaces, Vma};
+use pageferry_tracee::{Error as ProcessError, descriptor, socket};
+
+pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
+use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
+use crate::capture::{memory, task, timers};
+use crate::identity::FileCheck;
+use crate::{Error, Result};
+
+/// What to do with TCP connections (`--tcp`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TcpPolicy {
+    /// A process that has any is refused.
+    #[default]
+    Refuse,
+    /// They are dropped: the program finds them closed, their peers get no answer any more.
+    Close,
+}
+
+/// What the operator allows.
+#[derive(Debug, Clone, Default)]
+pub struct SurveyOptions {
+    /// TCP connections.
+    pub tcp: TcpPolicy,
+    /// How files are compared.
+    pub file_check: FileCheck,
+    /// Path prefixes under which the target sees the very same files.
+    pub same_file: Vec<PathBuf>,
+    /// Go on although a service manager or container runtime may start the process again here.
+    pub unmanaged: bool,
+}
+
+/// An address the target must be able to bind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BoundSocket {
+    /// Descriptor.
+    pub fd: u32,
+    /// `AF_*`.
+    pub family: i32,
+    /// `SOCK_*`.
+    pub kind: i32,
+    /// `IPPROTO_*`.
+    pub protocol: i32,
+    /// `struct sockaddr`.
+    pub address: Vec<u8>,
+    /// It listens.
+    pub listening: bool,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub struct Survey {
+    /// The process.
+    pub pid: i32,
+    /// The leader's name.
+    pub comm: String,
+    /// Everything that cannot be carried. Empty: go on.
+    pub refusals: Vec<Refusal>,
+    /// What will be different on the target, or is given up by an option, in sentences without a full stop.
+    pub notes: Vec<String>,
+    /// Every file and directory the target must have, each once.
+    pub files: Vec<FileIdentity>,
+    /// Addresses the target must be able to bind.
+    pub sockets: Vec<BoundSocket>,
+    /// Threads, the leader first.
+    pub tids: Vec<i32>,
+    /// Private anonymous memory in use, swapped included.
+    pub resident_bytes: u64,
+    /// Locked memory.
+    pub locked_bytes: u64,
+    /// One past the highest mapped user address.
+    pub user_address_end: u64,
+    /// Guard regions of private mappings.
+    pub guards: Vec<PageRange>,
+    /// What its time namespace adds to this host's CLOCK_MONOTONIC and CLOCK_BOOTTIME, nanoseconds.
+    pub clock_offsets_ns: (i64, i64),
+    pub(crate) vmas: Vec<Vma>,
+    pub(crate) inodes: BTreeSet<u64>,
+    pub(crate) known: KnownFiles,
+}
+
+/// Looks at a running process.
+///
+/// # Errors
+/// [`Error::Process`] with `Gone` if there is no such process or it ends meanwhile; whatever else reading gave. What cannot be
+/// carried is no error but a refusal.
+pub fn survey(pid: i32, options: &SurveyOptions) -> Result<Survey> {
+    let mut found = look(pid, options)?;
+    if !found.refusals.is_empty() {
+        // Of a running process, two looks at different moments may contradict each other: what only one of them saw has passed.
+        let again = look(pid, options)?;
+        let seen_twice = |refusal: &Refusal| again.refusals.iter().any(|other| other.object == refusal.object && other.what.key() == refusal.what.key());
+        found.refusals.retain(seen_twice);
+        found = Survey { refusals: std::mem::take(&mut found.refusals), ..again };
+    }
+    Ok(found)
+}
+
+fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
+    let mut look = Look { pid, options, known: KnownFiles::default() };
+    let mut refusals = Vec::new();
+    let mut notes = Vec::new();
+    let stat = procfs::stat(pid, pid)?;
+    // Nothing else can be asked about these.
+    if let Some(what) = no_program(pid, &stat)? {
+        let refusals = vec![Refusal { pid, object: Object::Process, what }];
+        return Ok(empty(pid, refusals));
+    }
+    let status = procfs::status(pid, pid)?;
+    let tids = procfs::tids(pid)?;
+    process(pid, options, &stat, &status, &mut refusals)?;
+    threads(pid, &tids, &mut refusals)?;
+    let mut refuse = |what| refusals.push(Refusal { pid, object: Object::Process, what });
+    if let Err(what) = executable(&mut look)? {
+        refuse(what);
+    }
+    if let Err(what) = working_directory(&mut look)? {
+        refuse(what);
+    }
+    refusals.extend(timers::refusals(pid)?);
+
+    let entries = procfs::descriptors(pid)?;
+    let table = files::table(&mut look, &entries, Depth::Survey)?;
+    refusals.extend(table.refusals.iter().cloned());
+    refusals.extend(files::held_outside(pid, &entries, &table.inodes)?);
+    let vmas = procfs::smaps(pid)?;
+    refusals.extend(memory::refusals(&mut look, &vmas)?);
+    refusals.extend(memory_policies(pid)?);
+    refusals.sort_by_key(|refusal| refusal.object);
+
+    notes.extend(identity_notes(pid, &stat));
+    notes.extend(socket_notes(pid, &entries, &table)?);
+    let mut files = look.known.identities();
+    files.dedup_by(|next, kept| next.path == kept.path && {
+        // The stricter of the two demands.
+        kept.must_be_shared |= next.must_be_shared;
+        true
+    });
+    Ok(Survey {
+        pid,
+        comm: status.name,
+        refusals,
+        notes,
+        sockets: bound_sockets(&table),
+        files,
+        tids,
+        resident_bytes: (status.rss_anon_kib + status.vm_swap_kib) * 1024,
+        locked_bytes: status.vm_lck_kib * 1024,
+        user_address_end: vmas.iter().filter(|vma| vma.path != "[vsyscall]").map(|vma| vma.end).max().unwrap_or(0),
+        guards: memory::guards(pid, &vmas, |_| true)?,
+        clock_offsets_ns: procfs::timens_offsets(pid)?,
+        vmas,
+        inodes: table.inodes,
+        known: look.known,
+    })
+}
+
+fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
+    Survey {
+        pid,
+        comm: String::new(),
+        refusals,
+        notes: Vec::new(),
+        files: Vec::new(),
+        sockets: Vec::new(),
+        tids: Vec::new(),
+        resident_bytes: 0,
+        locked_bytes: 0,
+        user_address_end: 0,
+        guards: Vec::new(),
+        clock_offsets_ns: (0, 0),
+        vmas: Vec::new(),
+        inodes: BTreeSet::new(),
+        known: KnownFiles::default(),
+    }
+}
+
+/// Why there is nothing to look at.
+fn no_program(pid: i32, stat: &procfs::Stat) -> Result<Option<RefusalKind>> {
+    const PF_KTHREAD: u32 = 0x0020_0000;
+    if stat.flags & PF_KTHREAD != 0 {
+        return Ok(Some(RefusalKind::KernelThread));
+    }
+    if matches!(stat.state, 'Z' | 'X') {
+        let others = procfs::tids(pid)?.len() > 1;
+        return Ok(Some(if others { RefusalKind::DeadLeader } else { RefusalKind::Zombie }));
+    }
+    if pid == std::process::id().cast_signed() {
+        return Ok(Some(RefusalKind::Itself));
+    }
+    let leader = procfs::status(pid, pid)?.tgid;
+    Ok((leader != pid).then_some(RefusalKind::NotLeader { leader }))
+}
+
+fn process(pid: i32, options: &SurveyOptions, stat: &procfs::Stat, status: &procfs::Status, refusals: &mut Vec<Refusal>) -> Result<()> {
+    let mut refuse = |what| refusals.push(Refusal { pid, object: Object::Process, what });
+    if status.ns_pid.last() == Some(&1) {
+        refuse(RefusalKind::Init);
+    }
+    if status.tracer_pid != 0 {
+        refuse(RefusalKind::Traced { by: status.tracer_pid });
+    } else if matches!(status.state, 'T' | 't') {
+        refuse(RefusalKind::Stopped);
+    }
+    if status.core_dumping {
+        refuse(RefusalKind::CoreDumping);
+    }
+    if status.vm_pin_kib > 0 {
+        refuse(RefusalKind::Pinned { kib: status.vm_pin_kib });
+    }
+    if stat.tty_nr != 0 {
+        let device = u64::from(stat.tty_nr.cast_unsigned());
+        // The kernel's own encoding: 12 bits of major from bit 8, the minor around them.
+        refuse(RefusalKind::ControllingTerminal { major: device >> 8 & 0xfff, minor: device & 0xff | device >> 12 & 0xf_ff00 });
+    }
+    let children = procfs::children(pid)?;
+    if !children.is_empty() {
+        refuse(RefusalKind::Children { pids: Pids(children) });
+    }
+    for kind in foreign_namespaces(&procfs::namespaces(pid)?)? {
+        refuse(RefusalKind::Namespace { kind });
+    }
+    let root = procfs::root(pid)?;
+    if root != "/" {
+        refuse(RefusalKind::Chroot { root });
+    }
+    if !options.unmanaged {
+        if let Some(unit) = managed::unit(pid, stat.ppid)? {
+            refuse(RefusalKind::Managed { unit });
+        }
+    }
+    for other in relatives(stat.ppid, pid)? {
+        if let Some(what) = shared_context(pid, other)? {
+            refuse(RefusalKind::SharedWith { other, what });
+        }
+    }
+    Ok(())
+}
+
+/// The kinds of namespaces in which the process, or its next child, is not where we are. Its clocks may differ.
+fn foreign_namespaces(its: &Namespaces) -> Result<Vec<&'static str>> {
+    let ours = procfs::namespaces(std::process::id().cast_signed())?;
+    let children_stay = its.pid_for_children == 0 || its.pid_for_children == its.pid;
+    Ok([
+        (its.pid == ours.pid && children_stay, "pid"),
+        (its.net == ours.net, "network"),
+        (its.mnt == ours.mnt, "mount"),
+        (its.uts == ours.uts, "uts"),
+        (its.ipc == ours.ipc, "ipc"),
+        (its.user == ours.user, "user"),
+        (its.cgroup == ours.cgroup, "cgroup"),
+        (its.time == its.time_for_children, "time (for its children)"),
+    ]
+    .into_iter()
+    .filter_map(|(same, kind)| (!same).then_some(kind))
+    .collect())
+}
+
+/// The processes that may share more than files with `pid` without being its children: a clone(2) that shares has its maker,
+/// or with CLONE_PARENT its maker's parent, as parent.
+fn relatives(parent: i32, pid: i32) -> Result<Vec<i32>> {
+    if parent == 0 {
+        return Ok(Vec::new());
+    }
+    let siblings = match procfs::children(parent) {
+        Ok(siblings) => siblings,
+        Err(error) if error.is_gone() => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let own = std::process::id().cast_signed();
+    Ok(std::iter::once(parent).chain(siblings).filter(|&other| other != pid && other != own).collect())
+}
+
+fn shared_context(pid: i32, other: i32) -> Result<Option<&'static str>> {
+    type Question = fn(i32, i32) -> pageferry_tracee::Result<bool>;
+    let questions: [(Question, &'static str); 3] = [
+        (descriptor::same_memory, "memory"),
+        (descriptor::same_table, "descriptor table"),
+        (descriptor::same_directory, "working directory and umask"),
+    ];
+    for (question, what) in questions {
+        match question(pid, other) {
+            Ok(true) => return Ok(Some(what)),
+            Ok(false) => {}
+            // The other one has ended.
+            Err(error) if error.is_gone() && procfs::exists(pid) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
+fn threads(pid: i32, tids: &[i32], refusals: &mut Vec<Refusal>) -> Result<()> {
+    for &tid in tids {
+        match thread(pid, tid) {
+            Ok(found) => refusals.extend(found),
+            Err(Error::Process(error)) if error.is_gone() && tid != pid => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn thread(pid: i32, tid: i32) -> Result<Vec<Refusal>> {
+    let status = procfs::status(pid, tid)?;
+    let mut found = task::thread_refusals(pid, tid, &status);
+    let mut refuse = |what| found.push(Refusal { pid, object: Object::Thread(tid), what });
+    if tid != pid {
+        if status.tracer_pid != 0 {
+            refuse(RefusalKind::Traced { by: status.tracer_pid });
+        }
+        if !descriptor::same_table(pid, tid)? {
+            refuse(RefusalKind::Unshared { what: "a descriptor table" });
+        }
+        if !descriptor::same_directory(pid, tid)? {
+            refuse(RefusalKind::Unshared { what: "a working directory and umask" });
+        }
+    }
+    Ok(found)
+}
+
+/// The program file, or why it cannot be named again.
+pub(crate) fn executable(look: &mut Look<'_>) -> Result<Verdict<FileIdentity>> {
+    let path = procfs::exe(look.pid)?;
+    let through = format!("/proc/{}/exe", look.pid);
+    choke::pass(Call::Proc).map_err(|errno| ProcessError::path("stat", through.as_str(), errno))?;
+    let (open, named) = (std::fs::metadata(&through), std::fs::metadata(&path));
+    match (open, named) {
+        (Ok(open), Ok(named)) if files::same_inode(&open, &named) => {
+            let (device, inode) = (open.dev(), open.ino());
+            match look.known_file(&path, false, device, inode) {
+                Some(known) => Ok(Ok(known)),
+                None => look.identify(&path, false, device, inode).map(Ok),
+            }
+        }
+        (Ok(_), Ok(_)) => Ok(Err(RefusalKind::ReplacedFile { path })),
+        (Ok(_), Err(_)) => Ok(Err(RefusalKind::DeletedFile { path: path.trim_end_matches(" (deleted)").to_owned() })),
+        (Err(source), _) => Err(Error::File { path: through, source }),
+    }
+}
+
+/// The working directory, or why it cannot be entered again.
+pub(crate) fn working_directory(look: &mut Look<'_>) -> Result<Verdict<String>> {
+    let path = procfs::cwd(look.pid)?;
+    let through = format!("/proc/{}/cwd", look.pid);
+    choke::pass(Call::Proc).map_err(|errno| ProcessError::path("stat", through.as_str(), errno))?;
+    match (std::fs::metadata(&through), std::fs::metadata(&path)) {
+        (Ok(open), Ok(named)) if files::same_inode(&open, &named) => {
+            look.directory(&path, &named);
+            Ok(Ok(path))
+        }
+        (Ok(_), Ok(_)) => Ok(Err(RefusalKind::UnreachablePath { path })),
+        (Ok(_), Err(_)) => Ok(Err(RefusalKind::DeletedDirectory { path: path.trim_end_matches(" (deleted)").to_owned() })),
+        (Err(source), _) => Err(Error::File { path: through, source }),
+    }
+}
+
+/// Mappings with a NUMA policy. On a host with one node a policy changes nothing and is not looked for.
+fn memory_policies(pid: i32) -> Result<Vec<Refusal>> {
+    let is_single = std::fs::read_to_string("/sys/devices/system/node/online").is_ok_and(|nodes| nodes.trim() == "0");
+    let path = format!("/proc/{pid}/numa_maps");
+    if is_single || !std::path::Path::new(&path).exists() {
+        return Ok(Vec::new());
+    }
+    choke::pass(Call::Proc).map_err(|errno| ProcessError::path("read", path.as_str(), errno))?;
+    let text = std::fs::read_to_string(&path).map_err(|source| Error::File { path, source })?;
+    Ok(text.lines().filter_map(|line| {
+        let (start, rest) = line.split_once(' ')?;
+        let policy = rest.split(' ').next()?;
+        let start = u64::from_str_radix(start, 16).ok()?;
+        let is_own = policy != "default" && !policy.starts_with("local");
+        is_own.then(|| Refusal {
+            pid,
+            object: Object::Mapping { start, end: start },
+            what: RefusalKind::MappingPolicy { policy: policy.to_owned() },
+        })
+    }).collect())
+}
+
+fn identity_notes(pid: i32, stat: &procfs::Stat) -> Vec<String> {
+    let mut notes = Vec::new();
+    if stat.session != pid {
+        notes.push(format!("pid {pid} leaves its session {} and leads one of its own on the target", stat.session));
+    } else if stat.pgrp != pid {
+        notes.push(format!("pid {pid} leaves its process group {}", stat.pgrp));
+    }
+    if stat.ppid > 1 {
+        notes.push(format!("pid {pid} will be seen to exit by its parent, process {}", stat.ppid));
+    }
+    notes
+}
+
+/// What sockets lose: a network may lose datagrams, and `--tcp close` drops connections.
+fn socket_notes(pid: i32, entries: &[DescriptorEntry], table: &Table) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    let pidfd = descriptor::PidFd::open(pid)?;
+    for (fd, socket) in sockets(table) {
+        if socket.state() == State::Dropped {
+            notes.push(format!("pid {pid} fd {fd}: the TCP connection is dropped"));
+        }
+        let is_open = entries.iter().any(|entry| entry.fd == fd);
+        if socket.r#type == libc::SOCK_DGRAM && socket.family != libc::AF_UNIX && is_open {
+            if let Ok(copy) = pidfd.get_fd(fd) {
+                if socket::unread_bytes(copy.as_fd()).is_ok_and(|bytes| bytes > 0) {
+                    notes.push(format!("pid {pid} fd {fd}: datagrams that lie unread are lost, as on a network"));
+                }
+            }
+        }
+    }
+    Ok(notes)
+}
+
+fn sockets(table: &Table) -> impl Iterator<Item = (u32, &pageferry_image::model::sockets::Socket)> {
+    table.files.iter().filter_map(|file| match &file.kind {
+        Some(file::Kind::Socket(socket)) => {
+            let descriptor = table.descriptors.iter().find(|descriptor| descriptor.file == file.id)?;
+            Some((descriptor.fd, socket))
+        }
+        _ => None,
+    })
+}
+
+fn bound_sockets(table: &Table) -> Vec<BoundSocket> {
+    sockets(table)
+        .filter(|(_, socket)| matches!(socket.state(), State::Bound | State::Listening))
+        .map(|(fd, socket)| BoundSocket {
+            fd,
+            family: socket.family,
+            kind: socket.r#type,
+            protocol: socket.protocol,
+            address: socket.local.clone(),
+            listening: socket.state() == State::Listening,
+        })
+        .collect()
+}
