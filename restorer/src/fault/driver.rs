@@ -1,18 +1,21 @@
-//! The shell around the engine: reads what the kernel tells, does what the engine says. It hides userfaultfd, file descriptors and channels, and
-//! decides nothing itself.
+//! The shell around the engine: reads what the kernel tells, does what the engine says. It hides userfaultfd, file
+//! descriptors and channels, and decides nothing itself.
 //!
-//! One task does it all, so that a fault goes from the kernel to the outgoing stream without changing threads. It never waits in the middle of an
-//! action; between two bulk installs it looks for faults.
+//! One task does it all, so that a fault goes from the kernel to the outgoing stream without changing threads. It never
+//! waits in the middle of an action; between two bulk installs it looks for faults.
 //!
-//! Who waits for whom: a program thread in fork, mremap, munmap or madvise is blocked until its event has been *read*, and while one is unread
-//! every install is refused. So each refused install is followed by a read, never by a plain retry.
+//! Who waits for whom: a program thread in fork, mremap, munmap or madvise is blocked until its event has been *read*,
+//! and while one is unread every install is refused. So each refused install is followed by a read, never by a plain
+//! retry.
 //!
-//! **Must never do:** close a userfaultfd of a process that still lacks pages, because the kernel then turns them into zeros without a word. A driver
-//! that is dropped before its time keeps them open for as long as this process lives; whoever drops it has to end the restored process first.
+//! **Must never do:** close a userfaultfd of a process that still lacks pages, because the kernel then turns them into
+//! zeros without a word. A driver that is dropped before its time keeps them open for as long as this process lives;
+//! whoever drops it has to end the restored process first.
 //!
-//! Known limit: a guard region (MADV_GUARD_INSTALL) made by the program while memory is still missing raises no event. Before a page that nobody waits
-//! for is installed, the range is searched for guards; a guard made between the search and the install is lost (its page gets the old content). The
-//! same holds for the first prefetched pages of a child, until it is known which process the child is.
+//! Known limit: a guard region (MADV_GUARD_INSTALL) made by the program while memory is still missing raises no event.
+//! Before a page that nobody waits for is installed, the range is searched for guards; a guard made between the search
+//! and the install is lost (its page gets the old content). The same holds for the first prefetched pages of a child,
+//! until it is known which process the child is.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -35,11 +38,15 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
-use super::engine::{Action, BadPeer, Engine, LostPages, Options, Priority, ReplyId, RequestId, Run, RunKind, SpaceId, Stop};
+use super::engine::{
+    Action, BadPeer, Engine, LostPages, Options, Priority, ReplyId, RequestId, Run, RunKind,
+    SpaceId, Stop,
+};
 
 /// Actions done before the task looks for faults and lets others run.
 const ACTIONS_PER_TURN: usize = 64;
-/// Refused installs after which the task sleeps instead of only yielding: the thread that is to leave its call needs the processor.
+/// Refused installs after which the task sleeps instead of only yielding: the thread that is to leave its call needs
+/// the processor.
 const REFUSALS_BEFORE_SLEEP: u32 = 64;
 /// How long it then sleeps.
 const REFUSED_PAUSE: Duration = Duration::from_millis(1);
@@ -47,6 +54,8 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(1);
 const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
 /// Attempts to find out which process a child's context belongs to.
 const IDENTIFICATIONS_MAX: u32 = 8;
+/// Processes up to which those that have ended are not looked for.
+const SWEEP_MIN: usize = 16;
 /// Damaged batches after which the link is not believed any more.
 const SPOILED_MAX: u32 = 8;
 
@@ -156,7 +165,8 @@ enum Command {
 /// Steers a running driver, from any thread. None of its calls waits; a driver that has ended ignores them.
 #[derive(Debug, Clone)]
 pub struct DriverHandle {
-    // Unbounded because the caller may be the very task that polls the driver. Only map pieces come from the peer, and they are taken at once.
+    // Unbounded because the caller may be the very task that polls the driver. Only map pieces come from the peer, and
+    // they are taken at once.
     commands: mpsc::UnboundedSender<Command>,
     gauges: Arc<Gauges>,
 }
@@ -262,18 +272,34 @@ pub struct Driver {
     map_ended: bool,
     resident_at_start: u64,
     forks: u64,
+    /// How many processes there may be before those that have ended are looked for.
+    sweep_at: usize,
     spoiled: u32,
     events: Vec<Event>,
 }
 
 impl Driver {
-    /// Takes charge of a process that stands ready, not yet running. Must be called inside a tokio runtime with I/O and time enabled.
+    /// Takes charge of a process that stands ready, not yet running. Must be called inside a tokio runtime with I/O and
+    /// time enabled.
     ///
     /// # Errors
     /// [`FaultError`]. The context stays open then.
-    pub fn new(memory: Memory, connections: Connections, options: Options) -> Result<(Self, DriverHandle), FaultError> {
-        let Memory { pid, uffd, lazy, resident, wipe_on_fork } = memory;
-        let here: Vec<PageRange> = resident.iter().map(|&page| PageRange::page_of(page)).collect();
+    pub fn new(
+        memory: Memory,
+        connections: Connections,
+        options: Options,
+    ) -> Result<(Self, DriverHandle), FaultError> {
+        let Memory {
+            pid,
+            uffd,
+            lazy,
+            resident,
+            wipe_on_fork,
+        } = memory;
+        let here: Vec<PageRange> = resident
+            .iter()
+            .map(|&page| PageRange::page_of(page))
+            .collect();
         let (sender, commands) = mpsc::unbounded_channel();
         let gauges = Arc::new(Gauges::default());
         let mut driver = Self {
@@ -291,6 +317,7 @@ impl Driver {
             map_ended: false,
             resident_at_start: here.len() as u64,
             forks: 0,
+            sweep_at: SWEEP_MIN,
             spoiled: 0,
             events: Vec::new(),
         };
@@ -300,15 +327,23 @@ impl Driver {
             false
         });
         if driver.guards {
-            let pagemap = pagemap::open(pid).map_err(|source| driver.failed("opening the page map", source))?;
+            let pagemap = pagemap::open(pid)
+                .map_err(|source| driver.failed("opening the page map", source))?;
             if let Some(root) = driver.processes.get_mut(&SpaceId::ROOT) {
                 root.pagemap = Some(pagemap);
             }
         }
-        Ok((driver, DriverHandle { commands: sender, gauges }))
+        Ok((
+            driver,
+            DriverHandle {
+                commands: sender,
+                gauges,
+            },
+        ))
     }
 
-    /// Fills the process and its children until nothing is missing anywhere or all have ended, then takes the userfaultfds away.
+    /// Fills the process and its children until nothing is missing anywhere or all have ended, then takes the
+    /// userfaultfds away.
     ///
     /// Loss of the source is not an end: threads that touch missing pages wait for [`DriverHandle::link_restored`].
     ///
@@ -338,7 +373,10 @@ impl Driver {
                     }
                 }
                 Turn::NoMemory => {
-                    tracing::warn!(pid = self.pid, "this host has no memory for the next page; threads wait");
+                    tracing::warn!(
+                        pid = self.pid,
+                        "this host has no memory for the next page; threads wait"
+                    );
                     tokio::time::sleep(NO_MEMORY_PAUSE).await;
                 }
                 Turn::Idle => {
@@ -374,7 +412,12 @@ impl Driver {
             while let Some(process) = self.processes.get(&space) {
                 let mut ready = match process.uffd.poll_read_ready(context) {
                     Poll::Pending => break,
-                    Poll::Ready(Err(source)) => return Err(FaultError::Watch { pid: self.pid, source }),
+                    Poll::Ready(Err(source)) => {
+                        return Err(FaultError::Watch {
+                            pid: self.pid,
+                            source,
+                        });
+                    }
                     Poll::Ready(Ok(ready)) => ready,
                 };
                 let mut events = std::mem::take(&mut self.events);
@@ -424,8 +467,18 @@ impl Driver {
     }
 
     fn accept(&mut self, batch: PageBatch) {
-        let runs: Vec<Run> = batch.runs().iter().map(|run| Run { page_count: run.range.page_count(), kind: kind(run.kind) }).collect();
-        match self.engine.handle_reply(RequestId(batch.request()), batch.range().start, &runs) {
+        let runs: Vec<Run> = batch
+            .runs()
+            .iter()
+            .map(|run| Run {
+                page_count: run.range.page_count(),
+                kind: kind(run.kind),
+            })
+            .collect();
+        match self
+            .engine
+            .handle_reply(RequestId(batch.request()), batch.range().start, &runs)
+        {
             Ok(reply) => {
                 self.batches.insert(reply, batch);
             }
@@ -448,31 +501,52 @@ impl Driver {
 
     /// Reads one context until it has nothing more to tell.
     fn read_events(&mut self, space: SpaceId) -> Result<(), FaultError> {
-        let Some(process) = self.processes.get(&space) else { return Ok(()) };
+        let Some(process) = self.processes.get(&space) else {
+            return Ok(());
+        };
         let mut events = std::mem::take(&mut self.events);
         let read = read_all(&process.uffd.get_ref().0, &mut events);
         self.take_events(space, events, read)
     }
 
     /// Hands on what was read, also when the reading ended in an error: it is told only once.
-    fn take_events(&mut self, space: SpaceId, mut events: Vec<Event>, read: pageferry_tracee::Result<()>) -> Result<(), FaultError> {
+    fn take_events(
+        &mut self,
+        space: SpaceId,
+        mut events: Vec<Event>,
+        read: pageferry_tracee::Result<()>,
+    ) -> Result<(), FaultError> {
+        let mut result = read.map_err(|source| self.failed("reading the events", source));
         for event in events.drain(..) {
-            self.take_event(space, event)?;
+            // Also after an error: a child's context among them must not be dropped.
+            result = result.and(self.take_event(space, event));
         }
         self.events = events;
-        read.map_err(|source| self.failed("reading the events", source))
+        result
     }
 
     fn take_event(&mut self, space: SpaceId, event: Event) -> Result<(), FaultError> {
         match event {
             Event::Fault { address, .. } => self.engine.handle_fault(space, address),
-            Event::Remap { from, to, len } => self.engine.handle_remap(space, PageRange { start: from, end: from + len }, to),
-            Event::Remove { start, end } => self.engine.handle_remove(space, PageRange { start, end }),
-            Event::Unmap { start, end } => self.engine.handle_unmap(space, PageRange { start, end }),
+            Event::Remap { from, to, len } => self.engine.handle_remap(
+                space,
+                PageRange {
+                    start: from,
+                    end: from + len,
+                },
+                to,
+            ),
+            Event::Remove { start, end } => {
+                self.engine.handle_remove(space, PageRange { start, end })
+            }
+            Event::Unmap { start, end } => {
+                self.engine.handle_unmap(space, PageRange { start, end })
+            }
             Event::Fork { child } => match self.engine.handle_fork(space) {
                 Some(id) => {
                     self.forks += 1;
                     self.watch(id, child)?;
+                    self.sweep();
                 }
                 None => self.unserved.push(child),
             },
@@ -481,28 +555,82 @@ impl Driver {
     }
 
     fn watch(&mut self, space: SpaceId, uffd: Uffd) -> Result<(), FaultError> {
-        #[allow(deprecated, reason = "its successor is unsafe, to promise what `Watched` keeps: it owns one descriptor and never changes it")]
+        #[allow(
+            deprecated,
+            reason = "its successor is unsafe, to promise what `Watched` keeps: it owns one descriptor and never changes it"
+        )]
         let watched = AsyncFd::try_with_interest(Watched(uffd), Interest::READABLE);
         match watched {
             Ok(uffd) => {
-                self.processes.insert(space, Process { uffd, pagemap: None, identifications_left: IDENTIFICATIONS_MAX });
+                self.processes.insert(
+                    space,
+                    Process {
+                        uffd,
+                        pagemap: None,
+                        identifications_left: IDENTIFICATIONS_MAX,
+                    },
+                );
                 Ok(())
             }
             Err(error) => {
                 let (Watched(uffd), source) = error.into_parts();
                 self.unserved.push(uffd);
-                Err(FaultError::Watch { pid: self.pid, source })
+                Err(FaultError::Watch {
+                    pid: self.pid,
+                    source,
+                })
             }
         }
+    }
+
+    /// Lets go of children that have ended or called execve: the kernel does not tell, and their descriptors add up in
+    /// a program that forks all the time while the drain is off. Looks only when their number has doubled, so that a
+    /// fork costs the same however many there are.
+    fn sweep(&mut self) {
+        if self.processes.len() < self.sweep_at {
+            return;
+        }
+        // Zeros are right for any page that is not pending, and almost surely nothing is mapped at this one; an address
+        // space that has ended says so.
+        let probe = PageRange::page_of(0x1_0000);
+        let is_gone = |(space, process): &(&SpaceId, &Process)| {
+            !self.engine.is_pending(**space, probe.start)
+                && matches!(
+                    process.uffd.get_ref().0.zero(addresses(probe)),
+                    Ok(Copied::Gone)
+                )
+        };
+        let gone: Vec<SpaceId> = self
+            .processes
+            .iter()
+            .filter(is_gone)
+            .map(|(&space, _)| space)
+            .collect();
+        for space in gone {
+            self.forget(space);
+        }
+        self.sweep_at = (2 * self.processes.len()).max(SWEEP_MIN);
     }
 
     /// Carries out what the engine wants, for one turn.
     fn act(&mut self) -> Result<Turn, FaultError> {
         for _ in 0..ACTIONS_PER_TURN {
-            let Some(action) = self.engine.poll_action() else { return Ok(Turn::Idle) };
+            let Some(action) = self.engine.poll_action() else {
+                return Ok(Turn::Idle);
+            };
             match action {
-                Action::Fetch { request, source, priority } => self.fetch(request, source, priority),
-                Action::Install { space, range, reply, source, prefetch } => {
+                Action::Fetch {
+                    request,
+                    source,
+                    priority,
+                } => self.fetch(request, source, priority),
+                Action::Install {
+                    space,
+                    range,
+                    reply,
+                    source,
+                    prefetch,
+                } => {
                     match self.install(space, range, reply, source, prefetch)? {
                         // A large copy takes as long as several faults: look for them.
                         Turn::Busy if prefetch => return Ok(Turn::Busy),
@@ -510,14 +638,18 @@ impl Driver {
                         other => return Ok(other),
                     }
                 }
-                Action::Zero { space, range } => match self.fill(space, "giving zeros", |uffd| uffd.zero(addresses(range)))? {
-                    Turn::Busy => {}
-                    other => return Ok(other),
-                },
-                Action::Poison { space, range } => match self.fill(space, "poisoning", |uffd| uffd.poison(addresses(range)))? {
-                    Turn::Busy => {}
-                    other => return Ok(other),
-                },
+                Action::Zero { space, range } => {
+                    match self.fill(space, "giving zeros", |uffd| uffd.zero(addresses(range)))? {
+                        Turn::Busy => {}
+                        other => return Ok(other),
+                    }
+                }
+                Action::Poison { space, range } => {
+                    match self.fill(space, "poisoning", |uffd| uffd.poison(addresses(range)))? {
+                        Turn::Busy => {}
+                        other => return Ok(other),
+                    }
+                }
                 Action::Wake { space, range } => {
                     if let Some(process) = self.processes.get(&space) {
                         let woken = process.uffd.get_ref().0.wake(addresses(range));
@@ -539,24 +671,52 @@ impl Driver {
     }
 
     fn fetch(&mut self, request: RequestId, source: PageRange, priority: Priority) {
-        let Some(connections) = &self.connections else { return };
-        let page_count = u32::try_from(source.page_count()).expect("the engine's requests are bounded by its options");
-        let fetch = Fetch { request: request.0, address: source.start, page_count };
-        let way = if priority == Priority::Fault { &connections.fault_fetches } else { &connections.bulk_fetches };
+        let Some(connections) = &self.connections else {
+            return;
+        };
+        let page_count = u32::try_from(source.page_count())
+            .expect("the engine's requests are bounded by its options");
+        let fetch = Fetch {
+            request: request.0,
+            address: source.start,
+            page_count,
+        };
+        let way = if priority == Priority::Fault {
+            &connections.fault_fetches
+        } else {
+            &connections.bulk_fetches
+        };
         if way.send(fetch).is_err() {
             self.lose_link("it takes no requests any more");
         }
     }
 
-    fn install(&mut self, space: SpaceId, range: PageRange, reply: ReplyId, source: u64, prefetch: bool) -> Result<Turn, FaultError> {
-        let wanted = PageRange { start: source, end: source + range.byte_len() };
-        let Some(bytes) = self.batches.get(&reply).map(|batch| verified(batch, wanted)) else {
+    fn install(
+        &mut self,
+        space: SpaceId,
+        range: PageRange,
+        reply: ReplyId,
+        source: u64,
+        prefetch: bool,
+    ) -> Result<Turn, FaultError> {
+        let wanted = PageRange {
+            start: source,
+            end: source + range.byte_len(),
+        };
+        let Some(bytes) = self
+            .batches
+            .get(&reply)
+            .map(|batch| verified(batch, wanted))
+        else {
             unreachable!("the engine installs only from replies it has not released");
         };
         let bytes = match bytes {
             Ok(bytes) => bytes,
             Err(error) => {
-                tracing::error!(pid = self.pid, "pages arrived damaged and are fetched again: {error}");
+                tracing::error!(
+                    pid = self.pid,
+                    "pages arrived damaged and are fetched again: {error}"
+                );
                 self.engine.handle_spoiled(reply);
                 self.spoiled += 1;
                 if self.spoiled >= SPOILED_MAX {
@@ -566,16 +726,26 @@ impl Driver {
             }
         };
         if !prefetch || !self.guards {
-            return self.fill(space, "installing pages", |uffd| uffd.copy(range.start, &bytes));
+            return self.fill(space, "installing pages", |uffd| {
+                uffd.copy(range.start, &bytes)
+            });
         }
-        if self.processes.get(&space).is_some_and(|process| process.pagemap.is_some()) {
+        if self
+            .processes
+            .get(&space)
+            .is_some_and(|process| process.pagemap.is_some())
+        {
             if self.find_guards(space, range)? {
                 return Ok(Turn::Busy);
             }
-            return self.fill(space, "installing pages", |uffd| uffd.copy(range.start, &bytes));
+            return self.fill(space, "installing pages", |uffd| {
+                uffd.copy(range.start, &bytes)
+            });
         }
         let suspects = self.suspects(space, range);
-        let turn = self.fill(space, "installing pages", |uffd| uffd.copy(range.start, &bytes))?;
+        let turn = self.fill(space, "installing pages", |uffd| {
+            uffd.copy(range.start, &bytes)
+        })?;
         self.identify(space, range, suspects);
         Ok(turn)
     }
@@ -591,7 +761,8 @@ impl Driver {
             self.engine.handle_gone(space);
             return Ok(Turn::Busy);
         };
-        let answer = call(&process.uffd.get_ref().0).map_err(|source| self.failed(doing, source))?;
+        let answer =
+            call(&process.uffd.get_ref().0).map_err(|source| self.failed(doing, source))?;
         let (bytes, stop, turn) = match answer {
             Copied::Done => (u64::MAX, None, Turn::Busy),
             Copied::Again(bytes) => (bytes, Some(Stop::Again), Turn::Refused(space)),
@@ -613,10 +784,22 @@ impl Driver {
         self.processes.remove(&space);
     }
 
-    /// Looks for guard regions in a range nobody waits for. If there are any the engine has been told, and the install is off.
+    /// Looks for guard regions in a range nobody waits for. If there are any the engine has been told, and the install
+    /// is off.
     fn find_guards(&mut self, space: SpaceId, range: PageRange) -> Result<bool, FaultError> {
-        let Some(pagemap) = self.processes.get(&space).and_then(|process| process.pagemap.as_ref()) else { return Ok(false) };
-        let scan = Scan { range: addresses(range), category_mask: GUARD, return_mask: GUARD, ..Scan::default() };
+        let Some(pagemap) = self
+            .processes
+            .get(&space)
+            .and_then(|process| process.pagemap.as_ref())
+        else {
+            return Ok(false);
+        };
+        let scan = Scan {
+            range: addresses(range),
+            category_mask: GUARD,
+            return_mask: GUARD,
+            ..Scan::default()
+        };
         let guards = match pagemap::scan(pagemap, &scan) {
             Ok(guards) => guards,
             // A process that is just ending; the install will tell.
@@ -626,7 +809,13 @@ impl Driver {
             }
         };
         for guard in &guards {
-            self.engine.handle_guarded(space, PageRange { start: guard.start, end: guard.end });
+            self.engine.handle_guarded(
+                space,
+                PageRange {
+                    start: guard.start,
+                    end: guard.end,
+                },
+            );
         }
         if !guards.is_empty() {
             self.engine.handle_result(0, None);
@@ -634,28 +823,38 @@ impl Driver {
         Ok(!guards.is_empty())
     }
 
-    /// A FORK event does not tell the child's number. These are the descendants that may be it: unknown so far, and without the first page of
-    /// `range`, which is about to be installed.
+    /// A FORK event does not tell the child's number. These are the descendants that may be it: unknown so far, and
+    /// without the first page of `range`, which is about to be installed.
     fn suspects(&mut self, space: SpaceId, range: PageRange) -> Vec<(i32, File)> {
-        let Some(process) = self.processes.get_mut(&space) else { return Vec::new() };
+        let Some(process) = self.processes.get_mut(&space) else {
+            return Vec::new();
+        };
         if process.identifications_left == 0 {
             return Vec::new();
         }
         process.identifications_left -= 1;
         let mut unknown = BTreeSet::new();
         for &pid in &self.pids {
-            // A parent may have ended meanwhile; its children then cannot be told apart, and are filled without looking for guards.
+            // A parent may have ended meanwhile; its children then cannot be told apart, and are filled without looking
+            // for guards.
             unknown.extend(procfs::children(pid).unwrap_or_default());
         }
         unknown.retain(|pid| !self.pids.contains(pid));
-        let open = unknown.into_iter().filter_map(|pid| Some((pid, pagemap::open(pid).ok()?)));
-        open.filter(|(_, pagemap)| !is_present(pagemap, range.start)).collect()
+        let open = unknown
+            .into_iter()
+            .filter_map(|pid| Some((pid, pagemap::open(pid).ok()?)));
+        open.filter(|(_, pagemap)| !is_present(pagemap, range.start))
+            .collect()
     }
 
     /// The one in which the page has appeared is the child.
     fn identify(&mut self, space: SpaceId, range: PageRange, suspects: Vec<(i32, File)>) {
-        let mut found = suspects.into_iter().filter(|(_, pagemap)| is_present(pagemap, range.start));
-        let (Some((pid, pagemap)), None) = (found.next(), found.next()) else { return };
+        let mut found = suspects
+            .into_iter()
+            .filter(|(_, pagemap)| is_present(pagemap, range.start));
+        let (Some((pid, pagemap)), None) = (found.next(), found.next()) else {
+            return;
+        };
         if let Some(process) = self.processes.get_mut(&space) {
             process.pagemap = Some(pagemap);
             self.pids.insert(pid);
@@ -665,14 +864,22 @@ impl Driver {
     fn publish(&self) {
         let counters = self.engine.counters();
         let resident = if self.map_ended {
-            counters.pages_total.saturating_sub(self.engine.pages_pending())
+            counters
+                .pages_total
+                .saturating_sub(self.engine.pages_pending())
         } else {
             (self.resident_at_start + counters.pages_installed).min(counters.pages_total)
         };
-        self.gauges.total.store(counters.pages_total, Ordering::Relaxed);
+        self.gauges
+            .total
+            .store(counters.pages_total, Ordering::Relaxed);
         self.gauges.resident.store(resident, Ordering::Relaxed);
-        self.gauges.faulted.store(counters.pages_faulted, Ordering::Relaxed);
-        self.gauges.waiting.store(self.engine.pages_waiting(), Ordering::Relaxed);
+        self.gauges
+            .faulted
+            .store(counters.pages_faulted, Ordering::Relaxed);
+        self.gauges
+            .waiting
+            .store(self.engine.pages_waiting(), Ordering::Relaxed);
     }
 
     /// Nothing is missing: the kernel may answer what is left, holes, by itself.
@@ -681,10 +888,14 @@ impl Driver {
         for process in processes.into_values() {
             let Watched(uffd) = process.uffd.into_inner();
             for &range in &self.lazy {
-                // A range that the program has meanwhile changed is refused; closing the context ends that one too. Both, because somebody else may
-                // hold the descriptor still.
+                // A range that the program has meanwhile changed is refused; closing the context ends that one too.
+                // Both, because somebody else may hold the descriptor still.
                 if let Err(error) = uffd.unregister(addresses(range)) {
-                    tracing::debug!("{:#x}..{:#x} stays registered until the context is closed: {error}", range.start, range.end);
+                    tracing::debug!(
+                        "{:#x}..{:#x} stays registered until the context is closed: {error}",
+                        range.start,
+                        range.end
+                    );
                 }
             }
         }
@@ -701,7 +912,11 @@ impl Driver {
     }
 
     fn failed(&self, doing: &'static str, source: pageferry_tracee::Error) -> FaultError {
-        FaultError::Kernel { doing, pid: self.pid, source }
+        FaultError::Kernel {
+            doing,
+            pid: self.pid,
+            source,
+        }
     }
 }
 
@@ -745,7 +960,9 @@ fn verified(batch: &PageBatch, wanted: PageRange) -> pageferry_wire::Result<Byte
     }
     let first = run.data_index + ((wanted.start - run.range.start) / PAGE_SIZE) as usize;
     let count = wanted.page_count() as usize;
-    Ok(batch.data().slice(first * PAGE_LEN..(first + count) * PAGE_LEN))
+    Ok(batch
+        .data()
+        .slice(first * PAGE_LEN..(first + count) * PAGE_LEN))
 }
 
 /// Reads until nothing is left, without waiting.
@@ -755,7 +972,12 @@ fn read_all(uffd: &Uffd, events: &mut Vec<Event>) -> pageferry_tracee::Result<()
 }
 
 fn is_present(pagemap: &File, page: u64) -> bool {
-    let scan = Scan { range: page..page + PAGE_SIZE, category_anyof: PRESENT | SWAPPED, return_mask: PRESENT, ..Scan::default() };
+    let scan = Scan {
+        range: page..page + PAGE_SIZE,
+        category_anyof: PRESENT | SWAPPED,
+        return_mask: PRESENT,
+        ..Scan::default()
+    };
     pagemap::scan(pagemap, &scan).is_ok_and(|found| !found.is_empty())
 }
 

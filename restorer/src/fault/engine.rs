@@ -1,17 +1,19 @@
-//! Decides what every missing page needs: from whom to ask it, where to put it, when it is zeros. Pure state: `handle_*` tells it what happened,
-//! [`Engine::poll_action`] says what to do next. It hides the races between a running program, the kernel's events and the peer's replies.
+//! Decides what every missing page needs: from whom to ask it, where to put it, when it is zeros. Pure state:
+//! `handle_*` tells it what happened, [`Engine::poll_action`] says what to do next. It hides the races between a
+//! running program, the kernel's events and the peer's replies.
 //!
-//! How it stays right: the only truth is each address space's *pending* translation, address → source page. Nothing is decided when a message
-//! arrives; a fault, and a reply, are looked up in that translation at the moment they are acted upon. So a reply for memory that has been moved
-//! goes to the new address, for memory that has been dropped goes nowhere, and a child born while a page was on its way gets it too: there is no epoch
-//! to compare because there is no remembered address. The kernel closes the remaining gap: while a change of layout is unread, UFFDIO_COPY and
+//! How it stays right: the only truth is each address space's *pending* translation, address → source page. Nothing is
+//! decided when a message arrives; a fault, and a reply, are looked up in that translation at the moment they are acted
+//! upon. So a reply for memory that has been moved goes to the new address, for memory that has been dropped goes
+//! nowhere, and a child born while a page was on its way gets it too: there is no epoch to compare because there is no
+//! remembered address. The kernel closes the remaining gap: while a change of layout is unread, UFFDIO_COPY and
 //! UFFDIO_ZEROPAGE fail with EAGAIN ([`Stop::Again`]), and the decision is taken anew after the event was handled.
 //!
-//! **Must never do:** give zeros for a page the source may still hold, give a source page to memory the program has dropped, or forget a waiting
-//! thread.
+//! **Must never do:** give zeros for a page the source may still hold, give a source page to memory the program has
+//! dropped, or forget a waiting thread.
 //!
-//! Only private memory may be described to the engine: for shared mappings a REMOVE event does not say whether the content is gone
-//! (MADV_DONTNEED keeps it), and a child's page is not its own.
+//! Only private memory may be described to the engine: for shared mappings a REMOVE event does not say whether the
+//! content is gone (MADV_DONTNEED keeps it), and a child's page is not its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
@@ -55,8 +57,9 @@ pub enum RunKind {
     Data,
     /// Never written, or all zero bytes: it reads as zeros.
     Zero,
-    /// A guard page (MADV_GUARD_INSTALL). It has no content; its marker was set when the process was rebuilt, so that a fault can come from here only
-    /// after the program has removed the guard, and then the kernel's answer is zeros too.
+    /// A guard page (MADV_GUARD_INSTALL). It has no content; its marker was set when the process was rebuilt, so that a
+    /// fault can come from here only after the program has removed the guard, and then the kernel's answer is zeros
+    /// too.
     Guard,
     /// The source cannot read it any more. Never zeros: the thread waits, or is killed by a poisoned page.
     Gone,
@@ -93,8 +96,8 @@ pub enum Action {
         reply: ReplyId,
         /// The source page that belongs to `range.start`; the reply holds it and those after it.
         source: u64,
-        /// True if no thread waits for it: the range may have been made a guard region since, unseen, so look before installing and report what was
-        /// found with [`Engine::handle_guarded`].
+        /// True if no thread waits for it: the range may have been made a guard region since, unseen, so look before
+        /// installing and report what was found with [`Engine::handle_guarded`].
         prefetch: bool,
     },
     /// UFFDIO_ZEROPAGE of one page, then [`Engine::handle_result`] before the next poll.
@@ -118,7 +121,8 @@ pub enum Action {
         /// The pages.
         range: PageRange,
     },
-    /// Tell the operator: the source cannot read these pages. Who touches them waits until [`Engine::set_lost_pages`] says otherwise.
+    /// Tell the operator: the source cannot read these pages. Who touches them waits until [`Engine::set_lost_pages`]
+    /// says otherwise.
     Lost {
         /// Pages in the source's addresses.
         source: PageRange,
@@ -162,7 +166,9 @@ pub enum BadPeer {
         request: u64,
     },
     /// A reply with other pages than were asked for, or the same twice.
-    #[error("reply to request {request} with pages {start:#x}..{end:#x}, which it does not (or no longer) ask for")]
+    #[error(
+        "reply to request {request} with pages {start:#x}..{end:#x}, which it does not (or no longer) ask for"
+    )]
     NotAsked {
         /// The id.
         request: u64,
@@ -198,7 +204,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { bulk_request_pages_max: 64, bulk_pages_max: 1024, bulk_requests_max: 128, drain: true, lost_pages: LostPages::Wait }
+        Self {
+            bulk_request_pages_max: 64,
+            bulk_pages_max: 1024,
+            bulk_requests_max: 128,
+            drain: true,
+            lost_pages: LostPages::Wait,
+        }
     }
 }
 
@@ -240,13 +252,21 @@ impl Space {
 
     /// Forgets that pages at these addresses are pending.
     fn remove(&mut self, range: PageRange) {
-        let Self { pending, reverse, .. } = self;
-        pending.remove(range, |stretch| reverse.remove(stretch.inverse().range, |_| {}));
+        let Self {
+            pending, reverse, ..
+        } = self;
+        pending.remove(range, |stretch| {
+            reverse.remove(stretch.inverse().range, |_| {})
+        });
     }
 
     /// Forgets that these source pages are pending; returns the waiting pages among them.
     fn remove_source(&mut self, source: PageRange) -> Vec<u64> {
-        let Self { pending, reverse, waiting } = self;
+        let Self {
+            pending,
+            reverse,
+            waiting,
+        } = self;
         let mut released = Vec::new();
         reverse.remove(source, |stretch| {
             let here = stretch.inverse().range;
@@ -258,7 +278,11 @@ impl Space {
 
     /// Removes and returns the waiting pages of a range.
     fn take_waiting(&mut self, range: PageRange) -> Vec<u64> {
-        let pages: Vec<u64> = self.waiting.range(range.start..range.end).copied().collect();
+        let pages: Vec<u64> = self
+            .waiting
+            .range(range.start..range.end)
+            .copied()
+            .collect();
         for page in &pages {
             self.waiting.remove(page);
         }
@@ -297,8 +321,16 @@ enum Lane {
 /// The action whose result is awaited.
 #[derive(Debug, Clone, Copy)]
 enum Current {
-    Install { lane: Lane, space: SpaceId, range: PageRange, poison: bool },
-    Zero { space: SpaceId, page: u64 },
+    Install {
+        lane: Lane,
+        space: SpaceId,
+        range: PageRange,
+        poison: bool,
+    },
+    Zero {
+        space: SpaceId,
+        page: u64,
+    },
 }
 
 /// See the module's text.
@@ -347,14 +379,23 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for a process all of whose `registered` ranges are missing, except what of them is in `resident`. `wipe_on_fork` are ranges with
-    /// MADV_WIPEONFORK: the kernel keeps them registered in a child although they must read as zeros there.
-    pub fn new(registered: &[PageRange], resident: &[PageRange], wipe_on_fork: &[PageRange], options: Options) -> Self {
+    /// An engine for a process all of whose `registered` ranges are missing, except what of them is in `resident`.
+    /// `wipe_on_fork` are ranges with MADV_WIPEONFORK: the kernel keeps them registered in a child although they must
+    /// read as zeros there.
+    pub fn new(
+        registered: &[PageRange],
+        resident: &[PageRange],
+        wipe_on_fork: &[PageRange],
+        options: Options,
+    ) -> Self {
         let mut root = Space::default();
         let mut all = PageSet::default();
         for &range in registered {
             all.insert(range);
-            root.insert(Stretch { range, to: range.start });
+            root.insert(Stretch {
+                range,
+                to: range.start,
+            });
         }
         for &range in resident {
             root.remove(range);
@@ -407,11 +448,16 @@ impl Engine {
         }
     }
 
-    /// `parent` has forked. The child lacks exactly what the parent lacks: the kernel lets nothing be installed between the fork and the reading of
-    /// its event. `None` if the parent has been forgotten; such a child must not be answered at all.
+    /// `parent` has forked. The child lacks exactly what the parent lacks: the kernel lets nothing be installed between
+    /// the fork and the reading of its event. `None` if the parent has been forgotten; such a child must not be
+    /// answered at all.
     pub fn handle_fork(&mut self, parent: SpaceId) -> Option<SpaceId> {
         let parent = self.spaces.get(&parent)?;
-        let mut child = Space { pending: parent.pending.clone(), reverse: parent.reverse.clone(), waiting: BTreeSet::new() };
+        let mut child = Space {
+            pending: parent.pending.clone(),
+            reverse: parent.reverse.clone(),
+            waiting: BTreeSet::new(),
+        };
         for range in self.wipe_on_fork.iter() {
             child.remove_source(range);
         }
@@ -423,22 +469,36 @@ impl Engine {
 
     /// `from` (one range) now lies at `to`. Pages on their way follow.
     pub fn handle_remap(&mut self, space: SpaceId, from: PageRange, to: u64) {
-        let Some(found) = self.spaces.get_mut(&space) else { return };
+        let Some(found) = self.spaces.get_mut(&space) else {
+            return;
+        };
         let mut moved = Vec::new();
         // From the source's side each of these is overwritten below.
         found.pending.remove(from, |stretch| moved.push(stretch));
         // What was pending at the destination has been unmapped by the kernel.
-        found.remove(PageRange { start: to, end: to + from.byte_len() });
+        found.remove(PageRange {
+            start: to,
+            end: to + from.byte_len(),
+        });
         for stretch in moved {
             let start = to + (stretch.range.start - from.start);
-            found.insert(Stretch { range: PageRange { start, end: start + stretch.range.byte_len() }, to: stretch.to });
+            found.insert(Stretch {
+                range: PageRange {
+                    start,
+                    end: start + stretch.range.byte_len(),
+                },
+                to: stretch.to,
+            });
         }
         self.wake_all(space, from);
     }
 
-    /// The program has dropped the content of `range` (MADV_DONTNEED and the like): it reads as zeros from now on, whatever is on its way.
+    /// The program has dropped the content of `range` (MADV_DONTNEED and the like): it reads as zeros from now on,
+    /// whatever is on its way.
     pub fn handle_remove(&mut self, space: SpaceId, range: PageRange) {
-        let Some(found) = self.spaces.get_mut(&space) else { return };
+        let Some(found) = self.spaces.get_mut(&space) else {
+            return;
+        };
         found.remove(range);
         for page in found.waiting.range(range.start..range.end) {
             self.faults.push_back((space, *page));
@@ -447,7 +507,9 @@ impl Engine {
 
     /// `range` is not mapped any more. Whoever waits there shall look again and die, or find what was mapped instead.
     pub fn handle_unmap(&mut self, space: SpaceId, range: PageRange) {
-        let Some(found) = self.spaces.get_mut(&space) else { return };
+        let Some(found) = self.spaces.get_mut(&space) else {
+            return;
+        };
         found.remove(range);
         self.wake_all(space, range);
     }
@@ -461,7 +523,11 @@ impl Engine {
     pub fn handle_gone(&mut self, space: SpaceId) {
         self.spaces.remove(&space);
         match self.current {
-            Some(Current::Install { space: other, .. } | Current::Zero { space: other, .. }) if other == space => self.current = None,
+            Some(Current::Install { space: other, .. } | Current::Zero { space: other, .. })
+                if other == space =>
+            {
+                self.current = None
+            }
             _ => {}
         }
     }
@@ -472,9 +538,15 @@ impl Engine {
     pub fn handle_map(&mut self, ranges: &[PageRange]) -> Result<(), BadPeer> {
         for &range in ranges {
             if range.start < self.map_cursor || self.map_ended {
-                return Err(BadPeer::MapOrder { cursor: self.map_cursor, start: range.start });
+                return Err(BadPeer::MapOrder {
+                    cursor: self.map_cursor,
+                    start: range.start,
+                });
             }
-            self.forget_holes(PageRange { start: self.map_cursor, end: range.start });
+            self.forget_holes(PageRange {
+                start: self.map_cursor,
+                end: range.start,
+            });
             self.counters.pages_total += self.registered.count_in(range);
             self.map_cursor = range.end;
         }
@@ -484,16 +556,29 @@ impl Engine {
     /// The page map is complete: what it did not name is a hole.
     pub fn handle_map_end(&mut self) {
         if !self.map_ended {
-            self.forget_holes(PageRange { start: self.map_cursor, end: EVERYTHING.end });
+            self.forget_holes(PageRange {
+                start: self.map_cursor,
+                end: EVERYTHING.end,
+            });
             self.map_cursor = EVERYTHING.end;
             self.map_ended = true;
         }
     }
 
-    /// Pages have come, all or some of those a request asked for. The returned id names their bytes in [`Action::Install`] and [`Action::Release`].
-    pub fn handle_reply(&mut self, request: RequestId, start: u64, runs: &[Run]) -> Result<ReplyId, BadPeer> {
-        let byte_len = runs.iter().try_fold(0_u64, |sum, run| sum.checked_add(run.page_count.checked_mul(PAGE_SIZE)?));
-        let end = byte_len.and_then(|byte_len| start.checked_add(byte_len)).unwrap_or(u64::MAX);
+    /// Pages have come, all or some of those a request asked for. The returned id names their bytes in
+    /// [`Action::Install`] and [`Action::Release`].
+    pub fn handle_reply(
+        &mut self,
+        request: RequestId,
+        start: u64,
+        runs: &[Run],
+    ) -> Result<ReplyId, BadPeer> {
+        let byte_len = runs.iter().try_fold(0_u64, |sum, run| {
+            sum.checked_add(run.page_count.checked_mul(PAGE_SIZE)?)
+        });
+        let end = byte_len
+            .and_then(|byte_len| start.checked_add(byte_len))
+            .unwrap_or(u64::MAX);
         let source = PageRange { start, end };
         if request.0 == 0 || request.0 >= self.requests_made {
             return Err(BadPeer::UnknownRequest { request: request.0 });
@@ -503,7 +588,11 @@ impl Engine {
         // A known but closed request was given up when the link was lost: what it brings has been asked for again.
         if let Some(open) = self.requests.get_mut(&request) {
             if source.is_empty() || start % PAGE_SIZE != 0 || !open.outstanding.covers(source) {
-                return Err(BadPeer::NotAsked { request: request.0, start, end });
+                return Err(BadPeer::NotAsked {
+                    request: request.0,
+                    start,
+                    end,
+                });
             }
             let urgent = open.priority == Priority::Fault;
             open.outstanding.remove(source);
@@ -519,7 +608,10 @@ impl Engine {
             self.replies.insert(reply, 1);
             let mut at = start;
             for run in runs {
-                let range = PageRange { start: at, end: at + run.page_count * PAGE_SIZE };
+                let range = PageRange {
+                    start: at,
+                    end: at + run.page_count * PAGE_SIZE,
+                };
                 match run.kind {
                     RunKind::Data => self.accept(reply, range, urgent),
                     RunKind::Zero | RunKind::Guard => self.forget_holes(range),
@@ -535,12 +627,14 @@ impl Engine {
         Ok(reply)
     }
 
-    /// The bytes of a reply are not what the source read. They are dropped and their pages asked for again. Also the answer to an
-    /// [`Action::Install`] from that reply.
+    /// The bytes of a reply are not what the source read. They are dropped and their pages asked for again. Also the
+    /// answer to an [`Action::Install`] from that reply.
     pub fn handle_spoiled(&mut self, reply: ReplyId) {
         self.current = None;
         for lane in [Lane::Urgent, Lane::Bulk] {
-            let (spoiled, kept) = std::mem::take(self.works(lane)).into_iter().partition(|work: &Work| work.reply == reply);
+            let (spoiled, kept) = std::mem::take(self.works(lane))
+                .into_iter()
+                .partition(|work: &Work| work.reply == reply);
             *self.works(lane) = kept;
             for work in spoiled {
                 self.arrived.remove(work.source);
@@ -592,15 +686,24 @@ impl Engine {
         match self.current.take() {
             None => {}
             Some(Current::Zero { space, page }) => self.zero_result(space, page, stop),
-            Some(Current::Install { lane, space, range, poison }) => self.install_result(lane, space, range, poison, page_count, stop),
+            Some(Current::Install {
+                lane,
+                space,
+                range,
+                poison,
+            }) => self.install_result(lane, space, range, poison, page_count, stop),
         }
     }
 
     // ---- what to do ----
 
-    /// The next thing to do; `None` until something happens. After `Install`, `Zero` and `Poison` the result has to be reported first.
+    /// The next thing to do; `None` until something happens. After `Install`, `Zero` and `Poison` the result has to be
+    /// reported first.
     pub fn poll_action(&mut self) -> Option<Action> {
-        debug_assert!(self.current.is_none(), "the result of the last action has not been reported");
+        debug_assert!(
+            self.current.is_none(),
+            "the result of the last action has not been reported"
+        );
         if let Some((space, range)) = self.wakes.pop_front() {
             return Some(Action::Wake { space, range });
         }
@@ -637,7 +740,10 @@ impl Engine {
             && self.faults.is_empty()
             && self.wakes.is_empty()
             && self.notices.is_empty()
-            && self.spaces.values().all(|space| space.pending.is_empty() && space.waiting.is_empty())
+            && self
+                .spaces
+                .values()
+                .all(|space| space.pending.is_empty() && space.waiting.is_empty())
     }
 
     /// See [`Counters`].
@@ -647,17 +753,26 @@ impl Engine {
 
     /// Pages still pending in the space that lacks most. Before the page map has ended, holes are among them.
     pub fn pages_pending(&self) -> u64 {
-        self.spaces.values().map(|space| space.pending.page_count()).max().unwrap_or(0)
+        self.spaces
+            .values()
+            .map(|space| space.pending.page_count())
+            .max()
+            .unwrap_or(0)
     }
 
     /// Pages at which threads wait now.
     pub fn pages_waiting(&self) -> u64 {
-        self.spaces.values().map(|space| space.waiting.len() as u64).sum()
+        self.spaces
+            .values()
+            .map(|space| space.waiting.len() as u64)
+            .sum()
     }
 
-    /// The spaces that still exist.
-    pub fn spaces(&self) -> impl Iterator<Item = SpaceId> + '_ {
-        self.spaces.keys().copied()
+    /// Whether the page at `address` may still hold data that is not here.
+    pub fn is_pending(&self, space: SpaceId, address: u64) -> bool {
+        self.spaces
+            .get(&space)
+            .is_some_and(|space| space.pending.get(address).is_some())
     }
 
     // ---- inside ----
@@ -665,7 +780,8 @@ impl Engine {
     /// Every waiting thread is looked at again.
     fn ask_again(&mut self) {
         for (&id, space) in &self.spaces {
-            self.faults.extend(space.waiting.iter().map(|&page| (id, page)));
+            self.faults
+                .extend(space.waiting.iter().map(|&page| (id, page)));
         }
     }
 
@@ -677,7 +793,10 @@ impl Engine {
         }
         let Some(source) = found.pending.get(page) else {
             self.current = Some(Current::Zero { space, page });
-            return Some(Action::Zero { space, range: PageRange::page_of(page) });
+            return Some(Action::Zero {
+                space,
+                range: PageRange::page_of(page),
+            });
         };
         if self.waited.insert(source) {
             self.counters.pages_faulted += 1;
@@ -704,7 +823,13 @@ impl Engine {
         self.requests_made += 1;
         let mut outstanding = PageSet::default();
         outstanding.insert(source);
-        self.requests.insert(request, Request { outstanding, priority });
+        self.requests.insert(
+            request,
+            Request {
+                outstanding,
+                priority,
+            },
+        );
         match priority {
             Priority::Fault => self.urgent.insert(source),
             Priority::Ahead | Priority::Bulk => {
@@ -712,7 +837,11 @@ impl Engine {
                 self.bulk.insert(source);
             }
         }
-        Action::Fetch { request, source, priority }
+        Action::Fetch {
+            request,
+            source,
+            priority,
+        }
     }
 
     /// Moves a page that is here, but queued behind others, to the front.
@@ -726,30 +855,54 @@ impl Engine {
         }
     }
 
-    /// Queues one page of a work ahead of the rest of it; the rest passes over it later, because it is not pending then.
+    /// Queues one page of a work ahead of the rest of it; the rest passes over it later, because it is not pending
+    /// then.
     fn queue_page(&mut self, work: &Work, source: u64) {
         let page = PageRange::page_of(source);
         *self.replies.entry(work.reply).or_default() += 1;
-        self.urgent_works.push_back(Work { source: page, space: SpaceId::ROOT, at: page.start, pages_max: u64::MAX, ..*work });
+        self.urgent_works.push_back(Work {
+            source: page,
+            space: SpaceId::ROOT,
+            at: page.start,
+            pages_max: u64::MAX,
+            ..*work
+        });
     }
 
     /// Takes the bytes of a run in.
     fn accept(&mut self, reply: ReplyId, source: PageRange, urgent: bool) {
         let mut wanted = 0;
         for page in (source.start..source.end).step_by(PAGE_SIZE as usize) {
-            wanted += u64::from(!self.arrived.contains(page) && self.spaces.values().any(|space| space.reverse.get(page).is_some()));
+            wanted += u64::from(
+                !self.arrived.contains(page)
+                    && self
+                        .spaces
+                        .values()
+                        .any(|space| space.reverse.get(page).is_some()),
+            );
         }
         self.counters.duplicate_bytes += (source.page_count() - wanted) * PAGE_SIZE;
         if wanted == 0 {
             return;
         }
-        let work = Work { reply, source, space: SpaceId::ROOT, at: source.start, pages_max: u64::MAX, poison: false };
+        let work = Work {
+            reply,
+            source,
+            space: SpaceId::ROOT,
+            at: source.start,
+            pages_max: u64::MAX,
+            poison: false,
+        };
         self.arrived.insert(source);
         *self.replies.entry(reply).or_default() += 1;
         if urgent {
             self.urgent_works.push_back(work);
         } else {
-            let waited: Vec<u64> = self.waited.range(source.start..source.end).copied().collect();
+            let waited: Vec<u64> = self
+                .waited
+                .range(source.start..source.end)
+                .copied()
+                .collect();
             for page in waited {
                 self.queue_page(&work, page);
             }
@@ -771,7 +924,11 @@ impl Engine {
     }
 
     fn forget_waited(&mut self, source: PageRange) {
-        let pages: Vec<u64> = self.waited.range(source.start..source.end).copied().collect();
+        let pages: Vec<u64> = self
+            .waited
+            .range(source.start..source.end)
+            .copied()
+            .collect();
         for page in pages {
             self.waited.remove(&page);
         }
@@ -790,7 +947,14 @@ impl Engine {
         let reply = ReplyId(self.replies_made);
         self.replies_made += 1;
         self.replies.insert(reply, 1);
-        let work = Work { reply, source, space: SpaceId::ROOT, at: source.start, pages_max: u64::MAX, poison: true };
+        let work = Work {
+            reply,
+            source,
+            space: SpaceId::ROOT,
+            at: source.start,
+            pages_max: u64::MAX,
+            poison: true,
+        };
         self.urgent_works.push_back(work);
     }
 
@@ -808,21 +972,38 @@ impl Engine {
                 if id > work.space {
                     (work.space, work.at) = (id, work.source.start);
                 }
-                let window = PageRange { start: work.at, end: work.source.end };
+                let window = PageRange {
+                    start: work.at,
+                    end: work.source.end,
+                };
                 let Some(stretch) = space.reverse.first_in(window) else {
                     (work.space, work.at) = (SpaceId(id.0 + 1), work.source.start);
                     continue;
                 };
                 work.at = stretch.range.start;
                 let pages = stretch.range.page_count().min(work.pages_max);
-                let range = PageRange { start: stretch.to, end: stretch.to + pages * PAGE_SIZE };
+                let range = PageRange {
+                    start: stretch.to,
+                    end: stretch.to + pages * PAGE_SIZE,
+                };
                 let prefetch = pages > 1 || !space.waiting.contains(&range.start);
-                self.current = Some(Current::Install { lane, space: id, range, poison: work.poison });
+                self.current = Some(Current::Install {
+                    lane,
+                    space: id,
+                    range,
+                    poison: work.poison,
+                });
                 self.works(lane).push_front(work);
                 return Some(if work.poison {
                     Action::Poison { space: id, range }
                 } else {
-                    Action::Install { space: id, range, reply: work.reply, source: work.at, prefetch }
+                    Action::Install {
+                        space: id,
+                        range,
+                        reply: work.reply,
+                        source: work.at,
+                        prefetch,
+                    }
                 });
             }
             if !work.poison {
@@ -849,21 +1030,39 @@ impl Engine {
             return None;
         }
         let busy = self.bulk.page_count() + self.arrived.page_count();
-        let room = self.options.bulk_pages_max.saturating_sub(busy).min(self.options.bulk_request_pages_max);
+        let room = self
+            .options
+            .bulk_pages_max
+            .saturating_sub(busy)
+            .min(self.options.bulk_request_pages_max);
         if room == 0 || self.bulk_requests >= self.options.bulk_requests_max {
             return None;
         }
         while let Some(guess) = self.ahead.pop_front() {
             if let Some(source) = self.next_wanted(guess, room) {
                 if source.end < guess.end {
-                    self.ahead.push_front(PageRange { start: source.end, end: guess.end });
+                    self.ahead.push_front(PageRange {
+                        start: source.end,
+                        end: guess.end,
+                    });
                 }
                 return Some(self.fetch(source, Priority::Ahead));
             }
         }
         // Only where the page map has been: beyond it lie perhaps terabytes of holes.
-        let known = PageRange { start: self.drain_cursor, end: self.map_cursor.max(self.drain_cursor) };
-        let source = self.next_wanted(known, room).or_else(|| self.next_wanted(PageRange { start: 0, end: known.start }, room))?;
+        let known = PageRange {
+            start: self.drain_cursor,
+            end: self.map_cursor.max(self.drain_cursor),
+        };
+        let source = self.next_wanted(known, room).or_else(|| {
+            self.next_wanted(
+                PageRange {
+                    start: 0,
+                    end: known.start,
+                },
+                room,
+            )
+        })?;
         self.drain_cursor = source.end;
         Some(self.fetch(source, Priority::Bulk))
     }
@@ -872,9 +1071,20 @@ impl Engine {
     fn next_wanted(&self, window: PageRange, pages_max: u64) -> Option<PageRange> {
         let mut at = window.start;
         while at < window.end {
-            let rest = PageRange { start: at, end: window.end };
-            let wanted = self.spaces.values().filter_map(|space| space.reverse.first_in(rest)).map(|stretch| stretch.range).min()?;
-            let mut run = PageRange { start: wanted.start, end: wanted.end.min(wanted.start + pages_max * PAGE_SIZE) };
+            let rest = PageRange {
+                start: at,
+                end: window.end,
+            };
+            let wanted = self
+                .spaces
+                .values()
+                .filter_map(|space| space.reverse.first_in(rest))
+                .map(|stretch| stretch.range)
+                .min()?;
+            let mut run = PageRange {
+                start: wanted.start,
+                end: wanted.end.min(wanted.start + pages_max * PAGE_SIZE),
+            };
             for on_its_way in [&self.bulk, &self.urgent, &self.arrived, &self.lost] {
                 if let Some(busy) = on_its_way.first_in(run) {
                     if busy.start == run.start {
@@ -893,7 +1103,9 @@ impl Engine {
     }
 
     fn wake_all(&mut self, space: SpaceId, range: PageRange) {
-        let Some(found) = self.spaces.get_mut(&space) else { return };
+        let Some(found) = self.spaces.get_mut(&space) else {
+            return;
+        };
         for page in found.take_waiting(range) {
             self.wakes.push_back((space, PageRange::page_of(page)));
         }
@@ -912,25 +1124,41 @@ impl Engine {
         }
     }
 
-    fn install_result(&mut self, lane: Lane, space: SpaceId, range: PageRange, poison: bool, page_count: u64, stop: Option<Stop>) {
+    fn install_result(
+        &mut self,
+        lane: Lane,
+        space: SpaceId,
+        range: PageRange,
+        poison: bool,
+        page_count: u64,
+        stop: Option<Stop>,
+    ) {
         let page_count = page_count.min(range.page_count());
-        let done = PageRange { start: range.start, end: range.start + page_count * PAGE_SIZE };
-        let Some(found) = self.spaces.get_mut(&space) else { return };
+        let done = PageRange {
+            start: range.start,
+            end: range.start + page_count * PAGE_SIZE,
+        };
+        let Some(found) = self.spaces.get_mut(&space) else {
+            return;
+        };
         found.remove(done);
         found.take_waiting(done);
         if !poison {
             self.counters.pages_installed += page_count;
         }
         let rest = range.page_count() - page_count;
-        let next = PageRange { start: done.end, end: done.end + PAGE_SIZE };
+        let next = PageRange {
+            start: done.end,
+            end: done.end + PAGE_SIZE,
+        };
         let mut pages_max = u64::MAX;
         match stop {
             Some(Stop::Exists) if rest > 0 => {
                 found.remove(next);
                 self.wake_all(space, next);
             }
-            // A mapping ends inside the range, and the kernel fills only within one: halve until it fits. A single page that has no mapping needs
-            // none; the next may be like it, so go on by single pages until one fits.
+            // A mapping ends inside the range, and the kernel fills only within one: halve until it fits. A single page
+            // that has no mapping needs none; the next may be like it, so go on by single pages until one fits.
             Some(Stop::NoMapping) if rest > 1 => pages_max = rest / 2,
             Some(Stop::NoMapping) if rest == 1 => {
                 found.remove(next);
@@ -946,7 +1174,11 @@ impl Engine {
 }
 
 fn data_bytes(runs: &[Run]) -> u64 {
-    runs.iter().filter(|run| run.kind == RunKind::Data).fold(0, |sum, run| sum.saturating_add(run.page_count.saturating_mul(PAGE_SIZE)))
+    runs.iter()
+        .filter(|run| run.kind == RunKind::Data)
+        .fold(0, |sum, run| {
+            sum.saturating_add(run.page_count.saturating_mul(PAGE_SIZE))
+        })
 }
 
 #[cfg(test)]

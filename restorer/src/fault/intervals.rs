@@ -1,7 +1,7 @@
 //! Sets and translations of page ranges: what the engine's bookkeeping is made of. Pure arithmetic over ordered maps.
 //!
-//! Memory is proportional to the number of separate ranges, never to the number of pages: a terabyte that nobody has touched is one entry. Nothing
-//! here may assume that a peer or a program sends ranges in order.
+//! Memory is proportional to the number of separate ranges, never to the number of pages: a terabyte that nobody has
+//! touched is one entry. Nothing here may assume that a peer or a program sends ranges in order.
 
 use std::collections::BTreeMap;
 
@@ -20,12 +20,21 @@ impl Stretch {
     /// The part inside `window`, if any.
     fn clip(self, window: PageRange) -> Option<Self> {
         let range = self.range.intersect(window)?;
-        Some(Self { range, to: self.to + (range.start - self.range.start) })
+        Some(Self {
+            range,
+            to: self.to + (range.start - self.range.start),
+        })
     }
 
     /// The same stretch seen from the other side.
     pub fn inverse(self) -> Self {
-        Self { range: PageRange { start: self.to, end: self.to + self.range.byte_len() }, to: self.range.start }
+        Self {
+            range: PageRange {
+                start: self.to,
+                end: self.to + self.range.byte_len(),
+            },
+            to: self.range.start,
+        }
     }
 }
 
@@ -54,7 +63,8 @@ impl Translation {
             return;
         }
         self.remove(stretch.range, |_| {});
-        self.stretches.insert(stretch.range.start, (stretch.range.end, stretch.to));
+        self.stretches
+            .insert(stretch.range.start, (stretch.range.end, stretch.to));
         self.pages += stretch.range.page_count();
     }
 
@@ -62,13 +72,18 @@ impl Translation {
     pub fn remove(&mut self, window: PageRange, mut taken: impl FnMut(Stretch)) {
         while let Some(stretch) = self.first_in(window) {
             // `first_in` clips, so the whole stretch has to be found again to know what stays on either side.
-            let Some((&start, &(end, to))) = self.stretches.range(..=stretch.range.start).next_back() else { return };
+            let Some((&start, &(end, to))) =
+                self.stretches.range(..=stretch.range.start).next_back()
+            else {
+                return;
+            };
             self.stretches.remove(&start);
             if start < stretch.range.start {
                 self.stretches.insert(start, (stretch.range.start, to));
             }
             if stretch.range.end < end {
-                self.stretches.insert(stretch.range.end, (end, to + (stretch.range.end - start)));
+                self.stretches
+                    .insert(stretch.range.end, (end, to + (stretch.range.end - start)));
             }
             self.pages -= stretch.range.page_count();
             taken(stretch);
@@ -77,13 +92,17 @@ impl Translation {
 
     /// Where the page at `address` leads.
     pub fn get(&self, address: u64) -> Option<u64> {
-        self.around(address).map(|stretch| stretch.to + (address - stretch.range.start))
+        self.around(address)
+            .map(|stretch| stretch.to + (address - stretch.range.start))
     }
 
     /// The whole stretch that holds `address`.
     pub fn around(&self, address: u64) -> Option<Stretch> {
         let (&start, &(end, to)) = self.stretches.range(..=address).next_back()?;
-        (address < end).then_some(Stretch { range: PageRange { start, end }, to })
+        (address < end).then_some(Stretch {
+            range: PageRange { start, end },
+            to,
+        })
     }
 
     /// The lowest stretch that has pages in `window`, cut to it.
@@ -95,12 +114,19 @@ impl Translation {
             return stretch.clip(window);
         }
         let (&start, &(end, to)) = self.stretches.range(window.start..window.end).next()?;
-        Stretch { range: PageRange { start, end }, to }.clip(window)
+        Stretch {
+            range: PageRange { start, end },
+            to,
+        }
+        .clip(window)
     }
 
     /// All stretches, ascending.
     pub fn iter(&self) -> impl Iterator<Item = Stretch> + '_ {
-        self.stretches.iter().map(|(&start, &(end, to))| Stretch { range: PageRange { start, end }, to })
+        self.stretches.iter().map(|(&start, &(end, to))| Stretch {
+            range: PageRange { start, end },
+            to,
+        })
     }
 }
 
@@ -121,13 +147,17 @@ impl PageSet {
 
     /// Adds pages; those already present stay.
     pub fn insert(&mut self, range: PageRange) {
-        self.0.insert(Stretch { range, to: range.start });
+        self.0.insert(Stretch {
+            range,
+            to: range.start,
+        });
     }
 
     /// Takes pages out and says how many were there.
     pub fn remove(&mut self, range: PageRange) -> u64 {
         let mut taken = 0;
-        self.0.remove(range, |stretch| taken += stretch.range.page_count());
+        self.0
+            .remove(range, |stretch| taken += stretch.range.page_count());
         taken
     }
 
@@ -170,7 +200,10 @@ impl PageSet {
 }
 
 /// Every page below the last: the window that holds everything.
-pub const EVERYTHING: PageRange = PageRange { start: 0, end: !(PAGE_SIZE - 1) };
+pub const EVERYTHING: PageRange = PageRange {
+    start: 0,
+    end: !(PAGE_SIZE - 1),
+};
 
 #[cfg(test)]
 mod tests {
@@ -181,7 +214,10 @@ mod tests {
     use super::*;
 
     fn pages(start: u64, count: u64) -> PageRange {
-        PageRange { start: start * PAGE_SIZE, end: (start + count) * PAGE_SIZE }
+        PageRange {
+            start: start * PAGE_SIZE,
+            end: (start + count) * PAGE_SIZE,
+        }
     }
 
     proptest! {

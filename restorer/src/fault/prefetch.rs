@@ -1,8 +1,9 @@
 //! What a thread will touch next, guessed from what it touched last. Pure: faults in, ranges out.
 //!
-//! A lone fault is answered with its neighbourhood, an aligned block as the kernel's own fault-around uses. A fault that continues an earlier one
-//! doubles the window ahead of it, up to [`WINDOW_PAGES_MAX`]: a scan soon runs behind the prefetch instead of in front of it. A guess is only ever a
-//! hint: the engine intersects it with what is still pending, so a wrong one costs bytes, never correctness.
+//! A lone fault is answered with its neighbourhood, an aligned block as the kernel's own fault-around uses. A fault
+//! that continues an earlier one doubles the window ahead of it, up to [`WINDOW_PAGES_MAX`]: a scan soon runs behind
+//! the prefetch instead of in front of it. A guess is only ever a hint: the engine intersects it with what is still
+//! pending, so a wrong one costs bytes, never correctness.
 
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 
@@ -33,12 +34,15 @@ pub struct Prefetcher {
 }
 
 impl Prefetcher {
-    /// The pages worth having after a fault at `address` (page aligned, in the source's addresses). Never contains `address` alone.
+    /// The pages worth having after a fault at `address` (page aligned, in the source's addresses). Never contains
+    /// `address` alone.
     pub fn handle_fault(&mut self, address: u64) -> PageRange {
         self.faults += 1;
         let now = self.faults;
         // A run continues when the fault lies just past the last one or in (or right behind) what was guessed from it.
-        let follows = |stream: &Stream| stream.last < address && address <= stream.ahead.max(stream.last + PAGE_SIZE);
+        let follows = |stream: &Stream| {
+            stream.last < address && address <= stream.ahead.max(stream.last + PAGE_SIZE)
+        };
         if let Some(stream) = self.streams.iter_mut().find(|stream| follows(stream)) {
             stream.window_pages = (stream.window_pages * 2).min(WINDOW_PAGES_MAX);
             stream.last = address;
@@ -50,13 +54,21 @@ impl Prefetcher {
         }
         let block = WINDOW_PAGES_MIN * PAGE_SIZE;
         let start = address / block * block;
-        let range = PageRange { start, end: start.saturating_add(block) };
+        let range = PageRange {
+            start,
+            end: start.saturating_add(block),
+        };
         if self.streams.len() == STREAMS_MAX {
             if let Some(oldest) = (0..STREAMS_MAX).min_by_key(|&index| self.streams[index].used) {
                 self.streams.swap_remove(oldest);
             }
         }
-        self.streams.push(Stream { ahead: range.end, last: address, window_pages: WINDOW_PAGES_MIN, used: now });
+        self.streams.push(Stream {
+            ahead: range.end,
+            last: address,
+            window_pages: WINDOW_PAGES_MIN,
+            used: now,
+        });
         range
     }
 }
@@ -68,7 +80,13 @@ mod tests {
     #[test]
     fn a_lone_fault_asks_for_its_aligned_block() {
         let mut prefetcher = Prefetcher::default();
-        assert_eq!(prefetcher.handle_fault(0x1000_3000), PageRange { start: 0x1000_0000, end: 0x1000_8000 });
+        assert_eq!(
+            prefetcher.handle_fault(0x1000_3000),
+            PageRange {
+                start: 0x1000_0000,
+                end: 0x1000_8000
+            }
+        );
     }
 
     #[test]
@@ -77,7 +95,13 @@ mod tests {
         let mut at = prefetcher.handle_fault(0x1000_0000).end;
         for window in [16, 32, 64, 64, 64] {
             let guess = prefetcher.handle_fault(at);
-            assert_eq!(guess, PageRange { start: at + PAGE_SIZE, end: at + (window + 1) * PAGE_SIZE });
+            assert_eq!(
+                guess,
+                PageRange {
+                    start: at + PAGE_SIZE,
+                    end: at + (window + 1) * PAGE_SIZE
+                }
+            );
             at = guess.end;
         }
     }
@@ -91,7 +115,11 @@ mod tests {
         }
         for head in &mut heads {
             let guess = prefetcher.handle_fault(*head);
-            assert_eq!(guess.page_count(), 16, "each of eight interleaved scans keeps its own window");
+            assert_eq!(
+                guess.page_count(),
+                16,
+                "each of eight interleaved scans keeps its own window"
+            );
         }
     }
 

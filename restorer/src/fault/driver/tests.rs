@@ -1,8 +1,9 @@
-//! The driver against the real kernel. The process to fill is a small Python program: it makes its own userfaultfd, then forks, remaps, drops, guards
-//! and reads its memory while an in-memory source in this process serves it, and says whether every byte was right.
+//! The driver against the real kernel. The process to fill is a small Python program: it makes its own userfaultfd,
+//! then forks, remaps, drops, guards and reads its memory while an in-memory source in this process serves it, and says
+//! whether every byte was right.
 //!
-//! Needs root (page faults raised in system calls), Linux 6.15 and python3; without them the tests say so and pass, unless
-//! `PAGEFERRY_TEST_STRICT=1`.
+//! Needs root (page faults raised in system calls), Linux 6.15 and python3; without them the tests say so and pass,
+//! unless `PAGEFERRY_TEST_STRICT=1`.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -16,7 +17,8 @@ use super::*;
 /// Pages of the subject's memory.
 const PAGES: u64 = 4096;
 
-/// The parts all subjects share: a mapping, a userfaultfd for it, and what each page must hold. Every eighth page is a hole.
+/// The parts all subjects share: a mapping, a userfaultfd for it, and what each page must hold. Every eighth page is a
+/// hole.
 const PROLOGUE: &str = r#"
 import ctypes, mmap, os, struct, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -64,18 +66,34 @@ struct Subject {
 
 impl Subject {
     fn spawn(body: &str) -> Option<Self> {
-        let script = format!("{PROLOGUE}\n{body}\nprint('PASS', flush=True)\nsys.stdin.readline()\n");
-        let spawned = Command::new("python3").arg("-c").arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let script =
+            format!("{PROLOGUE}\n{body}\nprint('PASS', flush=True)\nsys.stdin.readline()\n");
+        let spawned = Command::new("python3")
+            .arg("-c")
+            .arg(script)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
         let subject = spawned.ok().and_then(|mut child| {
             let input = child.stdin.take()?;
             let mut output = BufReader::new(child.stdout.take()?);
             let mut line = String::new();
             output.read_line(&mut line).ok()?;
             let (uffd, base) = line.trim().split_once(' ')?;
-            Some(Self { uffd: uffd.parse().ok()?, base: base.parse().ok()?, child, input, output })
+            Some(Self {
+                uffd: uffd.parse().ok()?,
+                base: base.parse().ok()?,
+                child,
+                input,
+                output,
+            })
         });
         if subject.is_none() || !pagemap::knows_guards().unwrap_or(false) {
-            assert!(std::env::var_os("PAGEFERRY_TEST_STRICT").is_none(), "python3, root and Linux 6.15 are needed");
+            assert!(
+                std::env::var_os("PAGEFERRY_TEST_STRICT").is_none(),
+                "python3, root and Linux 6.15 are needed"
+            );
             eprintln!("skipped: python3, root and Linux 6.15 are needed");
             return None;
         }
@@ -87,22 +105,37 @@ impl Subject {
     }
 
     fn range(&self) -> PageRange {
-        PageRange { start: self.base, end: self.base + PAGES * PAGE_SIZE }
+        PageRange {
+            start: self.base,
+            end: self.base + PAGES * PAGE_SIZE,
+        }
     }
 
     fn memory(&self) -> Memory {
-        let fd = PidFd::open(self.pid()).and_then(|pidfd| pidfd.get_fd(self.uffd)).expect("our own child's descriptor");
+        let fd = PidFd::open(self.pid())
+            .and_then(|pidfd| pidfd.get_fd(self.uffd))
+            .expect("our own child's descriptor");
         let lazy = vec![self.range()];
-        Memory { pid: self.pid(), uffd: Uffd::adopt(fd), lazy, resident: Vec::new(), wipe_on_fork: Vec::new() }
+        Memory {
+            pid: self.pid(),
+            uffd: Uffd::adopt(fd),
+            lazy,
+            resident: Vec::new(),
+            wipe_on_fork: Vec::new(),
+        }
     }
 
     fn go(&mut self) {
-        self.input.write_all(b"\n").expect("the subject reads its input");
+        self.input
+            .write_all(b"\n")
+            .expect("the subject reads its input");
     }
 
     fn verdict(&mut self) -> String {
         let mut line = String::new();
-        self.output.read_line(&mut line).expect("the subject says something");
+        self.output
+            .read_line(&mut line)
+            .expect("the subject says something");
         line.trim().to_owned()
     }
 }
@@ -127,7 +160,11 @@ struct Source {
 
 impl Source {
     fn new(base: u64) -> Self {
-        Self { base, damage_every: None, bulk_pause: Duration::from_micros(200) }
+        Self {
+            base,
+            damage_every: None,
+            bulk_pause: Duration::from_micros(200),
+        }
     }
 
     fn is_hole(&self, address: u64) -> bool {
@@ -136,13 +173,17 @@ impl Source {
 
     fn batch(&self, fetch: &Fetch) -> PageBatch {
         let range = fetch.range();
-        let mut builder = PageBatchBuilder::new(fetch.request, range.start, fetch.page_count as usize);
+        let mut builder =
+            PageBatchBuilder::new(fetch.request, range.start, fetch.page_count as usize);
         for page in (range.start..range.end).step_by(PAGE_LEN) {
             if self.is_hole(page) {
                 builder.without_data(PageKind::Zero, 1);
             } else {
                 let word = (page / PAGE_SIZE).to_le_bytes();
-                builder.data(1).chunks_exact_mut(8).for_each(|slot| slot.copy_from_slice(&word));
+                builder
+                    .data(1)
+                    .chunks_exact_mut(8)
+                    .for_each(|slot| slot.copy_from_slice(&word));
             }
         }
         builder.finish()
@@ -180,13 +221,21 @@ impl Source {
                 }
             }
         });
-        Connections { fault_fetches, fault_pages, bulk_fetches, bulk_pages }
+        Connections {
+            fault_fetches,
+            fault_pages,
+            bulk_fetches,
+            bulk_pages,
+        }
     }
 }
 
-/// The same batch as it would come over a wire that flips one bit of its first page: the checksums are those of the original.
+/// The same batch as it would come over a wire that flips one bit of its first page: the checksums are those of the
+/// original.
 fn damaged(batch: &PageBatch) -> PageBatch {
-    let encoded = pageferry_wire::Frame::from(batch.clone()).encode().expect("a batch can be sent");
+    let encoded = pageferry_wire::Frame::from(batch.clone())
+        .encode()
+        .expect("a batch can be sent");
     let mut decoder = pageferry_wire::Decoder::new();
     for part in encoded.into_parts() {
         let mut part = part.to_vec();
@@ -204,7 +253,10 @@ fn damaged(batch: &PageBatch) -> PageBatch {
 /// Fills a subject running `body` with the drain as told, and returns what the driver counted.
 fn fill(body: &str, source: impl FnOnce(u64) -> Source, drain: bool) -> Option<Summary> {
     let mut subject = Subject::spawn(body)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
     let summary = runtime.block_on(async {
         let source = source(subject.base);
         let (driver, handle) = Driver::new(subject.memory(), source.serve(), Options { drain, ..Options::default() }).expect("a driver");
@@ -256,15 +308,25 @@ def reader(seed):
     check(pages, what='thread')
 threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(4)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]";
-    let Some(summary) = fill(body, Source::new, true) else { return };
-    assert_eq!((summary.pages_total, summary.pages_installed), (DATA_PAGES, DATA_PAGES));
+    let Some(summary) = fill(body, Source::new, true) else {
+        return;
+    };
+    assert_eq!(
+        (summary.pages_total, summary.pages_installed),
+        (DATA_PAGES, DATA_PAGES)
+    );
     assert!(summary.pages_faulted > 0);
 }
 
 #[test]
 fn without_the_drain_only_what_is_touched_is_fetched() {
-    let Some(mut subject) = Subject::spawn("check(range(0, 64))") else { return };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let Some(mut subject) = Subject::spawn("check(range(0, 64))") else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
     runtime.block_on(async {
         let source = Source::new(subject.base);
         let (driver, handle) = Driver::new(subject.memory(), source.serve(), Options { drain: false, ..Options::default() }).expect("a driver");
@@ -326,9 +388,14 @@ check(range(0, 2048), what='parent'); check(range(2560, 3000), what='parent'); c
 for child in children:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, 'child'";
     for drain in [true, false] {
-        let Some(summary) = fill(body, Source::new, drain) else { return };
+        let Some(summary) = fill(body, Source::new, drain) else {
+            return;
+        };
         assert_eq!(summary.forks, 4);
-        assert!(summary.pages_zero > 0 && summary.pages_faulted > 0, "{summary:?}");
+        assert!(
+            summary.pages_zero > 0 && summary.pages_faulted > 0,
+            "{summary:?}"
+        );
     }
 }
 
@@ -356,21 +423,41 @@ assert libc.madvise(base + 2000 * PAGE, 8 * PAGE, 103) == 0
 for page in range(2000, 2008):
     assert read(base + page * PAGE) == bytes(PAGE), 'a removed guard leaves zeros'
 check(range(0, 2000)); check(range(2008, PAGES))";
-    let Some(summary) = fill(body, |base| Source { bulk_pause: Duration::from_millis(2), ..Source::new(base) }, true) else { return };
+    let Some(summary) = fill(
+        body,
+        |base| Source {
+            bulk_pause: Duration::from_millis(2),
+            ..Source::new(base)
+        },
+        true,
+    ) else {
+        return;
+    };
     assert_eq!(summary.forks, 1);
 }
 
 #[test]
 fn damaged_pages_never_reach_the_program() {
-    let source = |base| Source { damage_every: Some(20), bulk_pause: Duration::ZERO, ..Source::new(base) };
-    let Some(summary) = fill("check(range(PAGES))", source, true) else { return };
+    let source = |base| Source {
+        damage_every: Some(20),
+        bulk_pause: Duration::ZERO,
+        ..Source::new(base)
+    };
+    let Some(summary) = fill("check(range(PAGES))", source, true) else {
+        return;
+    };
     assert_eq!(summary.pages_installed, DATA_PAGES);
 }
 
 #[test]
 fn threads_wait_for_a_lost_source_and_go_on_when_it_is_back() {
-    let Some(mut subject) = Subject::spawn("check(range(PAGES))") else { return };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let Some(mut subject) = Subject::spawn("check(range(PAGES))") else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
     runtime.block_on(async {
         let source = Source::new(subject.base);
         let (driver, handle) = Driver::new(subject.memory(), source.serve(), Options { drain: false, ..Options::default() }).expect("a driver");
@@ -398,6 +485,61 @@ fn threads_wait_for_a_lost_source_and_go_on_when_it_is_back() {
 #[test]
 fn a_process_that_ends_in_the_middle_ends_the_driver() {
     let body = "check(range(0, 100))\nprint('PASS', flush=True)\nos._exit(0)";
-    let Some(summary) = fill(body, Source::new, true) else { return };
+    let Some(summary) = fill(body, Source::new, true) else {
+        return;
+    };
     assert!(summary.pages_installed < DATA_PAGES, "{summary:?}");
+}
+
+#[test]
+fn children_that_have_ended_do_not_pile_up_while_the_drain_is_off() {
+    let body = "
+for round in range(200):
+    child = os.fork()
+    if child == 0:
+        check([round], what='child'); os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, 'child'";
+    let Some(mut subject) = Subject::spawn(body) else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let source = Source::new(subject.base);
+        let (driver, _handle) = Driver::new(
+            subject.memory(),
+            source.serve(),
+            Options {
+                drain: false,
+                ..Options::default()
+            },
+        )
+        .expect("a driver");
+        subject.go();
+        let verdict = tokio::task::spawn_blocking(move || (subject.verdict(), subject));
+        let running = driver.run();
+        tokio::select! {
+            ended = running => panic!("{ended:?}"),
+            said = verdict => {
+                let (said, subject) = said.expect("the reader ends");
+                assert_eq!(said, "PASS");
+                drop(subject);
+                let contexts = open_userfaultfds();
+                assert!(contexts < 3 * SWEEP_MIN, "{contexts} contexts are open");
+            }
+        }
+    });
+}
+
+/// Open userfaultfds of this process. Other tests of this binary have a few, too.
+fn open_userfaultfds() -> usize {
+    let links = std::fs::read_dir("/proc/self/fd")
+        .expect("procfs")
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    links
+        .filter(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+        .count()
 }

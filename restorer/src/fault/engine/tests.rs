@@ -1,5 +1,6 @@
-//! The engine against a simulated kernel and source. The simulation keeps, beside what each page holds, what the program may expect to read there;
-//! the two must agree at every answered fault and on every page at the end, whatever the order of faults, events and replies was.
+//! The engine against a simulated kernel and source. The simulation keeps, beside what each page holds, what the
+//! program may expect to read there; the two must agree at every answered fault and on every page at the end, whatever
+//! the order of faults, events and replies was.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -9,7 +10,10 @@ use proptest::prelude::*;
 use super::*;
 
 fn pages(start: u64, count: u64) -> PageRange {
-    PageRange { start: start * PAGE_SIZE, end: (start + count) * PAGE_SIZE }
+    PageRange {
+        start: start * PAGE_SIZE,
+        end: (start + count) * PAGE_SIZE,
+    }
 }
 
 fn page_numbers(range: PageRange) -> std::ops::Range<u64> {
@@ -64,9 +68,19 @@ impl SimSpace {
                 self.waiting.insert(page);
                 self.faults.push_back(page);
             }
-            Some(Page { present: Some(value), expected, either }) => {
-                let zapped = self.removing.iter().any(|range| range.contains(page * PAGE_SIZE));
-                assert!(value == expected || *either || zapped, "page {page:#x} reads {value:?}, not {expected:?}");
+            Some(Page {
+                present: Some(value),
+                expected,
+                either,
+            }) => {
+                let zapped = self
+                    .removing
+                    .iter()
+                    .any(|range| range.contains(page * PAGE_SIZE));
+                assert!(
+                    value == expected || *either || zapped,
+                    "page {page:#x} reads {value:?}, not {expected:?}"
+                );
             }
         }
     }
@@ -103,7 +117,11 @@ impl SimSpace {
         for range in self.zaps.drain(..) {
             for page in page_numbers(range) {
                 if let Some(slot) = self.pages.get_mut(&page) {
-                    *slot = Page { present: None, expected: Value::Zero, either: false };
+                    *slot = Page {
+                        present: None,
+                        expected: Value::Zero,
+                        either: false,
+                    };
                 }
             }
             self.removing.retain(|other| *other != range);
@@ -141,13 +159,31 @@ impl Sim {
     fn new(data: &[bool], options: Options) -> Self {
         let registered = [pages(0x100, 0x20), pages(0x128, 0x28)];
         let resident = [pages(0x104, 2)];
-        let source: BTreeMap<u64, RunKind> =
-            data.iter().enumerate().filter(|(_, data)| **data).map(|(at, _)| (SOURCE_FIRST + at as u64, RunKind::Data)).collect();
-        let mut root = SimSpace { id: Some(SpaceId::ROOT), ..SimSpace::default() };
+        let source: BTreeMap<u64, RunKind> = data
+            .iter()
+            .enumerate()
+            .filter(|(_, data)| **data)
+            .map(|(at, _)| (SOURCE_FIRST + at as u64, RunKind::Data))
+            .collect();
+        let mut root = SimSpace {
+            id: Some(SpaceId::ROOT),
+            ..SimSpace::default()
+        };
         for page in registered.iter().flat_map(|range| page_numbers(*range)) {
-            let expected = if source.contains_key(&page) { Value::Source(page) } else { Value::Zero };
+            let expected = if source.contains_key(&page) {
+                Value::Source(page)
+            } else {
+                Value::Zero
+            };
             let present = resident[0].contains(page * PAGE_SIZE).then_some(expected);
-            root.pages.insert(page, Page { present, expected, either: false });
+            root.pages.insert(
+                page,
+                Page {
+                    present,
+                    expected,
+                    either: false,
+                },
+            );
         }
         Self {
             engine: Engine::new(&registered, &resident, &[], options),
@@ -168,7 +204,10 @@ impl Sim {
             return;
         }
         let from = &self.spaces[parent];
-        let mut child = SimSpace { pages: from.pages.clone(), ..SimSpace::default() };
+        let mut child = SimSpace {
+            pages: from.pages.clone(),
+            ..SimSpace::default()
+        };
         for range in &from.removing {
             for page in page_numbers(*range) {
                 if let Some(slot) = child.pages.get_mut(&page) {
@@ -178,12 +217,18 @@ impl Sim {
         }
         let child_index = self.spaces.len();
         self.spaces.push(child);
-        self.spaces[parent].events.push_back(Event::Fork { child: child_index });
+        self.spaces[parent]
+            .events
+            .push_back(Event::Fork { child: child_index });
     }
 
-    /// Another thread is in the middle of dropping part of `range`: a program that races with itself has no defined result.
+    /// Another thread is in the middle of dropping part of `range`: a program that races with itself has no defined
+    /// result.
     fn raced(&self, space: usize, range: PageRange) -> bool {
-        self.spaces[space].removing.iter().any(|other| other.intersect(range).is_some())
+        self.spaces[space]
+            .removing
+            .iter()
+            .any(|other| other.intersect(range).is_some())
     }
 
     fn unmap(&mut self, space: usize, range: PageRange) {
@@ -198,15 +243,21 @@ impl Sim {
     }
 
     fn remap(&mut self, space: usize, from: PageRange, to: u64) {
-        let target = PageRange { start: to, end: to + from.byte_len() };
-        if from.intersect(target).is_some() || self.raced(space, from) || self.raced(space, target) {
+        let target = PageRange {
+            start: to,
+            end: to + from.byte_len(),
+        };
+        if from.intersect(target).is_some() || self.raced(space, from) || self.raced(space, target)
+        {
             return;
         }
         self.unmap(space, target);
         let space = &mut self.spaces[space];
         for page in page_numbers(from) {
             if let Some(slot) = space.pages.remove(&page) {
-                space.pages.insert(page - from.start / PAGE_SIZE + to / PAGE_SIZE, slot);
+                space
+                    .pages
+                    .insert(page - from.start / PAGE_SIZE + to / PAGE_SIZE, slot);
             }
         }
         space.events.push_back(Event::Remap { from, to });
@@ -227,8 +278,19 @@ impl Sim {
             return;
         }
         if let Some((&first, _)) = space.pages.iter().next() {
-            if !space.removing.iter().any(|range| range.contains((first - 1) * PAGE_SIZE)) {
-                space.pages.insert(first - 1, Page { present: None, expected: Value::Zero, either: false });
+            if !space
+                .removing
+                .iter()
+                .any(|range| range.contains((first - 1) * PAGE_SIZE))
+            {
+                space.pages.insert(
+                    first - 1,
+                    Page {
+                        present: None,
+                        expected: Value::Zero,
+                        either: false,
+                    },
+                );
             }
         }
     }
@@ -238,7 +300,11 @@ impl Sim {
         let value = Value::Written(self.written);
         if let Some(slot) = self.spaces[space].pages.get_mut(&page) {
             if slot.present.is_some() {
-                *slot = Page { present: Some(value), expected: value, either: false };
+                *slot = Page {
+                    present: Some(value),
+                    expected: value,
+                    either: false,
+                };
             }
         }
     }
@@ -267,21 +333,41 @@ impl Sim {
 
     fn poll(&mut self, limit: usize) -> usize {
         for done in 0..limit {
-            let Some(action) = self.engine.poll_action() else { return done };
+            let Some(action) = self.engine.poll_action() else {
+                return done;
+            };
             match action {
-                Action::Fetch { request, source, priority } => {
+                Action::Fetch {
+                    request,
+                    source,
+                    priority,
+                } => {
                     assert!(self.link, "nothing is asked while the link is down");
-                    assert!(priority != Priority::Fault || source.page_count() == 1, "a fault asks for its page alone");
+                    assert!(
+                        priority != Priority::Fault || source.page_count() == 1,
+                        "a fault asks for its page alone"
+                    );
                     self.asked.push(Asked { request, source });
                 }
-                Action::Install { space, range, reply, source, .. } => {
+                Action::Install {
+                    space,
+                    range,
+                    reply,
+                    source,
+                    ..
+                } => {
                     if std::mem::take(&mut self.spoil) {
                         self.engine.handle_spoiled(reply);
                         continue;
                     }
                     let first = source / PAGE_SIZE;
-                    assert!(self.replies.contains(&reply), "bytes are kept until they are released");
-                    let result = self.space(space).fill(range, |offset| Value::Source(first + offset));
+                    assert!(
+                        self.replies.contains(&reply),
+                        "bytes are kept until they are released"
+                    );
+                    let result = self
+                        .space(space)
+                        .fill(range, |offset| Value::Source(first + offset));
                     self.engine.handle_result(result.0, result.1);
                 }
                 Action::Zero { space, range } => {
@@ -292,14 +378,19 @@ impl Sim {
                 Action::Release { reply } => {
                     assert!(self.replies.remove(&reply), "a reply is released once");
                 }
-                Action::Poison { .. } | Action::Lost { .. } => panic!("no page is lost here: {action:?}"),
+                Action::Poison { .. } | Action::Lost { .. } => {
+                    panic!("no page is lost here: {action:?}")
+                }
             }
         }
         limit
     }
 
     fn space(&mut self, id: SpaceId) -> &mut SimSpace {
-        self.spaces.iter_mut().find(|space| space.id == Some(id)).expect("the engine knows only what it was told")
+        self.spaces
+            .iter_mut()
+            .find(|space| space.id == Some(id))
+            .expect("the engine knows only what it was told")
     }
 
     /// The source answers a question, or the first `limit` pages of what is left of it.
@@ -311,14 +402,23 @@ impl Sim {
         let Asked { request, source } = self.asked[which].clone();
         let end = source.start + limit.min(source.page_count()) * PAGE_SIZE;
         let mut runs: Vec<Run> = Vec::new();
-        for page in page_numbers(PageRange { start: source.start, end }) {
+        for page in page_numbers(PageRange {
+            start: source.start,
+            end,
+        }) {
             let kind = self.source.get(&page).copied().unwrap_or(RunKind::Zero);
             match runs.last_mut() {
                 Some(run) if run.kind == kind => run.page_count += 1,
-                _ => runs.push(Run { page_count: 1, kind }),
+                _ => runs.push(Run {
+                    page_count: 1,
+                    kind,
+                }),
             }
         }
-        let reply = self.engine.handle_reply(request, source.start, &runs).expect("the simulated source is honest");
+        let reply = self
+            .engine
+            .handle_reply(request, source.start, &runs)
+            .expect("the simulated source is honest");
         self.replies.insert(reply);
         if end == source.end {
             self.asked.remove(which);
@@ -331,7 +431,12 @@ impl Sim {
         if self.map_done {
             return;
         }
-        let piece: Vec<PageRange> = self.source.range(self.map_at..).take(count).map(|(&page, _)| pages(page, 1)).collect();
+        let piece: Vec<PageRange> = self
+            .source
+            .range(self.map_at..)
+            .take(count)
+            .map(|(&page, _)| pages(page, 1))
+            .collect();
         match piece.last() {
             Some(last) => self.map_at = last.end / PAGE_SIZE,
             None => {
@@ -373,12 +478,23 @@ impl Sim {
             self.map_piece(8);
         }
         self.settle();
-        assert!(self.engine.is_complete(), "drained, yet not complete: {:?}", self.engine);
+        assert!(
+            self.engine.is_complete(),
+            "drained, yet not complete: {:?}",
+            self.engine
+        );
         assert!(self.replies.is_empty(), "every reply is released");
         for index in 0..self.spaces.len() {
             assert!(self.spaces[index].waiting.is_empty(), "nobody waits");
-            let source_pages = self.spaces[index].pages.values().filter(|page| page.present.is_none() && matches!(page.expected, Value::Source(_)));
-            assert_eq!(source_pages.filter(|page| !page.either).count(), 0, "complete means every page of the source is here");
+            let source_pages = self.spaces[index]
+                .pages
+                .values()
+                .filter(|page| page.present.is_none() && matches!(page.expected, Value::Source(_)));
+            assert_eq!(
+                source_pages.filter(|page| !page.either).count(),
+                0,
+                "complete means every page of the source is here"
+            );
             let all: Vec<u64> = self.spaces[index].pages.keys().copied().collect();
             for page in all {
                 self.spaces[index].touch(page);
@@ -394,27 +510,68 @@ impl Sim {
             }
         }
         assert!(self.asked.is_empty());
-        let counted = page_numbers(pages(0x100, 0x20)).chain(page_numbers(pages(0x128, 0x28))).filter(|page| self.source.contains_key(page));
+        let counted = page_numbers(pages(0x100, 0x20))
+            .chain(page_numbers(pages(0x128, 0x28)))
+            .filter(|page| self.source.contains_key(page));
         assert_eq!(self.engine.counters().pages_total, counted.count() as u64);
     }
 }
 
 #[derive(Debug, Clone)]
 enum Op {
-    Touch { space: usize, page: u64 },
-    Write { space: usize, page: u64 },
-    Fork { space: usize },
-    Remap { space: usize, from: u64, to: u64, count: u64 },
-    Remove { space: usize, start: u64, count: u64 },
-    Unmap { space: usize, start: u64, count: u64 },
-    GrowDown { space: usize },
-    Read { space: usize, limit: usize },
-    Zap { space: usize },
-    Poll { limit: usize },
-    Reply { which: usize, limit: u64 },
-    Map { count: usize },
-    Drain { on: bool },
-    Link { up: bool },
+    Touch {
+        space: usize,
+        page: u64,
+    },
+    Write {
+        space: usize,
+        page: u64,
+    },
+    Fork {
+        space: usize,
+    },
+    Remap {
+        space: usize,
+        from: u64,
+        to: u64,
+        count: u64,
+    },
+    Remove {
+        space: usize,
+        start: u64,
+        count: u64,
+    },
+    Unmap {
+        space: usize,
+        start: u64,
+        count: u64,
+    },
+    GrowDown {
+        space: usize,
+    },
+    Read {
+        space: usize,
+        limit: usize,
+    },
+    Zap {
+        space: usize,
+    },
+    Poll {
+        limit: usize,
+    },
+    Reply {
+        which: usize,
+        limit: u64,
+    },
+    Map {
+        count: usize,
+    },
+    Drain {
+        on: bool,
+    },
+    Link {
+        up: bool,
+    },
     Spoil,
 }
 
@@ -484,7 +641,15 @@ proptest! {
 
 /// Source pages 0x100..0x110 at the same addresses, everything pending, drain off.
 fn engine() -> Engine {
-    Engine::new(&[pages(0x100, 0x10)], &[], &[], Options { drain: false, ..Options::default() })
+    Engine::new(
+        &[pages(0x100, 0x10)],
+        &[],
+        &[],
+        Options {
+            drain: false,
+            ..Options::default()
+        },
+    )
 }
 
 fn address(page: u64) -> u64 {
@@ -494,7 +659,11 @@ fn address(page: u64) -> u64 {
 /// Takes the request that has to come next.
 fn fetch(engine: &mut Engine) -> (RequestId, PageRange, Priority) {
     match engine.poll_action() {
-        Some(Action::Fetch { request, source, priority }) => (request, source, priority),
+        Some(Action::Fetch {
+            request,
+            source,
+            priority,
+        }) => (request, source, priority),
         other => panic!("a request, not {other:?}"),
     }
 }
@@ -507,15 +676,26 @@ fn fault(engine: &mut Engine, page: u64) -> RequestId {
     request
 }
 
-fn reply(engine: &mut Engine, request: RequestId, page: u64, kind: RunKind, page_count: u64) -> ReplyId {
-    engine.handle_reply(request, address(page), &[Run { page_count, kind }]).expect("an honest reply")
+fn reply(
+    engine: &mut Engine,
+    request: RequestId,
+    page: u64,
+    kind: RunKind,
+    page_count: u64,
+) -> ReplyId {
+    engine
+        .handle_reply(request, address(page), &[Run { page_count, kind }])
+        .expect("an honest reply")
 }
 
 /// All actions there are, every install done in full.
 fn run(engine: &mut Engine) -> Vec<Action> {
     let mut actions = Vec::new();
     while let Some(action) = engine.poll_action() {
-        if let Action::Install { range, .. } | Action::Zero { range, .. } | Action::Poison { range, .. } = action {
+        if let Action::Install { range, .. }
+        | Action::Zero { range, .. }
+        | Action::Poison { range, .. } = action
+        {
             engine.handle_result(range.page_count(), None);
         }
         actions.push(action);
@@ -530,8 +710,24 @@ fn a_reply_in_flight_during_mremap_goes_to_the_new_address() {
     engine.handle_remap(SpaceId::ROOT, pages(0x100, 8), address(0x400));
     let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
     let actions = run(&mut engine);
-    assert_eq!(actions[0], Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }, "who waits at the old address looks again");
-    assert_eq!(actions[1], Action::Install { space: SpaceId::ROOT, range: pages(0x404, 1), reply, source: address(0x104), prefetch: true });
+    assert_eq!(
+        actions[0],
+        Action::Wake {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        },
+        "who waits at the old address looks again"
+    );
+    assert_eq!(
+        actions[1],
+        Action::Install {
+            space: SpaceId::ROOT,
+            range: pages(0x404, 1),
+            reply,
+            source: address(0x104),
+            prefetch: true
+        }
+    );
     assert_eq!(actions[2..], [Action::Release { reply }]);
 }
 
@@ -540,7 +736,13 @@ fn a_fault_at_the_new_address_read_before_its_remap_event_is_never_zero() {
     let mut engine = engine();
     engine.handle_fault(SpaceId::ROOT, address(0x404));
     // The kernel refuses the zero page while the event is unread.
-    assert_eq!(engine.poll_action(), Some(Action::Zero { space: SpaceId::ROOT, range: pages(0x404, 1) }));
+    assert_eq!(
+        engine.poll_action(),
+        Some(Action::Zero {
+            space: SpaceId::ROOT,
+            range: pages(0x404, 1)
+        })
+    );
     engine.handle_result(0, Some(Stop::Again));
     engine.handle_remap(SpaceId::ROOT, pages(0x100, 8), address(0x400));
     assert_eq!(fetch(&mut engine).1, pages(0x104, 1));
@@ -551,7 +753,13 @@ fn a_page_dropped_while_in_flight_is_zero_and_its_reply_goes_nowhere() {
     let mut engine = engine();
     let request = fault(&mut engine, 0x104);
     engine.handle_remove(SpaceId::ROOT, pages(0x100, 8));
-    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }]);
+    assert_eq!(
+        run(&mut engine),
+        [Action::Zero {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        }]
+    );
     let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
     assert_eq!(run(&mut engine), [Action::Release { reply }]);
     assert_eq!(engine.counters().duplicate_bytes, PAGE_SIZE);
@@ -562,10 +770,25 @@ fn a_mapping_made_where_one_was_unmapped_never_gets_the_old_page() {
     let mut engine = engine();
     let request = fault(&mut engine, 0x104);
     engine.handle_unmap(SpaceId::ROOT, pages(0x104, 1));
-    assert_eq!(run(&mut engine), [Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }]);
+    assert_eq!(
+        run(&mut engine),
+        [Action::Wake {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        }]
+    );
     engine.handle_fault(SpaceId::ROOT, address(0x104));
     let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
-    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }, Action::Release { reply }]);
+    assert_eq!(
+        run(&mut engine),
+        [
+            Action::Zero {
+                space: SpaceId::ROOT,
+                range: pages(0x104, 1)
+            },
+            Action::Release { reply }
+        ]
+    );
 }
 
 #[test]
@@ -578,8 +801,20 @@ fn a_page_in_flight_at_a_fork_belongs_to_parent_and_child() {
     assert_eq!(
         run(&mut engine),
         [
-            Action::Install { space: SpaceId::ROOT, range: pages(0x104, 1), reply, source, prefetch: false },
-            Action::Install { space: child, range: pages(0x104, 1), reply, source, prefetch: true },
+            Action::Install {
+                space: SpaceId::ROOT,
+                range: pages(0x104, 1),
+                reply,
+                source,
+                prefetch: false
+            },
+            Action::Install {
+                space: child,
+                range: pages(0x104, 1),
+                reply,
+                source,
+                prefetch: true
+            },
             Action::Release { reply },
         ]
     );
@@ -592,7 +827,13 @@ fn a_child_born_between_two_halves_of_a_refused_install_gets_the_page_once() {
     let request = fault(&mut engine, 0x104);
     let reply = reply(&mut engine, request, 0x104, RunKind::Data, 1);
     let first = engine.poll_action();
-    assert!(matches!(first, Some(Action::Install { space: SpaceId::ROOT, .. })));
+    assert!(matches!(
+        first,
+        Some(Action::Install {
+            space: SpaceId::ROOT,
+            ..
+        })
+    ));
     engine.handle_result(0, Some(Stop::Again));
     let child = engine.handle_fork(SpaceId::ROOT).expect("the parent lives");
     let actions = run(&mut engine);
@@ -603,10 +844,24 @@ fn a_child_born_between_two_halves_of_a_refused_install_gets_the_page_once() {
 
 #[test]
 fn memory_wiped_on_fork_reads_as_zeros_in_the_child_and_as_itself_in_the_parent() {
-    let mut engine = Engine::new(&[pages(0x100, 0x10)], &[], &[pages(0x104, 2)], Options { drain: false, ..Options::default() });
+    let mut engine = Engine::new(
+        &[pages(0x100, 0x10)],
+        &[],
+        &[pages(0x104, 2)],
+        Options {
+            drain: false,
+            ..Options::default()
+        },
+    );
     let child = engine.handle_fork(SpaceId::ROOT).expect("the parent lives");
     engine.handle_fault(child, address(0x105));
-    assert_eq!(run(&mut engine), [Action::Zero { space: child, range: pages(0x105, 1) }]);
+    assert_eq!(
+        run(&mut engine),
+        [Action::Zero {
+            space: child,
+            range: pages(0x105, 1)
+        }]
+    );
     fault(&mut engine, 0x105);
 }
 
@@ -621,7 +876,13 @@ fn a_child_of_a_forgotten_parent_is_not_answered_with_zeros() {
 fn stack_growth_below_the_registered_start_is_zero_at_once() {
     let mut engine = engine();
     engine.handle_fault(SpaceId::ROOT, address(0xff) + 4088);
-    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0xff, 1) }]);
+    assert_eq!(
+        run(&mut engine),
+        [Action::Zero {
+            space: SpaceId::ROOT,
+            range: pages(0xff, 1)
+        }]
+    );
     assert_eq!(engine.counters().pages_zero, 1);
 }
 
@@ -637,9 +898,22 @@ fn several_faults_for_one_page_make_one_request_and_one_install() {
     assert_eq!(run(&mut engine).len(), 2);
     // One more, sent by a thread that was just too late.
     engine.handle_fault(SpaceId::ROOT, address(0x104));
-    assert_eq!(engine.poll_action(), Some(Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }));
+    assert_eq!(
+        engine.poll_action(),
+        Some(Action::Zero {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        })
+    );
     engine.handle_result(0, Some(Stop::Exists));
-    assert_eq!(run(&mut engine), [Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }], "the page is there: {reply:?}");
+    assert_eq!(
+        run(&mut engine),
+        [Action::Wake {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        }],
+        "the page is there: {reply:?}"
+    );
     assert_eq!(engine.pages_waiting(), 0);
 }
 
@@ -650,7 +924,13 @@ fn a_page_that_exists_although_it_was_pending_is_kept_and_its_waiters_woken() {
     reply(&mut engine, request, 0x104, RunKind::Data, 1);
     assert!(matches!(engine.poll_action(), Some(Action::Install { .. })));
     engine.handle_result(0, Some(Stop::Exists));
-    assert_eq!(engine.poll_action(), Some(Action::Wake { space: SpaceId::ROOT, range: pages(0x104, 1) }));
+    assert_eq!(
+        engine.poll_action(),
+        Some(Action::Wake {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        })
+    );
 }
 
 #[test]
@@ -671,7 +951,11 @@ fn a_page_asked_for_in_bulk_is_asked_for_once_more_when_a_thread_needs_it() {
             _ => None,
         })
         .collect();
-    assert_eq!(installed, [pages(0x100, 4), pages(0x105, 0xb)], "around the page that is there");
+    assert_eq!(
+        installed,
+        [pages(0x100, 4), pages(0x105, 0xb)],
+        "around the page that is there"
+    );
     assert_eq!(engine.counters().duplicate_bytes, PAGE_SIZE);
 }
 
@@ -684,7 +968,16 @@ fn a_page_that_has_arrived_but_waits_its_turn_is_installed_first_and_not_asked_f
     let reply = reply(&mut engine, bulk, 0x100, RunKind::Data, 0x10);
     engine.handle_fault(SpaceId::ROOT, address(0x108));
     let source = address(0x108);
-    assert_eq!(run(&mut engine)[0], Action::Install { space: SpaceId::ROOT, range: pages(0x108, 1), reply, source, prefetch: false });
+    assert_eq!(
+        run(&mut engine)[0],
+        Action::Install {
+            space: SpaceId::ROOT,
+            range: pages(0x108, 1),
+            reply,
+            source,
+            prefetch: false
+        }
+    );
     assert_eq!(engine.counters().duplicate_bytes, 0);
 }
 
@@ -692,7 +985,9 @@ fn a_page_that_has_arrived_but_waits_its_turn_is_installed_first_and_not_asked_f
 fn holes_of_the_page_map_are_never_asked_for() {
     let mut engine = engine();
     engine.set_drain(true);
-    engine.handle_map(&[pages(0x102, 2), pages(0x108, 1)]).expect("ascending");
+    engine
+        .handle_map(&[pages(0x102, 2), pages(0x108, 1)])
+        .expect("ascending");
     engine.handle_map_end();
     assert_eq!(fetch(&mut engine).1, pages(0x102, 2));
     assert_eq!(fetch(&mut engine).1, pages(0x108, 1));
@@ -713,7 +1008,13 @@ fn a_thread_waiting_for_a_hole_is_released_by_the_page_map() {
     let mut engine = engine();
     fault(&mut engine, 0x104);
     engine.handle_map_end();
-    assert_eq!(run(&mut engine), [Action::Zero { space: SpaceId::ROOT, range: pages(0x104, 1) }]);
+    assert_eq!(
+        run(&mut engine),
+        [Action::Zero {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        }]
+    );
 }
 
 #[test]
@@ -721,7 +1022,15 @@ fn a_page_the_source_cannot_read_makes_its_thread_wait_and_is_never_zero() {
     let mut engine = engine();
     let request = fault(&mut engine, 0x104);
     let lost = reply(&mut engine, request, 0x104, RunKind::Gone, 1);
-    assert_eq!(run(&mut engine), [Action::Lost { source: pages(0x104, 1) }, Action::Release { reply: lost }]);
+    assert_eq!(
+        run(&mut engine),
+        [
+            Action::Lost {
+                source: pages(0x104, 1)
+            },
+            Action::Release { reply: lost }
+        ]
+    );
     assert_eq!(engine.pages_waiting(), 1);
     engine.handle_map(&[pages(0x104, 1)]).expect("ascending");
     engine.handle_map_end();
@@ -729,7 +1038,13 @@ fn a_page_the_source_cannot_read_makes_its_thread_wait_and_is_never_zero() {
     assert_eq!(run(&mut engine), [], "not asked for again and again");
     assert!(!engine.is_complete(), "the source must not be given up");
     engine.set_lost_pages(LostPages::Poison);
-    assert_eq!(run(&mut engine)[0], Action::Poison { space: SpaceId::ROOT, range: pages(0x104, 1) });
+    assert_eq!(
+        run(&mut engine)[0],
+        Action::Poison {
+            space: SpaceId::ROOT,
+            range: pages(0x104, 1)
+        }
+    );
     assert!(engine.is_complete());
 }
 
@@ -741,14 +1056,23 @@ fn a_guard_found_before_a_prefetch_keeps_its_page_out_for_good() {
     engine.handle_map_end();
     let (bulk, ..) = fetch(&mut engine);
     reply(&mut engine, bulk, 0x100, RunKind::Data, 4);
-    assert!(matches!(engine.poll_action(), Some(Action::Install { prefetch: true, .. })));
+    assert!(matches!(
+        engine.poll_action(),
+        Some(Action::Install { prefetch: true, .. })
+    ));
     engine.handle_guarded(SpaceId::ROOT, pages(0x101, 1));
     engine.handle_result(0, None);
-    let installed: Vec<_> = run(&mut engine).into_iter().filter(|action| matches!(action, Action::Install { .. })).collect();
+    let installed: Vec<_> = run(&mut engine)
+        .into_iter()
+        .filter(|action| matches!(action, Action::Install { .. }))
+        .collect();
     assert_eq!(installed.len(), 2);
     assert!(engine.is_complete());
     engine.handle_fault(SpaceId::ROOT, address(0x101));
-    assert!(matches!(run(&mut engine)[..], [Action::Zero { .. }]), "once the guard is removed the page is zeros");
+    assert!(
+        matches!(run(&mut engine)[..], [Action::Zero { .. }]),
+        "once the guard is removed the page is zeros"
+    );
 }
 
 #[test]
@@ -763,7 +1087,11 @@ fn an_install_across_the_border_of_two_mappings_is_halved_until_it_fits() {
     while let Some(action) = engine.poll_action() {
         if let Action::Install { range, .. } = action {
             // Mappings end at 0x105; 0x109 has none at all, as after MADV_DONTFORK in a child.
-            if [0x105, 0x109, 0x10a].iter().any(|&border| range.start < address(border) && address(border) < range.end) || range.start == address(0x109) {
+            if [0x105, 0x109, 0x10a]
+                .iter()
+                .any(|&border| range.start < address(border) && address(border) < range.end)
+                || range.start == address(0x109)
+            {
                 engine.handle_result(0, Some(Stop::NoMapping));
             } else {
                 installed.extend(page_numbers(range));
@@ -772,7 +1100,12 @@ fn an_install_across_the_border_of_two_mappings_is_halved_until_it_fits() {
         }
     }
     installed.sort_unstable();
-    assert_eq!(installed, (0x100..0x110).filter(|&page| page != 0x109).collect::<Vec<_>>());
+    assert_eq!(
+        installed,
+        (0x100..0x110)
+            .filter(|&page| page != 0x109)
+            .collect::<Vec<_>>()
+    );
     assert!(engine.is_complete());
 }
 
@@ -808,35 +1141,77 @@ fn damaged_pages_are_dropped_and_asked_for_again() {
 #[test]
 fn a_peer_that_answers_what_was_not_asked_is_named() {
     let mut engine = engine();
-    let runs = [Run { page_count: 1, kind: RunKind::Data }];
-    assert_eq!(engine.handle_reply(RequestId(0), 0, &runs), Err(BadPeer::UnknownRequest { request: 0 }));
-    assert_eq!(engine.handle_reply(RequestId(9), 0, &runs), Err(BadPeer::UnknownRequest { request: 9 }));
+    let runs = [Run {
+        page_count: 1,
+        kind: RunKind::Data,
+    }];
+    assert_eq!(
+        engine.handle_reply(RequestId(0), 0, &runs),
+        Err(BadPeer::UnknownRequest { request: 0 })
+    );
+    assert_eq!(
+        engine.handle_reply(RequestId(9), 0, &runs),
+        Err(BadPeer::UnknownRequest { request: 9 })
+    );
     let request = fault(&mut engine, 0x104);
-    for (start, page_count) in [(0x103, 1), (0x104, 2), (0x104, 0), (0x104, u64::MAX), (0x104, 1 << 52)] {
-        let answer = engine.handle_reply(request, address(start), &[Run { page_count, kind: RunKind::Data }]);
-        assert!(matches!(answer, Err(BadPeer::NotAsked { .. })), "{answer:?}");
+    for (start, page_count) in [
+        (0x103, 1),
+        (0x104, 2),
+        (0x104, 0),
+        (0x104, u64::MAX),
+        (0x104, 1 << 52),
+    ] {
+        let answer = engine.handle_reply(
+            request,
+            address(start),
+            &[Run {
+                page_count,
+                kind: RunKind::Data,
+            }],
+        );
+        assert!(
+            matches!(answer, Err(BadPeer::NotAsked { .. })),
+            "{answer:?}"
+        );
     }
     reply(&mut engine, request, 0x104, RunKind::Data, 1);
     engine.handle_map(&[pages(0x108, 1)]).expect("ascending");
-    assert!(matches!(engine.handle_map(&[pages(0x107, 1)]), Err(BadPeer::MapOrder { .. })));
+    assert!(matches!(
+        engine.handle_map(&[pages(0x107, 1)]),
+        Err(BadPeer::MapOrder { .. })
+    ));
 }
 
 #[test]
 fn the_drain_keeps_to_its_bounds() {
-    let options = Options { bulk_request_pages_max: 4, bulk_pages_max: 10, bulk_requests_max: 2, ..Options::default() };
+    let options = Options {
+        bulk_request_pages_max: 4,
+        bulk_pages_max: 10,
+        bulk_requests_max: 2,
+        ..Options::default()
+    };
     let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], options);
-    engine.handle_map(&[pages(0x100, 0x100)]).expect("ascending");
+    engine
+        .handle_map(&[pages(0x100, 0x100)])
+        .expect("ascending");
     let asked = run(&mut engine);
     assert_eq!(asked.len(), 2);
     engine.set_drain(false);
     reply(&mut engine, RequestId(1), 0x100, RunKind::Data, 4);
-    assert!(run(&mut engine).iter().all(|action| !matches!(action, Action::Fetch { .. })), "off means off");
+    assert!(
+        run(&mut engine)
+            .iter()
+            .all(|action| !matches!(action, Action::Fetch { .. })),
+        "off means off"
+    );
 }
 
 #[test]
 fn the_neighbours_of_a_fault_come_before_the_rest_of_the_drain() {
     let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], Options::default());
-    engine.handle_map(&[pages(0x100, 0x100)]).expect("ascending");
+    engine
+        .handle_map(&[pages(0x100, 0x100)])
+        .expect("ascending");
     engine.handle_map_end();
     engine.handle_fault(SpaceId::ROOT, address(0x183));
     assert_eq!(fetch(&mut engine).1, pages(0x183, 1));
