@@ -34,7 +34,8 @@ pub struct Captured {
     /// Pages that must be resident on the target before the process runs: copied pages of private file mappings, and what
     /// each thread touches first. Ascending, disjoint. Pages of them may be holes.
     pub eager: Vec<PageRange>,
-    /// What is filled after the process runs: private anonymous memory. Ascending, disjoint. Contains part of `eager`.
+    /// What is filled after the process runs: private anonymous memory without the guard regions that are in the model.
+    /// Ascending, disjoint. Contains part of `eager`.
     pub lazy: Vec<PageRange>,
 }
 
@@ -156,6 +157,7 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
         .filter(|vma| memory::is_lazy(memory::classify(vma).ok().flatten()))
         .map(|vma| PageRange { start: vma.start, end: vma.end })
         .collect();
+    let lazy = memory::without(memory::merge(lazy), &guards);
     Ok(Captured {
         tree: Tree {
             root: Some(process),
@@ -166,7 +168,7 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
             realtime_ns: answered.realtime_ns,
         },
         eager: memory::merge(eager),
-        lazy: memory::merge(lazy),
+        lazy,
     })
 }
 

@@ -1,1 +1,260 @@
-//! The frozen process as a source of pages.
+//! The frozen process as a source of pages: its memory is read in place, and no copy of it is kept.
+//!
+//! A page is looked up in the page map before it is read, because reading a hole would map a page into the source. What is
+//! neither data nor known to read as zeros is told as such ([`PageKind::Guard`], [`PageKind::Gone`]), never as zeros.
+
+use std::fs::File;
+
+use pageferry_image::model::memory::Kind;
+use pageferry_image::page::{PAGE_LEN, PageRange};
+use pageferry_tracee::pagemap::{self, Region, Scan};
+use pageferry_tracee::{Error as ProcessError, RemoteMemory, procfs};
+use pageferry_wire::limits::{BATCH_DATA_PAGES_MAX, BATCH_PAGES_MAX};
+use pageferry_wire::message::Map;
+use pageferry_wire::{PageBatch, PageBatchBuilder, PageKind};
+
+use crate::Result;
+use crate::capture::memory;
+
+/// What a mapping's pages are when the page map says nothing about them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backing {
+    /// Private anonymous: zeros.
+    Anonymous,
+    /// A private mapping of a file: the file's, which is not served from here.
+    File,
+}
+
+/// Reads the pages of one frozen process. Every thread that serves pages has its own.
+#[derive(Debug)]
+pub struct PageReader {
+    memory: RemoteMemory,
+    pagemap: File,
+    /// The mappings that have pages of their own, ascending. The process is frozen, so they stay.
+    mappings: Vec<(PageRange, Backing)>,
+    /// Whether the kernel tells guard pages from swapped ones.
+    knows_guards: bool,
+    buffer: Vec<u8>,
+}
+
+impl PageReader {
+    /// A reader of the frozen process `pid`.
+    ///
+    /// # Errors
+    /// [`Error::Process`](crate::Error::Process).
+    pub fn open(pid: i32) -> Result<Self> {
+        let mappings = procfs::maps(pid)?
+            .iter()
+            .filter_map(|vma| {
+                let backing = match memory::classify(vma) {
+                    Ok(Some(Kind::Anon)) => Backing::Anonymous,
+                    Ok(Some(Kind::FilePrivate)) => Backing::File,
+                    _ => return None,
+                };
+                Some((PageRange { start: vma.start, end: vma.end }, backing))
+            })
+            .collect();
+        Ok(Self {
+            memory: RemoteMemory::open(pid)?,
+            pagemap: pagemap::open(pid)?,
+            mappings,
+            knows_guards: pagemap::knows_guards()?,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// The first pages of `range`, as many as one batch takes: go on at the end of the batch's range.
+    ///
+    /// # Errors
+    /// [`Error::Process`](crate::Error::Process). A page that cannot be read is no error but [`PageKind::Gone`].
+    ///
+    /// # Panics
+    /// If `range` is empty.
+    pub fn batch(&mut self, request: u64, range: PageRange) -> Result<PageBatch> {
+        assert!(!range.is_empty(), "pages are asked for");
+        let page_count = range.page_count().min(u64::from(BATCH_PAGES_MAX));
+        let range = PageRange { start: range.start, end: range.start + page_count * PAGE_LEN as u64 };
+        let segments = self.segments(range)?;
+        let data_pages: u64 = segments.iter().filter(|(kind, _)| *kind == PageKind::Data).map(|(_, range)| range.page_count()).sum();
+        let data_pages = usize::try_from(data_pages.min(u64::from(BATCH_DATA_PAGES_MAX))).expect("a batch is small");
+        let mut builder = PageBatchBuilder::new(request, range.start, data_pages);
+        for (kind, segment) in segments {
+            if !builder.has_room() {
+                break;
+            }
+            if kind != PageKind::Data {
+                builder.without_data(kind, pages_of(segment));
+            } else if !self.read(segment, &mut builder)? {
+                break;
+            }
+        }
+        Ok(builder.finish())
+    }
+
+    /// What the pages of `range` are, as runs without gaps.
+    fn segments(&self, range: PageRange) -> Result<Vec<(PageKind, PageRange)>> {
+        let guard = if self.knows_guards { pagemap::GUARD } else { 0 };
+        let regions = pagemap::scan(&self.pagemap, &Scan {
+            range: range.start..range.end,
+            category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
+            return_mask: pagemap::FILE | pagemap::PFNZERO | guard,
+            ..Scan::default()
+        })?;
+        Ok(segments(range, &self.mappings, &regions))
+    }
+
+    /// Appends the pages of `segment` as far as they fit; whether all did.
+    fn read(&mut self, segment: PageRange, builder: &mut PageBatchBuilder) -> Result<bool> {
+        let asked = usize::try_from(segment.page_count()).expect("cut to a batch above");
+        // Zero pages among them take no room, so this may leave some unused; the next batch takes the rest.
+        let page_count = asked.min(builder.data_pages_left());
+        let length = page_count * PAGE_LEN;
+        if self.buffer.len() < length {
+            self.buffer.resize(length, 0);
+        }
+        let all = match self.memory.read(segment.start, &mut self.buffer[..length]) {
+            Ok(()) => true,
+            Err(ProcessError::Unreadable { .. }) => false,
+            Err(error) => return Err(error.into()),
+        };
+        for page in 0..page_count {
+            if !builder.has_room() {
+                return Ok(false);
+            }
+            let bytes = &mut self.buffer[page * PAGE_LEN..(page + 1) * PAGE_LEN];
+            if !all {
+                // One of them failed: which one shows when each is read alone.
+                match self.memory.read(segment.start + (page * PAGE_LEN) as u64, bytes) {
+                    Ok(()) => {}
+                    Err(ProcessError::Unreadable { address, .. }) => {
+                        tracing::warn!(address, "a page of the frozen process cannot be read");
+                        builder.without_data(PageKind::Gone, 1);
+                        continue;
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            if *bytes == [0; PAGE_LEN] {
+                builder.without_data(PageKind::Zero, 1);
+            } else {
+                builder.data(1).copy_from_slice(bytes);
+            }
+        }
+        Ok(page_count == asked)
+    }
+
+    /// Which pages of `lazy` have data, or are guards that were not known before: one frame for each 64 MiB that has any, with
+    /// the number of its pages. Ranges must be ascending and disjoint.
+    pub fn page_map<'r>(&'r self, lazy: &'r [PageRange]) -> impl Iterator<Item = Result<(Map, u64)>> + use<'r> {
+        let mut from = 0;
+        lazy.iter().flat_map(|&range| memory::pieces(range)).filter_map(move |piece| {
+            let regions = match self.mapped(piece) {
+                Ok(regions) if regions.is_empty() => return None,
+                Ok(regions) => regions,
+                Err(error) => return Some(Err(error)),
+            };
+            let mut map = Map { from, runs: Vec::with_capacity(regions.len() * 2) };
+            let mut page_count = 0;
+            for region in memory::merge(regions) {
+                map.runs.push(region.start / PAGE_LEN as u64 - from);
+                map.runs.push(region.page_count());
+                page_count += region.page_count();
+                from = region.end / PAGE_LEN as u64;
+            }
+            Some(Ok((map, page_count)))
+        })
+    }
+
+    fn mapped(&self, piece: PageRange) -> Result<Vec<PageRange>> {
+        let scan = Scan {
+            range: piece.start..piece.end,
+            category_inverted: pagemap::PFNZERO,
+            category_mask: pagemap::PFNZERO,
+            category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
+            return_mask: 0,
+        };
+        Ok(pagemap::scan(&self.pagemap, &scan)?.iter().map(|region| PageRange { start: region.start, end: region.end }).collect())
+    }
+}
+
+fn pages_of(range: PageRange) -> u32 {
+    u32::try_from(range.page_count()).expect("cut to a batch")
+}
+
+/// What the pages of `range` are, from its mappings and what the page map says of it.
+fn segments(range: PageRange, mappings: &[(PageRange, Backing)], regions: &[Region]) -> Vec<(PageKind, PageRange)> {
+    let mut found: Vec<(PageKind, PageRange)> = Vec::new();
+    let mut push = |kind, start, end| match found.last_mut() {
+        _ if start == end => {}
+        Some((last, before)) if *last == kind => before.end = end,
+        _ => found.push((kind, PageRange { start, end })),
+    };
+    let mut at = range.start;
+    let first = mappings.partition_point(|(mapping, _)| mapping.end <= range.start);
+    for (part, backing) in
+        mappings[first..].iter().map_while(|&(mapping, backing)| mapping.intersect(range).map(|part| (part, backing)))
+    {
+        push(PageKind::Gone, at, part.start);
+        at = part.start;
+        let untold = if backing == Backing::Anonymous { PageKind::Zero } else { PageKind::Gone };
+        for region in regions {
+            let Some(told) = part.intersect(PageRange { start: region.start, end: region.end }) else { continue };
+            let has = |category| region.categories & category != 0;
+            let kind = if has(pagemap::GUARD) {
+                PageKind::Guard
+            } else if has(pagemap::FILE) {
+                PageKind::Gone
+            } else if has(pagemap::PFNZERO) {
+                PageKind::Zero
+            } else {
+                PageKind::Data
+            };
+            push(untold, at, told.start);
+            push(kind, told.start, told.end);
+            at = told.end;
+        }
+        push(untold, at, part.end);
+        at = part.end;
+    }
+    push(PageKind::Gone, at, range.end);
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = PAGE_LEN as u64;
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange { start: start * PAGE, end: end * PAGE }
+    }
+
+    fn region(start: u64, end: u64, categories: u64) -> Region {
+        Region { start: start * PAGE, end: end * PAGE, categories }
+    }
+
+    #[test]
+    fn what_is_not_known_to_be_zero_is_never_told_as_zero() {
+        let mappings = [(range(10, 20), Backing::Anonymous), (range(20, 30), Backing::File), (range(40, 50), Backing::Anonymous)];
+        let regions = [
+            region(12, 14, 0),
+            region(14, 15, pagemap::PFNZERO),
+            region(16, 17, pagemap::GUARD),
+            region(18, 22, 0),
+            region(25, 26, pagemap::FILE),
+        ];
+        assert_eq!(segments(range(8, 45), &mappings, &regions), [
+            (PageKind::Gone, range(8, 10)),
+            (PageKind::Zero, range(10, 12)),
+            (PageKind::Data, range(12, 14)),
+            (PageKind::Zero, range(14, 16)),
+            (PageKind::Guard, range(16, 17)),
+            (PageKind::Zero, range(17, 18)),
+            (PageKind::Data, range(18, 22)),
+            (PageKind::Gone, range(22, 40)),
+            (PageKind::Zero, range(40, 45)),
+        ]);
+        assert_eq!(segments(range(1, 3), &mappings, &regions), [(PageKind::Gone, range(1, 3))]);
+    }
+}

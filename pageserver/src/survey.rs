@@ -18,6 +18,7 @@ use pageferry_image::page::PageRange;
 use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::procfs::{self, DescriptorEntry, Namespaces, Vma};
 use pageferry_tracee::{Error as ProcessError, descriptor, socket};
+use pageferry_wire::message::{BoundSocket, Plan};
 
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
@@ -46,23 +47,6 @@ pub struct SurveyOptions {
     pub same_file: Vec<PathBuf>,
     /// Go on although a service manager or container runtime may start the process again here.
     pub unmanaged: bool,
-}
-
-/// An address the target must be able to bind.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BoundSocket {
-    /// Descriptor.
-    pub fd: u32,
-    /// `AF_*`.
-    pub family: i32,
-    /// `SOCK_*`.
-    pub kind: i32,
-    /// `IPPROTO_*`.
-    pub protocol: i32,
-    /// `struct sockaddr`.
-    pub address: Vec<u8>,
-    /// It listens.
-    pub listening: bool,
 }
 
 /// What was found.
@@ -95,6 +79,23 @@ pub struct Survey {
     pub(crate) vmas: Vec<Vma>,
     pub(crate) inodes: BTreeSet<u64>,
     pub(crate) known: KnownFiles,
+}
+
+impl Survey {
+    /// The part of the plan that is about the process; what is about the host and the operator's wishes is left empty.
+    pub fn plan(&self) -> Plan {
+        Plan {
+            pid: self.pid,
+            tids: self.tids.clone(),
+            files: self.files.clone(),
+            resident_bytes: self.resident_bytes,
+            sockets: self.sockets.clone(),
+            comm: self.comm.clone(),
+            locked_bytes: self.locked_bytes,
+            user_address_end: self.user_address_end,
+            ..Plan::default()
+        }
+    }
 }
 
 /// Looks at a running process.
@@ -443,9 +444,9 @@ fn bound_sockets(table: &Table) -> Vec<BoundSocket> {
         .filter(|(_, socket)| matches!(socket.state(), State::Bound | State::Listening))
         .map(|(fd, socket)| BoundSocket {
             fd,
-            family: socket.family,
-            kind: socket.r#type,
-            protocol: socket.protocol,
+            family: socket.family.cast_unsigned(),
+            kind: socket.r#type.cast_unsigned(),
+            protocol: socket.protocol.cast_unsigned(),
             address: socket.local.clone(),
             listening: socket.state() == State::Listening,
         })

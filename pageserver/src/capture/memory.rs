@@ -195,6 +195,22 @@ pub(crate) fn merge(mut ranges: Vec<PageRange>) -> Vec<PageRange> {
     ranges
 }
 
+/// `ranges` without what `holes` cover. Both ascending and disjoint, and so is the result.
+pub(crate) fn without(ranges: Vec<PageRange>, holes: &[PageRange]) -> Vec<PageRange> {
+    let mut left = Vec::with_capacity(ranges.len() + holes.len());
+    for mut range in ranges {
+        let first = holes.partition_point(|hole| hole.end <= range.start);
+        for hole in &holes[first..] {
+            let Some(hole) = hole.intersect(range) else { break };
+            left.push(PageRange { start: range.start, end: hole.start });
+            range.start = hole.end;
+        }
+        left.push(range);
+    }
+    left.retain(|range| !range.is_empty());
+    left
+}
+
 /// The mappings of the frozen process, with flags: those of the survey where a mapping is still the same one, grown or shrunk.
 pub(crate) fn frozen_mappings(pid: i32, surveyed: &[Vma]) -> Result<Vec<Vma>> {
     let mut now = procfs::maps(pid)?;
@@ -444,6 +460,8 @@ mod tests {
     fn ranges_merge_and_pieces_cover() {
         let range = |start, end| PageRange { start, end };
         assert_eq!(merge(vec![range(5, 7), range(1, 3), range(3, 4), range(6, 9)]), [range(1, 4), range(5, 9)]);
+        let holes = [range(0, 2), range(4, 5), range(8, 12)];
+        assert_eq!(without(vec![range(1, 6), range(7, 9), range(20, 21)], &holes), [range(2, 4), range(5, 6), range(7, 8), range(20, 21)]);
         let long = range(0x1000, 0x1000 + (130 << 20));
         let cut: Vec<_> = pieces(long).collect();
         assert_eq!(cut.len(), 3);
