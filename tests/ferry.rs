@@ -181,23 +181,6 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Its processes, by the name of the program: those of this host whose parents lead to it.
-    pub(crate) fn processes(&self, host: &Host) -> Vec<Process> {
-        let mut tree: Vec<i32> = vec![self.child.id().cast_signed()];
-        let mut found = Vec::new();
-        let all = host.processes();
-        // Twice through: parents may have higher numbers than their children after a wrap.
-        for _ in 0..3 {
-            for process in &all {
-                if !tree.contains(&process.outer) && parent(process).is_some_and(|parent| tree.contains(&parent)) {
-                    tree.push(process.outer);
-                    found.push(process.clone());
-                }
-            }
-        }
-        found
-    }
-
     /// Waits until it has ended.
     ///
     /// # Panics

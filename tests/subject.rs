@@ -10,9 +10,6 @@ use std::time::Instant;
 
 use crate::hosts::{Host, Pair, Process, compile, eventually, patience};
 
-/// The user that subjects run as.
-pub(crate) const USER: u32 = 65534;
-
 /// As an ordinary service: no capabilities, none to be had.
 pub(crate) const ORDINARY: &[&str] =
     &["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"];
@@ -60,9 +57,29 @@ impl Subject {
     ) -> Option<Self> {
         let name = source.file_stem().and_then(|name| name.to_str()).expect("a source has a name");
         let program = compile(source, name, &[]);
+        let mut command = vec![program.to_str().expect("it is ASCII")];
         let state = pair.path(&format!("{name}.state"));
-        let mut command = vec![program.to_str().expect("it is ASCII"), "--state", state.to_str().expect("it is ASCII")];
+        command.extend(["--state", state.to_str().expect("it is ASCII")]);
         command.extend(arguments);
+        Self::launch(pair, host, name, &program, privileges, &command)
+    }
+
+    /// Starts `command` as it stands, but for `--state FILE`, which is added to a command of one word. `program` is what
+    /// `/proc/PID/exe` will show.
+    #[track_caller]
+    pub(crate) fn launch(
+        pair: &Pair,
+        host: &Host,
+        name: &str,
+        program: &Path,
+        privileges: &[&str],
+        command: &[&str],
+    ) -> Option<Self> {
+        let state = pair.path(&format!("{name}.state"));
+        let mut command = command.to_vec();
+        if command.len() == 1 {
+            command.extend(["--state", state.to_str().expect("it is ASCII")]);
+        }
         host.start(privileges, &command);
         let first = eventually(&format!("{name} to be READY"), || {
             lines(&state).into_iter().find(|line| ["READY ", "SKIP ", "FAIL "].iter().any(|word| line.starts_with(word)))
@@ -77,7 +94,7 @@ impl Subject {
             pid: pid.parse().expect("READY gives the pid"),
             heartbeat_address: u64::from_str_radix(address, 16).expect("READY gives an address"),
             state,
-            program,
+            program: program.to_owned(),
             asked: 0,
         })
     }
@@ -90,14 +107,9 @@ impl Subject {
     }
 
     /// Asks it to look at itself, without waiting.
-    pub(crate) fn ask_only(&mut self) {
+    fn ask_only(&mut self) {
         self.asked += 1;
         self.put_question(&format!("{}\n", self.asked));
-    }
-
-    /// Leaves one question out.
-    pub(crate) fn skip_question(&mut self) {
-        self.asked += 1;
     }
 
     /// All it has said.

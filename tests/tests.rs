@@ -5,8 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod architecture;
+mod command_line;
+mod failures;
 mod ferry;
 mod hosts;
 mod hosts_themselves;
 mod lifecycle;
+mod programs;
+mod refusals;
 mod subject;

@@ -59,7 +59,6 @@ static void setup(void) {
     for (size_t page = 0; page < size / PAGE; page++) fill_page((uint64_t *)(block + page * PAGE), (uint64_t)(uintptr_t)block + page * PAGE);
     region_born = (uint64_t)(uintptr_t)region;
     for (size_t page = 0; page < REGION_PAGES; page++) fill_page((uint64_t *)(region + page * PAGE), region_born + page * PAGE);
-    tell("before");
 }
 
 static void step(void) {

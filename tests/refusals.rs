@@ -1,0 +1,244 @@
+//! What cannot be carried is refused by name, all of it at once, with exit 7, and nothing has been touched.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::ferry::{Drain, Ferry, Finished};
+use crate::hosts::{Before, Clocks, Pair, skip};
+use crate::subject::{Answer, ORDINARY, Subject};
+
+/// Tries a crossing that must be refused; checks that neither side did anything.
+#[track_caller]
+fn refused(ferry: &Ferry<'_>, subject: &mut Subject) -> Finished {
+    let mut receive = ferry.receive(Drain::On);
+    let finished = ferry.migrate(subject.pid).wait();
+    finished.must_exit(7);
+    if receive.runs() {
+        receive.signal(ferry.target, nix::sys::signal::Signal::SIGTERM);
+    }
+    receive.wait();
+    assert!(!finished.refusals().is_empty(), "exit 7 without a reason: {finished:?}");
+    assert_eq!(subject.ask(), Answer::Pass, "after the refusal");
+    assert!(subject.runs_on(ferry.source), "it was left stopped");
+    assert!(subject.copy_on(ferry.source).and_then(|process| process.tracer()) == Some(0), "it is still traced");
+    finished
+}
+
+#[track_caller]
+fn assert_some(finished: &Finished, what: &str, parts: &[&str]) {
+    let found = finished.refusals().iter().any(|text| parts.iter().all(|part| text.contains(part)));
+    assert!(found, "{what}: no refusal with {parts:?} among {:#?}", finished.refusals());
+}
+
+#[test]
+fn everything_that_cannot_be_carried_is_named_at_once() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let mut subject = Subject::start(&pair, &pair.a, "refused", ORDINARY, &[]).expect("it needs nothing");
+    let mut ferry = Ferry::new(&pair);
+    ferry.migrate_options.extend(["--tcp".to_owned(), "refuse".to_owned()]);
+    let finished = refused(&ferry, &mut subject);
+    let pid = format!("pid {}", subject.pid);
+    for line in subject.lines() {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["OBJECT", "tcp", "fd", fd] => {
+                assert_some(&finished, "tcp", &[&format!("{pid} fd {fd}: established TCP 127.0.0.1:"), "--tcp close"]);
+            }
+            ["OBJECT", kind, "fd", fd] => assert_some(&finished, kind, &[&format!("{pid} fd {fd}: ")]),
+            ["OBJECT", kind, "at", address] => assert_some(&finished, kind, &[&pid, address]),
+            ["OBJECT", kind, "pid", child] => assert_some(&finished, kind, &[child]),
+            ["ABSENT", kind, errno] => eprintln!("skipped: {kind} cannot be had here (errno {errno})"),
+            _ => {}
+        }
+    }
+    // The default of --tcp is refuse; with close those two are no reason any more, all others still are.
+    let closing = Ferry::new(&pair);
+    let with_close = refused(&closing, &mut subject);
+    assert_eq!(with_close.refusals().len() + 2, finished.refusals().len(), "{:#?}", with_close.refusals());
+    subject.end(&pair.a);
+    before.assert_nothing_left(&pair);
+}
+
+#[test]
+fn a_pid_that_is_taken_is_refused_naming_its_holder() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "registers", ORDINARY, &[]).expect("it needs nothing");
+    let ferry = Ferry::new(&pair);
+    let holder = format!("echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & echo $!", subject.pid - 1);
+    let taken = pair.b.must("setsid", &["sh", "-c", &format!("({holder}) < /dev/null 2> /dev/null & wait")]);
+    assert_eq!(taken.trim(), subject.pid.to_string());
+    let finished = refused(&ferry, &mut subject);
+    assert_some(&finished, "taken pid", &[&subject.pid.to_string(), "sleep"]);
+    subject.end(&pair.a);
+}
+
+/// Builds the sample library into `folder` and gives its path.
+fn sample_library(folder: &Path, value: i32) -> PathBuf {
+    fs::create_dir_all(folder).expect("the folder is ours");
+    let source = folder.join("sample.c");
+    fs::write(&source, format!("int sample_value(void) {{ return {value}; }}\n")).expect("the folder is ours");
+    let library = folder.join("libsample.so");
+    let status = Command::new("cc")
+        .args(["-shared", "-fPIC", "-Wl,--build-id", "-o"])
+        .arg(&library)
+        .arg(&source)
+        .status()
+        .expect("cc was found");
+    assert!(status.success());
+    library
+}
+
+#[test]
+fn a_library_that_differs_on_the_target_is_refused() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let library = sample_library(&pair.path("lib"), 41);
+    let other = sample_library(&pair.path("other"), 42);
+    let program = pair.path("library_user");
+    let status = Command::new("cc")
+        .args(["-std=gnu11", "-O2", "-pthread", "-o"])
+        .arg(&program)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/subjects/library_user.c"))
+        .arg(&library)
+        .status()
+        .expect("cc was found");
+    assert!(status.success());
+    let command = [program.to_str().expect("it is ASCII")];
+    let mut subject = Subject::launch(&pair, &pair.a, "library_user", &program, ORDINARY, &command).expect("it needs nothing");
+    let mut ferry = Ferry::new(&pair);
+    // Not even a promise that files are the same helps against a build id.
+    ferry.migrate_options.clear();
+    for check in ["build-id", "content"] {
+        pair.b.must("mount", &["--bind", other.to_str().expect("it is ASCII"), library.to_str().expect("it is ASCII")]);
+        ferry.migrate_options = vec!["--file-check".to_owned(), check.to_owned()];
+        let finished = refused(&ferry, &mut subject);
+        assert_some(&finished, check, &["libsample.so"]);
+        pair.b.must("umount", &[library.to_str().expect("it is ASCII")]);
+    }
+    // A file that is missing there is refused too.
+    pair.b.must("mount", &["-t", "tmpfs", "none", pair.path("lib").to_str().expect("it is ASCII")]);
+    let finished = refused(&ferry, &mut subject);
+    assert_some(&finished, "missing library", &["libsample.so"]);
+    pair.b.must("umount", &[pair.path("lib").to_str().expect("it is ASCII")]);
+    // And with the same file everywhere it crosses.
+    ferry.cross(subject.pid);
+    subject.must_pass("after the library was the same again");
+    subject.end(&pair.b);
+}
+
+#[test]
+fn a_target_whose_processor_lacks_something_is_refused_unless_forced() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
+    let poorer = fs::read_to_string("/proc/cpuinfo").expect("it is always there").replace(" sse4_2 ", " ");
+    let path = pair.path("cpuinfo");
+    fs::write(&path, poorer).expect("the directory is ours");
+    pair.b.must("mount", &["--bind", path.to_str().expect("it is ASCII"), "/proc/cpuinfo"]);
+    let mut ferry = Ferry::new(&pair);
+    let finished = refused(&ferry, &mut subject);
+    assert_some(&finished, "processor", &["sse4_2", "--force-cpu"]);
+    ferry.migrate_options.push("--force-cpu".to_owned());
+    ferry.cross(subject.pid);
+    subject.must_pass("forced");
+    subject.end(&pair.b);
+}
+
+#[test]
+fn a_target_without_enough_memory_is_refused() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["64"]).expect("it needs nothing");
+    let real = fs::read_to_string("/proc/meminfo").expect("it is always there");
+    let poorer: String = real
+        .lines()
+        .map(|line| match line.split_once(':') {
+            Some((name @ ("MemAvailable" | "MemFree"), _)) => format!("{name}:       20480 kB\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect();
+    let path = pair.path("meminfo");
+    fs::write(&path, poorer).expect("the directory is ours");
+    pair.b.must("mount", &["--bind", path.to_str().expect("it is ASCII"), "/proc/meminfo"]);
+    let finished = refused(&Ferry::new(&pair), &mut subject);
+    assert_some(&finished, "memory", &["20 MiB"]);
+    subject.end(&pair.a);
+}
+
+/// A control group as a service manager makes it; removed with the value.
+struct ServiceGroup(Vec<PathBuf>);
+
+impl ServiceGroup {
+    fn make(name: &str) -> Option<Self> {
+        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().find(|root| Path::new(root).join("cgroup.procs").exists())?;
+        let slice = Path::new(root).join("system.slice");
+        let mut made = Vec::new();
+        if !slice.exists() {
+            fs::create_dir(&slice).ok()?;
+            made.push(slice.clone());
+        }
+        let service = slice.join(name);
+        fs::create_dir(&service).ok()?;
+        made.push(service);
+        Some(Self(made))
+    }
+}
+
+impl Drop for ServiceGroup {
+    fn drop(&mut self) {
+        for folder in self.0.iter().rev() {
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+#[test]
+fn a_service_that_would_be_started_again_is_refused_unless_told_otherwise() {
+    if skip().is_some() {
+        return;
+    }
+    let Some(group) = ServiceGroup::make(&format!("sample-{}.service", std::process::id())) else {
+        eprintln!("skipped: no control group can be made here");
+        return;
+    };
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
+    let process = subject.copy_on(&pair.a).expect("it runs");
+    fs::write(group.0.last().expect("one was made").join("cgroup.procs"), process.outer.to_string()).expect("root may move it");
+    let mut ferry = Ferry::new(&pair);
+    let finished = refused(&ferry, &mut subject);
+    assert_some(&finished, "service", &[".service", "--unmanaged"]);
+    ferry.migrate_options.push("--unmanaged".to_owned());
+    ferry.cross(subject.pid);
+    subject.must_pass("unmanaged");
+    subject.end(&pair.b);
+    drop(pair);
+    drop(group);
+}
+
+#[test]
+fn a_writable_file_that_only_this_host_has_is_refused() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "regular_file", ORDINARY, &[]).expect("it needs nothing");
+    let mut ferry = Ferry::new(&pair);
+    ferry.migrate_options.clear();
+    let finished = refused(&ferry, &mut subject);
+    assert_some(&finished, "writable file", &["regular_file.state.file", "--same-file"]);
+    subject.end(&pair.a);
+}
