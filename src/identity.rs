@@ -1,6 +1,8 @@
 //! Who this host is and whom it trusts: an Ed25519 key made on first use, fingerprints, and names for other hosts'
 //! fingerprints. The private key must never leave its file, and an existing key must never be replaced.
 
+use crate::cli::{Common, IdentityArgs};
+use crate::{exit, report};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -336,6 +338,19 @@ fn create(directory: &Path, path: &Path) -> Result<(), Error> {
         .map_err(|source| Error::File { what: "sync", path: directory.to_owned(), source })
 }
 
+/// `pageferry identity`: prints this host's fingerprint, alone, on stdout; makes the key on first use.
+pub fn run(args: &IdentityArgs, common: &Common) -> u8 {
+    match Identity::open(&args.identity) {
+        Ok(identity) if common.json => println!("{{\"type\":\"identity\",\"data\":{{\"fingerprint\":\"{}\"}}}}", identity.fingerprint()),
+        Ok(identity) => println!("{}", identity.fingerprint()),
+        Err(error) => {
+            eprintln!("pageferry: {}", report::chain(&error));
+            return exit::FAILED;
+        }
+    }
+    exit::DONE
+}
+
 #[cfg(test)]
 impl Identity {
     /// A new identity that is nowhere on disk.
@@ -349,5 +364,94 @@ impl Identity {
     /// Someone who has copied a certificate but not its key.
     pub(crate) fn with_certificate_of(self, other: &Self) -> Self {
         Self { certificate: other.certificate.clone(), key: self.key, fingerprint: other.fingerprint }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_identity_is_made_once_and_kept() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let directory = parent.path().join("pageferry/identity");
+        let first = Identity::open(&directory).expect("made");
+        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+        assert_eq!(mode(&directory), 0o700);
+        assert_eq!(mode(&directory.join(FILE)), 0o600);
+        assert_eq!(fs::read_dir(&directory).expect("readable").count(), 1, "nothing temporary is left");
+        let second = Identity::open(&directory).expect("read");
+        assert_eq!(first.fingerprint(), second.fingerprint());
+        assert_eq!(first.certificate, second.certificate);
+    }
+
+    #[test]
+    fn first_uses_at_once_end_with_one_key() {
+        let directory = tempfile::tempdir().expect("a folder");
+        let make = |name: &str| {
+            // What a second process does: the same, but for its temporary name.
+            let (pair, certificate) = make().expect("a key can be made");
+            let temporary = directory.path().join(name);
+            fs::write(&temporary, pair.serialize_pem() + &certificate.pem()).expect("writable");
+            fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600)).expect("ours");
+            fs::hard_link(&temporary, directory.path().join(FILE))
+        };
+        make("a").expect("the first is linked");
+        let first = Identity::open(directory.path()).expect("read").fingerprint();
+        assert_eq!(make("b").expect_err("never replaced").kind(), io::ErrorKind::AlreadyExists);
+        create(directory.path(), &directory.path().join(FILE)).expect("that the other was first is no error");
+        assert_eq!(Identity::open(directory.path()).expect("read").fingerprint(), first);
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_refused() {
+        let directory = tempfile::tempdir().expect("a folder");
+        Identity::open(directory.path()).expect("made");
+        fs::set_permissions(directory.path().join(FILE), fs::Permissions::from_mode(0o640)).expect("ours");
+        assert!(matches!(Identity::open(directory.path()), Err(Error::Exposed { mode: 0o640, .. })));
+    }
+
+    #[test]
+    fn a_certificate_of_another_key_is_refused() {
+        let directory = tempfile::tempdir().expect("a folder");
+        let ((pair, _), (_, certificate)) = (make().expect("a key"), make().expect("a key"));
+        let path = directory.path().join(FILE);
+        fs::write(&path, pair.serialize_pem() + &certificate.pem()).expect("writable");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("ours");
+        assert!(matches!(Identity::open(directory.path()), Err(Error::Unusable { .. })));
+        fs::write(&path, "nothing").expect("writable");
+        assert!(matches!(Identity::open(directory.path()), Err(Error::Unusable { .. })));
+    }
+
+    #[test]
+    fn fingerprints_are_written_as_they_are_read() {
+        let fingerprint = Fingerprint::of_public_key(b"");
+        let text = fingerprint.to_string();
+        assert_eq!(text, "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU");
+        assert_eq!(text.parse(), Ok(fingerprint));
+        let (pair, certificate) = make().expect("a key");
+        assert_eq!(Fingerprint::of_certificate(certificate.der()), Some(of_key_pair(&pair)));
+        for bad in ["", "SHA256:", &text[7..], &text[..49], &format!("{text}="), &format!(" {text}"), &format!("{}V", &text[..49])] {
+            assert!(bad.parse::<Fingerprint>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_the_peers_file_stand_for_fingerprints() {
+        let directory = tempfile::tempdir().expect("a folder");
+        let path = directory.path().join("peers.toml");
+        let [a, b, c] = [b"a", b"b", b"c"].map(|key| Fingerprint::of_public_key(key));
+        assert!(Peers::load(&path).expect("no file names nobody").resolve(["beta"]).is_err());
+        fs::write(&path, format!("[peers]\nbeta = \"{a}\"\ngamma = [\"{a}\", \"{b}\"]\n")).expect("writable");
+        let peers = Peers::load(&path).expect("good");
+        assert_eq!(peers.resolve(["beta"]).expect("a name"), TrustSet::from_iter([a]));
+        let text = c.to_string();
+        assert_eq!(peers.resolve(["gamma", text.as_str()]).expect("a name and a key"), TrustSet::from_iter([a, b, c]));
+        assert!(matches!(peers.resolve(["delta"]), Err(Error::UnknownName { text, .. }) if text == "delta"));
+        assert_eq!(peers.name_of(&b), Some("gamma"));
+        fs::write(&path, "[peers]\nbeta = \"SHA256:short\"\n").expect("writable");
+        assert!(matches!(Peers::load(&path), Err(Error::PeersFingerprint { name, .. }) if name == "beta"));
+        fs::write(&path, "peer = 1\n").expect("writable");
+        assert!(matches!(Peers::load(&path), Err(Error::Peers { .. })));
     }
 }

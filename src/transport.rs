@@ -26,6 +26,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -392,18 +393,22 @@ impl ClientCertVerifier for Pinned {
     }
 }
 
+/// What this host shows and signs with. That the two belong together was seen when the identity was read.
+fn shown(identity: &Identity, provider: &CryptoProvider) -> Result<Arc<SingleCertAndKey>, Error> {
+    let key = provider.key_provider.load_private_key(identity.key.clone_key()).map_err(|source| Error::Tls { source })?;
+    Ok(Arc::new(CertifiedKey::new(vec![identity.certificate.clone()], key).into()))
+}
+
 /// TLS as the target speaks it. Sessions are never resumed: a resumed one would not look at the keys again.
 fn server_tls(identity: &Identity, trust: &TrustSet) -> Result<(QuicServerConfig, Arc<Pinned>), Error> {
     let provider = Arc::new(ring::default_provider());
     let pinned = Pinned::new(trust, &provider);
+    let shown = shown(identity, &provider)?;
     let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .and_then(|builder| {
-            builder
-                .with_client_cert_verifier(pinned.clone())
-                .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
-        })
-        .map_err(|source| Error::Tls { source })?;
+        .map_err(|source| Error::Tls { source })?
+        .with_client_cert_verifier(pinned.clone())
+        .with_cert_resolver(shown);
     tls.alpn_protocols = vec![ALPN.to_vec()];
     tls.session_storage = Arc::new(NoServerSessionStorage {});
     tls.send_tls13_tickets = 0;
@@ -415,15 +420,14 @@ fn server_tls(identity: &Identity, trust: &TrustSet) -> Result<(QuicServerConfig
 fn client_tls(identity: Option<&Identity>, peers: &TrustSet) -> Result<(QuicClientConfig, Arc<Pinned>), Error> {
     let provider = Arc::new(ring::default_provider());
     let pinned = Pinned::new(peers, &provider);
+    let shown = identity.map(|identity| shown(identity, &provider)).transpose()?;
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|source| Error::Tls { source })?
         .dangerous()
         .with_custom_certificate_verifier(pinned.clone());
-    let mut tls = match identity {
-        Some(identity) => builder
-            .with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())
-            .map_err(|source| Error::Tls { source })?,
+    let mut tls = match shown {
+        Some(shown) => builder.with_client_cert_resolver(shown),
         None => builder.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![ALPN.to_vec()];
@@ -884,5 +888,299 @@ impl FramedRecv {
             quinn::ReadError::IllegalOrderedRead => unreachable!("streams are read in order only"),
             quinn::ReadError::ZeroRttRejected => unreachable!("0-RTT is never used"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_image::page::PAGE_LEN;
+    use pageferry_wire::PageBatchBuilder;
+    use pageferry_wire::message::{AbortCode, Commit, Fetch, State};
+
+    const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    fn run(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async { timeout(Duration::from_secs(60), test).await.expect("in time") });
+    }
+
+    fn trusting(identities: &[&Identity]) -> TrustSet {
+        identities.iter().map(|identity| identity.fingerprint()).collect()
+    }
+
+    fn hello(role: Role) -> Hello {
+        Hello::new([7; 16], role, "alpha")
+    }
+
+    /// Both ends of a link that has been greeted on, with its first stream.
+    async fn joined(role: Role) -> (Listener, Link, Link, [(FramedSend, FramedRecv); 2]) {
+        let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
+        let mut listener = Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
+        let address = listener.local_address();
+        let dialling = async {
+            let link = dial(address, &source, &trusting(&[&target]), role, None).await.expect("trusted");
+            let (welcome, send, receive) = link.greet(hello(role)).await.expect("greeted");
+            assert_eq!(welcome.host_name, "beta");
+            (link, (send, receive))
+        };
+        let accepting = async {
+            let link = listener.accept().await.expect("open").expect("trusted");
+            let (hello, mut send, receive) = link.greeted().await.expect("greeted");
+            assert_eq!((hello.role(), hello.id()), (role, [7; 16]));
+            send.send(Welcome { version: 1, host_name: "beta".into() }).await.expect("sent");
+            (link, (send, receive))
+        };
+        let ((dialled, first), (accepted, second)) = tokio::join!(dialling, accepting);
+        assert_eq!((dialled.peer(), accepted.peer()), (target.fingerprint(), source.fingerprint()));
+        (listener, dialled, accepted, [first, second])
+    }
+
+    /// What both ends see of a handshake, and of the first frame where it comes to that.
+    async fn meet(
+        source: Option<&Identity>,
+        peers: &TrustSet,
+        target: &Identity,
+        trust: &TrustSet,
+    ) -> (Result<(), Error>, Result<(), Error>) {
+        let mut listener = Listener::bind(LOOPBACK, target, trust).expect("bound");
+        let address = listener.local_address();
+        let dialling = async {
+            let link = dial_as(address, source, peers, Role::Control, None).await?;
+            link.greet(hello(Role::Control)).await.map(drop)
+        };
+        let accepting = async {
+            let link = listener.accept().await.expect("open")?;
+            let (_, mut send, _receive) = link.greeted().await?;
+            send.send(Welcome { version: 1, host_name: "beta".into() }).await?;
+            link.closed().await;
+            Ok(())
+        };
+        tokio::join!(dialling, accepting)
+    }
+
+    #[test]
+    fn hosts_that_trust_each_other_meet() {
+        run(async {
+            let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
+            let ends = meet(Some(&source), &trusting(&[&target]), &target, &trusting(&[&source])).await;
+            assert!(matches!(ends, (Ok(()), Ok(()))), "{ends:?}");
+        });
+    }
+
+    #[test]
+    fn a_target_that_is_not_pinned_is_refused_and_its_key_is_shown() {
+        run(async {
+            let (source, target, other) = (Identity::ephemeral(), Identity::ephemeral(), Identity::ephemeral());
+            let (here, there) = meet(Some(&source), &trusting(&[&other]), &target, &trusting(&[&source])).await;
+            let here = here.expect_err("not pinned");
+            assert!(matches!(here, Error::UnknownPeer { seen, .. } if seen == target.fingerprint()), "{here:?}");
+            assert!(here.to_string().contains(&format!("add `--peer {}`", target.fingerprint())), "{here}");
+            let there = there.expect_err("it is told");
+            assert!(there.to_string().contains(&format!("add `--peer {}` there", target.fingerprint())), "{there}");
+            // Nobody is trusted by an empty set.
+            let (here, _) = meet(Some(&source), &TrustSet::default(), &target, &trusting(&[&source])).await;
+            assert!(matches!(here, Err(Error::UnknownPeer { .. })), "{here:?}");
+        });
+    }
+
+    #[test]
+    fn a_source_that_is_not_trusted_is_refused_and_its_key_is_shown() {
+        run(async {
+            let (source, target, other) = (Identity::ephemeral(), Identity::ephemeral(), Identity::ephemeral());
+            let (here, there) = meet(Some(&source), &trusting(&[&target]), &target, &trusting(&[&other])).await;
+            let there = there.expect_err("not trusted");
+            assert!(matches!(there, Error::UnknownPeer { seen, .. } if seen == source.fingerprint()), "{there:?}");
+            assert!(there.to_string().contains(&format!("add `--trust {}`", source.fingerprint())), "{there}");
+            let here = here.expect_err("it is told");
+            assert!(matches!(here, Error::NotTrusted { own, .. } if own == source.fingerprint()), "{here:?}");
+            assert!(here.to_string().contains(&format!("add `--trust {}` there", source.fingerprint())), "{here}");
+        });
+    }
+
+    #[test]
+    fn a_pinned_certificate_with_another_key_is_refused_both_ways() {
+        run(async {
+            let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
+            let (peers, trust) = (trusting(&[&target]), trusting(&[&source]));
+            let impostor = Identity::ephemeral().with_certificate_of(&target);
+            let (here, there) = meet(Some(&source), &peers, &impostor, &trust).await;
+            assert!(matches!(here, Err(Error::Impostor { claimed, .. }) if claimed == target.fingerprint()), "{here:?}");
+            assert!(there.is_err());
+            let impostor = Identity::ephemeral().with_certificate_of(&source);
+            let (here, there) = meet(Some(&impostor), &peers, &target, &trust).await;
+            assert!(matches!(there, Err(Error::Impostor { claimed, .. }) if claimed == source.fingerprint()), "{there:?}");
+            assert!(here.is_err());
+        });
+    }
+
+    #[test]
+    fn a_source_without_a_certificate_is_refused() {
+        run(async {
+            let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
+            let (here, there) = meet(None, &trusting(&[&target]), &target, &trusting(&[&source])).await;
+            assert!(matches!(there, Err(Error::NoIdentity { .. })), "{there:?}");
+            assert!(matches!(here, Err(Error::NotTrusted { .. })), "{here:?}");
+        });
+    }
+
+    #[test]
+    fn a_refused_stranger_does_not_keep_the_next_host_out() {
+        run(async {
+            let (source, target, stranger) = (Identity::ephemeral(), Identity::ephemeral(), Identity::ephemeral());
+            let mut listener = Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
+            let (address, peers) = (listener.local_address(), trusting(&[&target]));
+            let accepting = async {
+                let (first, second) = (listener.accept().await.expect("open"), listener.accept().await.expect("open"));
+                [first, second].into_iter().filter_map(Result::ok).map(|link| link.peer()).collect::<Vec<_>>()
+            };
+            let (let_in, _, _link) = tokio::join!(
+                accepting,
+                dial(address, &stranger, &peers, Role::Control, None),
+                dial(address, &source, &peers, Role::Control, None),
+            );
+            assert_eq!(let_in, [source.fingerprint()]);
+        });
+    }
+
+    #[test]
+    fn frames_go_there_and_back_and_streams_end() {
+        run(async {
+            let (_listener, dialled, accepted, [(mut send, mut receive), (mut reply, mut heard)]) = joined(Role::Faults).await;
+            let fetch = Fetch { request: 5, address: 0x7000, page_count: 2 };
+            reply.send(fetch).await.expect("sent");
+            assert_eq!(receive.expect().await.expect("came"), Frame::Fetch(fetch));
+            let mut builder = PageBatchBuilder::new(5, 0x7000, 2);
+            builder.data(2).fill(9);
+            send.send(builder.finish()).await.expect("sent");
+            let Frame::Pages(batch) = heard.expect().await.expect("came") else { panic!("pages") };
+            assert_eq!(batch.verify_run(&batch.runs()[0]).expect("good"), vec![9; 2 * PAGE_LEN]);
+            let (ended, rest) = tokio::join!(send.finish(), heard.recv());
+            ended.expect("acknowledged");
+            assert_eq!(rest.expect("an orderly end"), None);
+            // A stream that only one end speaks on, and a body too long to be copied.
+            let mut bulk = dialled.open_uni().await.expect("opened");
+            bulk.send(State { tree: vec![4; 1 << 20].into() }).await.expect("sent");
+            bulk.send(Commit {}).await.expect("sent");
+            let mut heard = accepted.accept_uni().await.expect("came");
+            assert!(matches!(heard.expect().await, Ok(Frame::State(state)) if state.tree.len() == 1 << 20));
+            let (ended, commit) = tokio::join!(bulk.finish(), heard.recv());
+            ended.expect("acknowledged");
+            assert_eq!(commit.expect("came"), Some(Frame::Commit(Commit {})));
+            dialled.close();
+            assert!(accepted.closed().await.is_lost());
+        });
+    }
+
+    #[test]
+    fn a_target_that_declines_is_quoted() {
+        run(async {
+            let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
+            let mut listener = Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
+            let address = listener.local_address();
+            let accepting = async {
+                let link = listener.accept().await.expect("open").expect("trusted");
+                let (_, mut send, _receive) = link.greeted().await.expect("greeted");
+                let abort = Abort::new(pageferry_wire::Phase::Hello, AbortCode::Busy, "another migration is under way");
+                send.send(abort).await.expect("sent");
+                link.closed().await;
+            };
+            let dialling = async {
+                let link = dial(address, &source, &trusting(&[&target]), Role::Control, None).await.expect("trusted");
+                let declined = link.greet(hello(Role::Control)).await.expect_err("busy");
+                link.close_and_wait().await;
+                declined
+            };
+            let ((), declined) = tokio::join!(accepting, dialling);
+            assert!(declined.to_string().ends_with("declined: another migration is under way"), "{declined}");
+        });
+    }
+
+    #[test]
+    fn bytes_that_are_no_frame_are_an_error_of_the_peer() {
+        run(async {
+            let (_listener, dialled, accepted, _first) = joined(Role::Control).await;
+            let mut raw = dialled.connection.open_uni().await.expect("opened");
+            raw.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("sent");
+            let mut heard = accepted.accept_uni().await.expect("came");
+            assert!(matches!(heard.recv().await, Err(Error::Protocol { .. })));
+            let mut raw = dialled.connection.open_uni().await.expect("opened");
+            raw.write_all(&[9, 0, 0]).await.expect("sent");
+            raw.finish().expect("open");
+            let mut heard = accepted.accept_uni().await.expect("came");
+            let cut = pageferry_wire::Error::Truncated { missing: 9 };
+            assert!(matches!(heard.recv().await, Err(Error::Protocol { source, .. }) if source.to_string() == cut.to_string()));
+        });
+    }
+
+    #[test]
+    fn bulk_is_carried_whole_in_large_datagrams_and_counted() {
+        run(async {
+            const BATCHES: u64 = 64;
+            let (_listener, dialled, accepted, _first) = joined(Role::Bulk).await;
+            let batch = {
+                let mut builder = PageBatchBuilder::new(0, 0x1000_0000, 256);
+                builder.data(256).fill(0xa5);
+                builder.finish()
+            };
+            let sending = async {
+                let mut bulk = dialled.open_uni().await.expect("opened");
+                for _ in 0..BATCHES {
+                    bulk.send(batch.clone()).await.expect("sent");
+                }
+                bulk.finish().await.expect("acknowledged");
+            };
+            let receiving = async {
+                let mut heard = accepted.accept_uni().await.expect("came");
+                let mut count = 0;
+                while let Some(frame) = heard.recv().await.expect("good frames") {
+                    let Frame::Pages(batch) = frame else { panic!("pages") };
+                    batch.verify_run(&batch.runs()[0]).expect("good pages");
+                    count += 1;
+                }
+                count
+            };
+            let began = Instant::now();
+            let ((), count) = tokio::join!(sending, receiving);
+            let elapsed = began.elapsed();
+            assert_eq!(count, BATCHES);
+            let carried = BATCHES << 20;
+            println!("{:.2} GB/s, mtu {}", carried as f64 / elapsed.as_secs_f64() / 1e9, dialled.connection.stats().path.current_mtu);
+            for link in [&dialled, &accepted] {
+                assert!((carried..carried + carried / 4).contains(&link.udp_bytes()), "{}", link.udp_bytes());
+            }
+            assert!(dialled.connection.stats().path.current_mtu > 4000, "the loopback carries more than Ethernet does");
+        });
+    }
+
+    #[test]
+    fn a_living_peer_is_never_silent_and_a_vanished_one_is() {
+        let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
+        let (trust, peers) = (trusting(&[&source]), trusting(&[&target]));
+        let (told, address) = std::sync::mpsc::channel();
+        let (vanish, vanished) = tokio::sync::oneshot::channel::<()>();
+        // A host of its own: its runtime, once dropped, sends nothing more, not even a farewell.
+        let host = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let alive = runtime.block_on(async {
+                let mut listener = Listener::bind(LOOPBACK, &target, &trust).expect("bound");
+                told.send(listener.local_address()).expect("awaited");
+                let link = listener.accept().await.expect("open").expect("trusted");
+                vanished.await.expect("told to");
+                (listener, link)
+            });
+            drop(runtime);
+            drop(alive);
+        });
+        let address = address.recv().expect("told");
+        run(async {
+            let link = dial(address, &source, &peers, Role::Control, None).await.expect("trusted");
+            let silence = KEEP_ALIVE + Duration::from_millis(500);
+            assert!(timeout(silence * 2, link.silent_for(silence)).await.is_err(), "it lives");
+            vanish.send(()).expect("awaited");
+            let lost = timeout(silence * 2, link.silent_for(silence)).await.expect("it is gone");
+            assert!(matches!(lost, Error::Lost { source: ConnectionError::TimedOut, .. }), "{lost:?}");
+        });
+        host.join().expect("it ended");
     }
 }
