@@ -112,7 +112,11 @@ impl PidFd {
         loop {
             // SAFETY: one pollfd, which outlives the call.
             let answer = unsafe {
-                libc::poll(&raw mut poll, 1, i32::try_from(milliseconds).unwrap_or(i32::MAX))
+                libc::poll(
+                    &raw mut poll,
+                    1,
+                    i32::try_from(milliseconds).unwrap_or(i32::MAX),
+                )
             };
             match Errno::result(answer) {
                 Ok(ready) => return Ok(ready > 0),
@@ -294,7 +298,12 @@ pub fn set_owner(fd: BorrowedFd<'_>, owner: Owner) -> Result<()> {
         kind: owner.kind as i32,
         pid: owner.id,
     };
-    fcntl(fd, F_SETOWN_EX, &raw const argument as i64, "fcntl(F_SETOWN_EX)")?;
+    fcntl(
+        fd,
+        F_SETOWN_EX,
+        &raw const argument as i64,
+        "fcntl(F_SETOWN_EX)",
+    )?;
     fcntl(fd, F_SETSIG, owner.signo.into(), "fcntl(F_SETSIG)").map(drop)
 }
 
@@ -323,7 +332,8 @@ pub fn create_eventfd(count: u64, semaphore: bool) -> Result<OwnedFd> {
         // SAFETY: eight bytes that outlive the call; the largest counter, 2^64-2, fits into an empty eventfd without waiting.
         let written =
             unsafe { libc::write(eventfd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
-        Errno::result(written).map_err(|errno| Error::kernel("write(eventfd)", own_pid(), errno))?;
+        Errno::result(written)
+            .map_err(|errno| Error::kernel("write(eventfd)", own_pid(), errno))?;
     }
     Ok(eventfd)
 }
@@ -358,4 +368,130 @@ pub fn create_epoll() -> Result<OwnedFd> {
     choke::pass(Kind::Descriptor).map_err(|errno| Error::kernel(WHAT, own_pid(), errno))?;
     // SAFETY: no pointers.
     own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }, WHAT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::procfs;
+
+    fn number(fd: &impl AsFd) -> u32 {
+        fd.as_fd().as_raw_fd() as u32
+    }
+
+    #[test]
+    fn a_copy_is_the_same_open_file() {
+        let pid = own_pid();
+        let original = create_eventfd(1, false).expect("eventfd");
+        let other = create_eventfd(1, false).expect("eventfd");
+        let copy = PidFd::open(pid)
+            .and_then(|process| process.get_fd(number(&original)))
+            .expect("pidfd_getfd");
+        assert!(same_file(pid, number(&original), pid, number(&copy)).expect("kcmp"));
+        assert!(!same_file(pid, number(&original), pid, number(&other)).expect("kcmp"));
+        let there = order(pid, number(&original), pid, number(&other)).expect("kcmp");
+        let back = order(pid, number(&other), pid, number(&original)).expect("kcmp");
+        assert_eq!(there, back.reverse());
+        assert!(same_table(pid, pid).expect("kcmp") && same_memory(pid, pid).expect("kcmp"));
+        assert!(same_directory(pid, pid).expect("kcmp"));
+        let info = procfs::descriptor(pid, number(&copy))
+            .expect("own descriptor")
+            .info;
+        assert!(info.close_on_exec());
+    }
+
+    #[test]
+    fn a_number_that_is_not_open_is_told_from_a_dead_process() {
+        let process = PidFd::open(own_pid()).expect("open");
+        assert!(matches!(
+            process.get_fd(1_000_000),
+            Err(Error::Kernel {
+                errno: Errno::EBADF,
+                ..
+            })
+        ));
+        assert!(!process.poll_exit(Duration::ZERO).expect("poll"));
+        process.send_signal(0).expect("signal 0");
+        crate::process::alone(|| {
+            let child = crate::process::fork(false, || 0).expect("fork");
+            let handle = PidFd::open(child).expect("open");
+            assert!(handle.poll_exit(Duration::from_secs(5)).expect("poll"));
+            crate::process::wait(child).expect("wait");
+            for answer in [handle.send_signal(0), handle.get_fd(0).map(drop)] {
+                assert!(matches!(answer, Err(Error::Gone { pid }) if pid == child));
+            }
+            assert!(matches!(PidFd::open(child), Err(Error::Gone { .. })));
+        });
+    }
+
+    #[test]
+    fn a_thread_can_be_opened_by_itself() {
+        std::thread::spawn(|| {
+            let tid = nix::unistd::gettid().as_raw();
+            assert_eq!(PidFd::open_thread(tid).expect("open").pid(), tid);
+            assert!(PidFd::open(tid).is_err());
+        })
+        .join()
+        .expect("join");
+    }
+
+    #[test]
+    fn a_watch_is_matched_with_what_it_watches() {
+        let pid = own_pid();
+        let epoll = create_epoll().expect("epoll");
+        let watched = create_eventfd(0, false).expect("eventfd");
+        let twin = watched.try_clone().expect("dup");
+        let other = create_eventfd(0, false).expect("eventfd");
+        let mut event = libc::epoll_event {
+            events: libc::EPOLLIN as u32,
+            u64: 99,
+        };
+        // SAFETY: one epoll_event, read during the call.
+        let answer = unsafe {
+            libc::epoll_ctl(
+                epoll.as_raw_fd(),
+                libc::EPOLL_CTL_ADD,
+                watched.as_raw_fd(),
+                &raw mut event,
+            )
+        };
+        assert_eq!(answer, 0);
+        let items = procfs::descriptor(pid, number(&epoll))
+            .expect("own descriptor")
+            .info
+            .epoll;
+        assert_eq!(items.len(), 1);
+        assert_eq!((items[0].fd, items[0].data), (number(&watched), 99));
+        assert_eq!(items[0].events, libc::EPOLLIN as u32 | 0x18);
+        let is = |fd: &OwnedFd| {
+            epoll_watches(pid, number(&epoll), number(&watched), 0, number(fd)).expect("kcmp")
+        };
+        assert!(is(&watched) && is(&twin) && !is(&other));
+        assert!(matches!(
+            epoll_watches(pid, number(&epoll), number(&watched), 1, number(&twin)),
+            Err(Error::Kernel {
+                errno: Errno::ENOENT,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn owners_and_flags_can_be_set_again() {
+        let (end, _other) = crate::socket::create_pair(libc::SOCK_STREAM).expect("pair");
+        assert_eq!(owner(end.as_fd()).expect("owner").id, 0);
+        let wanted = Owner {
+            kind: 1,
+            id: own_pid(),
+            signo: libc::SIGRTMIN() as u32,
+        };
+        set_owner(end.as_fd(), wanted).expect("set");
+        assert_eq!(owner(end.as_fd()).expect("owner"), wanted);
+        let flags = status_flags(end.as_fd()).expect("flags");
+        set_status_flags(end.as_fd(), flags | libc::O_NONBLOCK as u32).expect("set");
+        assert_eq!(
+            status_flags(end.as_fd()).expect("flags"),
+            flags | libc::O_NONBLOCK as u32
+        );
+    }
 }

@@ -464,3 +464,64 @@ fn try_husk(load_address: u64) -> Result<()> {
     }
     Err(last)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::alone;
+
+    #[test]
+    fn the_processor_is_described() {
+        let flags = cpu_flags().expect("flags");
+        assert!(flags.contains("fpu") && flags.contains("sse2"));
+        assert!(!cpu_model().expect("model").is_empty());
+        let xsave = xsave().expect("xsave");
+        // x87 and SSE are always enabled; their area and the header come first.
+        assert!(xsave.xcr0 & 3 == 3 && xsave.size >= 576);
+        assert!(cpu_count() >= 1);
+    }
+
+    #[test]
+    fn the_kernel_is_described() {
+        assert!(kernel_release().expect("release").contains('.'));
+        assert!(!kernel_version().expect("version").is_empty());
+        assert!(!host_name().expect("name").is_empty());
+        assert_eq!(boot_id().expect("boot id").len(), 36);
+        assert!(pid_max().expect("pid_max") >= 301);
+        assert!(max_map_count().expect("max_map_count") > 0);
+        let vdso = vdso().expect("vdso");
+        assert!(vdso.starts_with(b"\x7fELF") && vdso.len() % PAGE_SIZE as usize == 0);
+        assert!(
+            vvar_lengths()
+                .expect("vvar")
+                .iter()
+                .any(|(name, _)| name == "[vvar]")
+        );
+    }
+
+    #[test]
+    fn clocks_and_memory_are_read() {
+        let (first, second) = (clocks().expect("clocks"), clocks().expect("clocks"));
+        assert!(second.monotonic_ns >= first.monotonic_ns);
+        // 2020 is past.
+        assert!(first.realtime_ns > 1_577_836_800_000_000_000);
+        assert!(clock_ns(12_345).is_err());
+        assert!(memory_available_bytes().expect("available") > 0);
+        swap_total_bytes().expect("swap");
+    }
+
+    #[test]
+    fn this_host_passes_its_checks() {
+        alone(|| {
+            let failed: Vec<_> = checks()
+                .into_iter()
+                .filter(|c| c.problem.is_some())
+                .collect();
+            assert_eq!(failed, []);
+            // Nothing of the trial is left, and our own clocks are where they were.
+            assert_eq!(procfs::children(own_pid()).expect("children"), [0; 0]);
+            let namespaces = procfs::namespaces(own_pid()).expect("namespaces");
+            assert_eq!(namespaces.time, namespaces.time_for_children);
+        });
+    }
+}

@@ -128,7 +128,11 @@ pub fn spawn(request: &HuskRequest<'_>) -> Result<i32> {
             what: "making a husk with more than one thread",
         });
     }
-    let program = program_file(&build_elf(request.load_address)?)?;
+    let elf = build_elf(request.load_address)?;
+    execute(request, &program_file(&elf)?)
+}
+
+fn execute(request: &HuskRequest<'_>, program: &OwnedFd) -> Result<i32> {
     // Copies above every wanted number, so that giving one its number never closes another.
     let above = request
         .inherit
@@ -141,7 +145,7 @@ pub fn spawn(request: &HuskRequest<'_>) -> Result<i32> {
     for (descriptor, number) in request.inherit {
         copies.push((duplicate(descriptor, above)?, *number));
     }
-    let program = duplicate(&program, above)?;
+    let program = duplicate(program, above)?;
     let inherit: Vec<(i32, i32)> = copies
         .iter()
         .map(|(copy, number)| (copy.as_raw_fd(), *number as i32))
@@ -267,8 +271,9 @@ fn clone_into(request: &HuskRequest<'_>, entry: &mut Entry) -> Result<i32> {
             inlateout("rax") libc::SYS_clone3 => answer,
             in("rdi") &raw const arguments,
             in("rsi") size_of::<CloneArguments>(),
-            lateout("rcx") _,
-            lateout("r11") _,
+            // Not `lateout`: the child reads its two inputs after the kernel has overwritten these.
+            out("rcx") _,
+            out("r11") _,
         );
     }
     drop(blocked);
@@ -409,7 +414,11 @@ fn program_file(elf: &[u8]) -> Result<OwnedFd> {
             Err(error) => refused = process::errno_of(&error),
         }
     }
-    Err(Error::path("a program file in", DIRECTORIES.join(", "), refused))
+    Err(Error::path(
+        "a program file in",
+        DIRECTORIES.join(", "),
+        refused,
+    ))
 }
 
 fn memory_file(elf: &[u8]) -> Result<OwnedFd> {
@@ -459,5 +468,208 @@ fn disk_file(directory: &str, elf: &[u8]) -> std::io::Result<OwnedFd> {
         Ok(again.into())
     } else {
         Err(std::io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::{Ended, alone};
+    use std::os::fd::AsFd as _;
+
+    /// A pid that the kernel gives to nobody for a long time. Each test has its own.
+    fn free_pid(offset: i32) -> i32 {
+        let highest = crate::host::pid_max().expect("pid_max") as i32 - 1;
+        (0..highest)
+            .map(|step| highest - offset - 100 * step)
+            .find(|&pid| !procfs::exists(pid))
+            .expect("a free pid")
+    }
+
+    fn end(pid: i32) {
+        process::kill(pid, libc::SIGKILL).expect("kill");
+        assert_eq!(
+            process::wait(pid).expect("wait"),
+            Ended::Killed(libc::SIGKILL)
+        );
+        assert!(!procfs::exists(pid));
+    }
+
+    #[test]
+    fn a_husk_has_its_pid_and_next_to_no_memory() {
+        alone(|| {
+            let wanted = free_pid(1);
+            let pid = spawn(&HuskRequest::new(wanted)).expect("spawn");
+            assert_eq!(pid, wanted);
+            let status = procfs::status(pid, pid).expect("status");
+            assert_eq!((status.ppid, status.threads), (own_pid(), 1));
+            assert_eq!(
+                status.sig_blk,
+                !process::signal_set(&[libc::SIGKILL, libc::SIGSTOP])
+            );
+            assert_eq!(procfs::descriptors(pid).expect("descriptors"), []);
+            assert_eq!(
+                procfs::personality(pid, pid).expect("personality") & 0x4_0000,
+                0x4_0000
+            );
+            let maps = procfs::maps(pid).expect("maps");
+            let own: Vec<_> = maps
+                .iter()
+                .filter(|vma| !vma.path.starts_with('['))
+                .collect();
+            let [page] = own[..] else {
+                panic!("mappings: {own:?}");
+            };
+            assert_eq!(
+                (page.start, page.end),
+                (DEFAULT_LOAD_ADDRESS, DEFAULT_LOAD_ADDRESS + PROGRAM_LEN)
+            );
+            assert!(page.read && page.exec && !page.write);
+            for vma in maps.iter().filter(|vma| vma.path.starts_with('[')) {
+                assert!(
+                    ["[stack]", "[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]"]
+                        .contains(&vma.path.as_str()),
+                    "{vma:?}"
+                );
+            }
+            assert!(maps.iter().any(|vma| vma.path == "[stack]" && !vma.exec));
+            end(pid);
+        });
+    }
+
+    #[test]
+    fn a_husk_lies_where_it_is_told_and_gets_what_it_is_given() {
+        alone(|| {
+            let one = crate::descriptor::create_eventfd(1, false).expect("eventfd");
+            let two = crate::descriptor::create_eventfd(2, false).expect("eventfd");
+            // Each goes to the number that the other has here.
+            let inherit = [
+                (one.as_fd(), two.as_raw_fd() as u32),
+                (two.as_fd(), one.as_raw_fd() as u32),
+            ];
+            let request = HuskRequest {
+                set_sid: true,
+                load_address: 0x7000_0000_0000,
+                inherit: &inherit,
+                ..HuskRequest::new(free_pid(2))
+            };
+            let pid = spawn(&request).expect("spawn");
+            let stat = procfs::stat(pid, pid).expect("stat");
+            assert_eq!((stat.session, stat.pgrp), (pid, pid));
+            assert!(
+                procfs::maps(pid)
+                    .expect("maps")
+                    .iter()
+                    .any(|vma| vma.start == 0x7000_0000_0000 && vma.exec)
+            );
+            let counts: Vec<_> = procfs::descriptors(pid)
+                .expect("descriptors")
+                .iter()
+                .map(|entry| (entry.fd, entry.info.eventfd.map(|eventfd| eventfd.count)))
+                .collect();
+            assert_eq!(
+                counts,
+                [
+                    (one.as_raw_fd() as u32, Some(2)),
+                    (two.as_raw_fd() as u32, Some(1))
+                ]
+            );
+            end(pid);
+        });
+    }
+
+    #[test]
+    fn a_husk_enters_the_time_namespace_made_for_it() {
+        alone(|| {
+            process::unshare_time(1_000_000_000_000, 2_000_000_000_000).expect("unshare");
+            let pid = spawn(&HuskRequest::new(free_pid(3))).expect("spawn");
+            let (ours, its) = (
+                procfs::namespaces(own_pid()).expect("namespaces"),
+                procfs::namespaces(pid).expect("namespaces"),
+            );
+            assert_ne!(ours.time, its.time);
+            assert_eq!(ours.time_for_children, its.time);
+            // Its threads and children will be in it too.
+            assert_eq!(its.time, its.time_for_children);
+            // Offsets are settled once somebody is inside.
+            let late = std::fs::write("/proc/self/timens_offsets", "monotonic 1 0\n");
+            let errno = late.map_err(|error| process::errno_of(&error));
+            assert_eq!(errno, Err(Errno::EACCES));
+            end(pid);
+        });
+    }
+
+    #[test]
+    fn a_taken_pid_is_refused_with_its_holder() {
+        alone(|| {
+            let Err(Error::PidTaken { pid, holder }) = spawn(&HuskRequest::new(own_pid())) else {
+                panic!("not refused");
+            };
+            assert_eq!(pid, own_pid());
+            assert_eq!(holder, procfs::comm(pid, pid).expect("comm"));
+            // Nothing is left of the attempt.
+            assert!(matches!(process::wait(-1), Err(Error::Gone { .. })));
+        });
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_executed_leaves_nothing() {
+        alone(|| {
+            let file = memory_file(b"not a program").expect("file");
+            let answer = execute(&HuskRequest::new(free_pid(4)), &file);
+            assert!(
+                matches!(
+                    answer,
+                    Err(Error::Kernel {
+                        what: "execveat",
+                        errno: Errno::ENOEXEC,
+                        ..
+                    })
+                ),
+                "{answer:?}"
+            );
+            assert!(matches!(process::wait(-1), Err(Error::Gone { .. })));
+        });
+    }
+
+    #[test]
+    fn a_file_serves_where_memory_files_are_forbidden() {
+        alone(|| {
+            let elf = build_elf(DEFAULT_LOAD_ADDRESS).expect("elf");
+            let file = DIRECTORIES
+                .iter()
+                .find_map(|directory| disk_file(directory, &elf).ok())
+                .expect("a directory that allows execution");
+            let pid = execute(&HuskRequest::new(free_pid(5)), &file).expect("execute");
+            end(pid);
+        });
+    }
+
+    #[test]
+    fn a_sibling_is_our_parents_child() {
+        alone(|| {
+            let wanted = free_pid(6);
+            let cradle = process::fork(false, || {
+                let request = HuskRequest {
+                    sibling: true,
+                    ..HuskRequest::new(wanted)
+                };
+                i32::from(spawn(&request).is_err())
+            });
+            let cradle = cradle.expect("fork");
+            assert_eq!(process::wait(cradle).expect("wait"), Ended::Exited(0));
+            assert_eq!(
+                procfs::status(wanted, wanted).expect("status").ppid,
+                own_pid()
+            );
+            end(wanted);
+        });
+    }
+
+    #[test]
+    fn only_whole_pages_of_user_space_can_be_loaded_at() {
+        for address in [0, 1, 4097, 1 << 47, !4095] {
+            assert!(build_elf(address).is_err(), "{address:#x}");
+        }
     }
 }

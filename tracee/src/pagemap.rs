@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::{AsRawFd as _, BorrowedFd, AsFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use nix::errno::Errno;
 
@@ -94,7 +94,8 @@ struct PageRegion {
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610;
 const _: () = assert!(size_of::<Argument>() == 96);
 const _: () = assert!(size_of::<PageRegion>() == 24);
-const _: () = assert!(PAGEMAP_SCAN == nix::request_code_readwrite!(b'f', 16, size_of::<Argument>()));
+const _: () =
+    assert!(PAGEMAP_SCAN == nix::request_code_readwrite!(b'f', 16, size_of::<Argument>()));
 
 /// Regions taken from the kernel in one call: 48 KiB of answers.
 const REGIONS_PER_CALL: usize = 2048;
@@ -147,7 +148,8 @@ pub fn protect(pagemap: &File, scan: &Scan) -> Result<()> {
     argument.return_mask = 0;
     while argument.start < argument.end {
         call(pagemap.as_fd(), &mut argument)?;
-        advance(&mut argument)?;
+        let reached = argument.walk_end;
+        advance(&mut argument, reached)?;
     }
     Ok(())
 }
@@ -182,6 +184,12 @@ fn each(pagemap: &File, scan: &Scan, protect: bool, mut take: impl FnMut(Region)
     let mut last: Option<Region> = None;
     while argument.start < argument.end {
         let count = call(pagemap.as_fd(), &mut argument)?;
+        // The kernel collects 512 answers at a time and leaves `walk_end` where an earlier collection was full although the walk
+        // went on to the end (seen on 6.18): everything up to the last answer has been reported in any case.
+        let reached = answers
+            .get(..count)
+            .and_then(<[PageRegion]>::last)
+            .map_or(argument.walk_end, |last| argument.walk_end.max(last.end));
         for answer in answers.iter().take(count) {
             match &mut last {
                 // The kernel joins neighbours, but not across two calls.
@@ -202,7 +210,7 @@ fn each(pagemap: &File, scan: &Scan, protect: bool, mut take: impl FnMut(Region)
                 }
             }
         }
-        advance(&mut argument)?;
+        advance(&mut argument, reached)?;
     }
     if let Some(done) = last {
         take(done);
@@ -232,11 +240,11 @@ fn argument(scan: &Scan, flags: u64, answers: &mut [PageRegion]) -> Argument {
 }
 
 /// Goes on from where the kernel stopped because the vector was full.
-fn advance(argument: &mut Argument) -> Result<()> {
-    if argument.walk_end <= argument.start {
+fn advance(argument: &mut Argument, reached: u64) -> Result<()> {
+    if reached <= argument.start {
         return Err(Error::kernel("ioctl(PAGEMAP_SCAN)", 0, Errno::EIO));
     }
-    argument.start = argument.walk_end;
+    argument.start = reached;
     Ok(())
 }
 
@@ -249,4 +257,139 @@ fn call(pagemap: BorrowedFd<'_>, argument: &mut Argument) -> Result<usize> {
     Errno::result(count)
         .map(|count| count as usize)
         .map_err(|errno| Error::kernel(WHAT, 0, errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::{alone, own_pid};
+    use crate::uffd::{Features, Uffd};
+
+    const PAGE: u64 = 4096;
+
+    fn map(pages: u64) -> u64 {
+        // SAFETY: a new mapping where the kernel likes, unmapped with the process.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                (pages * PAGE) as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(address, libc::MAP_FAILED);
+        address as u64
+    }
+
+    fn poke(address: u64) {
+        // SAFETY: the tests pass addresses of their own mappings, to which nothing refers.
+        unsafe { std::ptr::write_volatile(address as *mut u8, 1) };
+    }
+
+    fn pages(regions: &[Region], from: u64) -> Vec<u64> {
+        regions
+            .iter()
+            .flat_map(|region| (region.start..region.end).step_by(PAGE as usize))
+            .map(|address| (address - from) / PAGE)
+            .collect()
+    }
+
+    #[test]
+    fn long_answers_come_whole() {
+        alone(|| {
+            let count = REGIONS_PER_CALL as u64 * 5;
+            let at = map(count);
+            let written: Vec<u64> = (0..count).step_by(2).collect();
+            for page in &written {
+                poke(at + page * PAGE);
+            }
+            let present = Scan {
+                range: at..at + count * PAGE,
+                category_mask: PRESENT,
+                return_mask: PRESENT,
+                ..Scan::default()
+            };
+            let pagemap = open(own_pid()).expect("open");
+            let found = scan(&pagemap, &present).expect("scan");
+            assert_eq!(found.len(), written.len());
+            assert_eq!(pages(&found, at), written);
+            // The holes are the inverse.
+            let absent = Scan {
+                category_inverted: PRESENT,
+                return_mask: 0,
+                ..present
+            };
+            let holes = pages(&scan(&pagemap, &absent).expect("scan"), at);
+            assert_eq!(holes, (1..count).step_by(2).collect::<Vec<_>>());
+        });
+    }
+
+    #[test]
+    fn tracking_shows_what_was_written_since() {
+        alone(|| {
+            let at = map(16);
+            for page in 0..8 {
+                poke(at + page * PAGE);
+            }
+            let uffd = Uffd::create().expect("create");
+            uffd.handshake(Features::WP_ASYNC | Features::WP_UNPOPULATED)
+                .expect("handshake");
+            uffd.register_tracking(at..at + 16 * PAGE)
+                .expect("register");
+            let pagemap = open(own_pid()).expect("open");
+            let existing = Scan {
+                range: at..at + 16 * PAGE,
+                category_anyof: PRESENT | SWAPPED,
+                ..Scan::default()
+            };
+            protect(&pagemap, &existing).expect("protect");
+            let written = Scan {
+                category_mask: WRITTEN,
+                return_mask: WRITTEN,
+                ..existing.clone()
+            };
+            assert_eq!(scan(&pagemap, &written).expect("scan"), []);
+            // An armed page, and one that did not exist.
+            poke(at + 3 * PAGE);
+            poke(at + 12 * PAGE);
+            let found = scan_and_protect(&pagemap, &written).expect("scan");
+            assert_eq!(pages(&found, at), [3, 12]);
+            assert_eq!(scan_and_protect(&pagemap, &written).expect("scan"), []);
+            // Untracked memory cannot be armed.
+            let other = map(1);
+            poke(other);
+            let outside = Scan {
+                range: other..other + PAGE,
+                ..written
+            };
+            assert!(matches!(
+                scan_and_protect(&pagemap, &outside),
+                Err(Error::Kernel {
+                    errno: Errno::EPERM,
+                    ..
+                })
+            ));
+        });
+    }
+
+    #[test]
+    fn an_unknown_category_is_an_error_and_guards_are_known() {
+        let pagemap = open(own_pid()).expect("open");
+        let unknown = Scan {
+            range: 0x1_0000..0x1_1000,
+            return_mask: 1 << 63,
+            ..Scan::default()
+        };
+        assert!(matches!(
+            scan(&pagemap, &unknown),
+            Err(Error::Kernel {
+                errno: Errno::EINVAL,
+                ..
+            })
+        ));
+        knows_guards().expect("an answer");
+        assert!(matches!(open(i32::MAX), Err(Error::Gone { .. })));
+    }
 }

@@ -44,13 +44,7 @@ pub fn unread_bytes(pipe: &impl AsFd) -> Result<usize> {
     choke::pass(Kind::Descriptor).map_err(|errno| failed(WHAT, errno))?;
     let mut bytes: libc::c_int = 0;
     // SAFETY: FIONREAD stores one int at the address.
-    let answer = unsafe {
-        libc::ioctl(
-            pipe.as_fd().as_raw_fd(),
-            libc::FIONREAD,
-            &raw mut bytes,
-        )
-    };
+    let answer = unsafe { libc::ioctl(pipe.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(answer).map_err(|errno| failed(WHAT, errno))?;
     usize::try_from(bytes).map_err(|_| failed(WHAT, Errno::EIO))
 }
@@ -88,7 +82,12 @@ pub fn contents(read_end: &impl AsFd) -> Result<Vec<u8>> {
     let mut content = Vec::with_capacity(expected);
     File::from(copy_read)
         .read_to_end(&mut content)
-        .map_err(|error| failed("read", Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))))?;
+        .map_err(|error| {
+            failed(
+                "read",
+                Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+            )
+        })?;
     if content.len() != expected {
         return Err(failed("read", Errno::EIO));
     }
@@ -112,7 +111,12 @@ pub fn create(capacity: u32, content: &[u8]) -> Result<(OwnedFd, OwnedFd)> {
     if self::capacity(&write_end)? != capacity {
         let wanted =
             i32::try_from(capacity).map_err(|_| failed("fcntl(F_SETPIPE_SZ)", Errno::EINVAL))?;
-        fcntl(&write_end, libc::F_SETPIPE_SZ, wanted, "fcntl(F_SETPIPE_SZ)")?;
+        fcntl(
+            &write_end,
+            libc::F_SETPIPE_SZ,
+            wanted,
+            "fcntl(F_SETPIPE_SZ)",
+        )?;
     }
     if content.is_empty() {
         return Ok((read_end, write_end));
@@ -127,9 +131,12 @@ pub fn create(capacity: u32, content: &[u8]) -> Result<(OwnedFd, OwnedFd)> {
         });
     }
     let mut writer = File::from(write_end);
-    writer
-        .write_all(content)
-        .map_err(|error| failed("write", Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))))?;
+    writer.write_all(content).map_err(|error| {
+        failed(
+            "write",
+            Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+        )
+    })?;
     Ok((read_end, OwnedFd::from(writer)))
 }
 
@@ -180,7 +187,11 @@ mod tests {
     fn a_pipe_is_never_overfilled() {
         assert!(matches!(
             create(4096, &[0; 4097]),
-            Err(Error::TooMuch { asked: 4097, limit: 4096, .. })
+            Err(Error::TooMuch {
+                asked: 4097,
+                limit: 4096,
+                ..
+            })
         ));
     }
 }

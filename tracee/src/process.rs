@@ -41,8 +41,8 @@ pub fn parent_pid() -> i32 {
 /// [`Error::Path`] when `/proc` is not there.
 pub fn thread_count() -> Result<usize> {
     const PATH: &str = "/proc/self/task";
-    let tasks = std::fs::read_dir(PATH)
-        .map_err(|error| Error::path("list", PATH, errno_of(&error)))?;
+    let tasks =
+        std::fs::read_dir(PATH).map_err(|error| Error::path("list", PATH, errno_of(&error)))?;
     Ok(tasks.count())
 }
 
@@ -56,7 +56,8 @@ pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
 /// Makes a child that runs `child` and exits with the code it returns; a panic in it exits with 101.
 ///
 /// With `share_files` both have one descriptor table (`CLONE_FILES`) and separate memory: a descriptor that one of them opens
-/// is kept open by the other when it dies. Standard output is flushed in the child before it exits; destructors of the caller's
+/// is kept open by the other when it dies, and one that either closes is closed for both, so what `child` owns is left to the child
+/// and not dropped here. Standard output is flushed in the child before it exits; destructors of the caller's
 /// frames do not run there.
 ///
 /// # Errors
@@ -85,6 +86,9 @@ pub fn fork(share_files: bool, child: impl FnOnce() -> i32) -> Result<i32> {
     let answer = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, tid_address, 0) };
     let pid = Errno::result(answer).map_err(|errno| failed("clone", errno))? as i32;
     if pid != 0 {
+        if share_files {
+            std::mem::forget(child);
+        }
         return Ok(pid);
     }
     // SAFETY: the list head lies in the C library's thread descriptor, which the copied memory has at the same address.
@@ -142,10 +146,11 @@ fn wait_with(pid: i32, flags: i32) -> Result<Option<(i32, Ended)>> {
         match Errno::result(answer) {
             Ok(0) => return Ok(None),
             // A stop or a continuation, which only a tracer is shown: not an end.
-            Ok(child) => match Ended::decode(status) {
-                Some(ended) => return Ok(Some((child, ended))),
-                None => {}
-            },
+            Ok(child) => {
+                if let Some(ended) = Ended::decode(status) {
+                    return Ok(Some((child, ended)));
+                }
+            }
             Err(Errno::EINTR) => {}
             Err(Errno::ECHILD) => return Err(Error::Gone { pid }),
             Err(errno) => return Err(Error::kernel("waitpid", pid, errno)),
@@ -226,7 +231,11 @@ pub fn set_session() -> Result<()> {
 /// # Errors
 /// [`Error::Kernel`].
 pub fn become_subreaper() -> Result<()> {
-    prctl(libc::PR_SET_CHILD_SUBREAPER, 1, "prctl(PR_SET_CHILD_SUBREAPER)")
+    prctl(
+        libc::PR_SET_CHILD_SUBREAPER,
+        1,
+        "prctl(PR_SET_CHILD_SUBREAPER)",
+    )
 }
 
 /// Asks for `signal` when the *thread* that made this process ends; `parent` is whom the caller takes for its parent, and a
@@ -235,7 +244,11 @@ pub fn become_subreaper() -> Result<()> {
 /// # Errors
 /// [`Error::Kernel`].
 pub fn set_parent_death_signal(signal: i32, parent: i32) -> Result<()> {
-    prctl(libc::PR_SET_PDEATHSIG, signal as u64, "prctl(PR_SET_PDEATHSIG)")?;
+    prctl(
+        libc::PR_SET_PDEATHSIG,
+        signal as u64,
+        "prctl(PR_SET_PDEATHSIG)",
+    )?;
     if parent_pid() == parent {
         Ok(())
     } else {
@@ -257,15 +270,25 @@ pub fn unshare_time(monotonic_shift_ns: i64, boottime_shift_ns: i64) -> Result<(
     // The file counts from the host's clocks, while our caller compared what it sees in the namespace we are in now.
     let (monotonic, boottime) = procfs::timens_offsets(own_pid())?;
     let range = || Error::path("write", PATH, Errno::ERANGE);
-    let monotonic = monotonic.checked_add(monotonic_shift_ns).ok_or_else(range)?;
+    let monotonic = monotonic
+        .checked_add(monotonic_shift_ns)
+        .ok_or_else(range)?;
     let boottime = boottime.checked_add(boottime_shift_ns).ok_or_else(range)?;
     // SAFETY: no pointers; time namespaces never change the caller itself.
     let answer = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
     Errno::result(answer).map_err(|errno| failed("unshare(CLONE_NEWTIME)", errno))?;
-    let split = |offset: i64| (offset.div_euclid(1_000_000_000), offset.rem_euclid(1_000_000_000));
+    let split = |offset: i64| {
+        (
+            offset.div_euclid(1_000_000_000),
+            offset.rem_euclid(1_000_000_000),
+        )
+    };
     let ((m_s, m_ns), (b_s, b_ns)) = (split(monotonic), split(boottime));
-    std::fs::write(PATH, format!("monotonic {m_s} {m_ns}\nboottime {b_s} {b_ns}\n"))
-        .map_err(|error| Error::path("write", PATH, errno_of(&error)))
+    std::fs::write(
+        PATH,
+        format!("monotonic {m_s} {m_ns}\nboottime {b_s} {b_ns}\n"),
+    )
+    .map_err(|error| Error::path("write", PATH, errno_of(&error)))
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -405,12 +428,49 @@ pub fn wait_readable(
     let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: as many pollfds as stated, which outlive the call, as does the time limit.
     let answer = unsafe {
-        libc::ppoll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, limit, std::ptr::null())
+        libc::ppoll(
+            polls.as_mut_ptr(),
+            polls.len() as libc::nfds_t,
+            limit,
+            std::ptr::null(),
+        )
     };
     match Errno::result(answer) {
         Ok(_) | Err(Errno::EINTR) => Ok(polls.iter().map(|poll| poll.revents != 0).collect()),
         Err(errno) => Err(failed("ppoll", errno)),
     }
+}
+
+/// Runs a test in a process of its own that begins with one thread, because the test harness has several and because its
+/// forks, mappings and descriptors are then nobody else's. A panic in it is a panic here.
+#[cfg(test)]
+pub(crate) fn alone(test: impl FnOnce()) {
+    // Held over the fork by this thread, which the child's only thread is a copy of, so that no other holds them there.
+    let output = (std::io::stdout().lock(), std::io::stderr().lock());
+    // SAFETY: the C library makes its own locks usable in the child; of Rust's, the tests use only those held here.
+    let pid = unsafe { libc::fork() };
+    drop(output);
+    assert!(pid >= 0, "fork: {}", Errno::last());
+    if pid == 0 {
+        let passed = catch_unwind(AssertUnwindSafe(test));
+        let code = match passed {
+            Ok(()) => 0,
+            Err(cause) => {
+                let text = cause
+                    .downcast_ref::<String>()
+                    .map(String::as_str)
+                    .or_else(|| cause.downcast_ref::<&str>().copied())
+                    .unwrap_or("a panic without words");
+                // Not through the harness' capture, which dies with this process.
+                // SAFETY: the text is readable for its length.
+                unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
+                1
+            }
+        };
+        // SAFETY: ends this process without the harness' exit handlers.
+        unsafe { libc::_exit(code) };
+    }
+    assert_eq!(wait(pid).expect("wait"), Ended::Exited(0));
 }
 
 #[cfg(test)]
@@ -419,12 +479,95 @@ mod tests {
     use std::os::fd::AsFd as _;
 
     #[test]
+    fn a_child_that_shares_files_leaves_its_descriptor_behind() {
+        alone(|| {
+            let (answer, tell) = crate::pipe::create(4096, &[]).expect("pipe");
+            let child = fork(true, || {
+                let held = crate::descriptor::create_eventfd(5, false).expect("eventfd");
+                let number = std::os::fd::IntoRawFd::into_raw_fd(held);
+                // Later than the parent returns from its fork.
+                std::thread::sleep(Duration::from_millis(20));
+                let mut tell = std::fs::File::from(tell);
+                tell.write_all(&number.to_ne_bytes()).expect("tell");
+                7
+            });
+            let child = child.expect("fork");
+            assert_eq!(wait(child).expect("wait"), Ended::Exited(7));
+            let mut number = [0; 4];
+            std::io::Read::read_exact(&mut std::fs::File::from(answer), &mut number).expect("read");
+            let number = i32::from_ne_bytes(number) as u32;
+            let entry = procfs::descriptor(own_pid(), number).expect("still open");
+            assert_eq!(entry.info.eventfd.expect("eventfd").count, 5);
+        });
+    }
+
+    #[test]
+    fn a_child_knows_its_own_thread_id() {
+        alone(|| {
+            let child = fork(false, || {
+                // The C library signals itself by the thread id it has noted; `raise` would hit the parent with a stale one.
+                // SAFETY: no pointers.
+                unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGTERM) };
+                0
+            });
+            let child = child.expect("fork");
+            assert_eq!(wait(child).expect("wait"), Ended::Killed(libc::SIGTERM));
+            // Threads, which need a valid thread descriptor, can be made in a child.
+            let child = fork(true, || std::thread::spawn(|| 3).join().unwrap_or(1)).expect("fork");
+            assert_eq!(wait(child).expect("wait"), Ended::Exited(3));
+        });
+    }
+
+    #[test]
+    fn a_panic_in_a_child_is_code_101() {
+        alone(|| {
+            std::panic::set_hook(Box::new(|_| {}));
+            let child = fork(false, || panic!("on purpose")).expect("fork");
+            assert_eq!(wait(child).expect("wait"), Ended::Exited(101));
+            assert!(matches!(wait(child), Err(Error::Gone { .. })));
+            assert_eq!(reap().expect("reap"), None);
+        });
+    }
+
+    #[test]
+    fn a_subreaper_gets_the_orphans() {
+        alone(|| {
+            become_subreaper().expect("subreaper");
+            let child = fork(false, || match fork(false, || 9) {
+                // The grandchild outlives this process or not: both ways it is the subreaper's to wait for.
+                Ok(_) => 0,
+                Err(_) => 1,
+            });
+            let child = child.expect("fork");
+            assert_eq!(wait(child).expect("wait"), Ended::Exited(0));
+            assert_eq!(wait(-1).expect("orphan"), Ended::Exited(9));
+        });
+    }
+
+    #[test]
+    fn a_new_time_namespace_counts_from_ours() {
+        alone(|| {
+            const HOUR: i64 = 3_600_000_000_000;
+            let (monotonic, boottime) = procfs::timens_offsets(own_pid()).expect("offsets");
+            unshare_time(HOUR + 5, 2 * HOUR - 5).expect("unshare");
+            assert_eq!(
+                procfs::timens_offsets(own_pid()).expect("offsets"),
+                (monotonic + HOUR + 5, boottime + 2 * HOUR - 5)
+            );
+            let before = crate::host::clocks().expect("clocks");
+            let child = fork(false, || {
+                let now = crate::host::clocks().expect("clocks");
+                let moved = now.monotonic_ns.abs_diff(before.monotonic_ns + HOUR as u64);
+                i32::from(moved > 60_000_000_000)
+            });
+            assert_eq!(wait(child.expect("fork")).expect("wait"), Ended::Exited(0));
+        });
+    }
+
+    #[test]
     fn fork_refuses_with_two_threads() {
         // The test harness runs each test on a thread beside its main one.
-        assert!(matches!(
-            fork(false, || 0),
-            Err(Error::WrongState { .. })
-        ));
+        assert!(matches!(fork(false, || 0), Err(Error::WrongState { .. })));
     }
 
     #[test]

@@ -26,9 +26,7 @@ pub const LIMIT_COUNT: usize = 16;
 
 /// The error of an operation on a file below `/proc/<pid>`.
 fn failed(what: &'static str, pid: i32, path: &str, error: &io::Error) -> Error {
-    let errno = error
-        .raw_os_error()
-        .map_or(Errno::EIO, Errno::from_raw);
+    let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
     match errno {
         Errno::ESRCH => Error::Gone { pid },
         // The same answer for a process that has ended and for a file this kernel does not have.
@@ -331,7 +329,9 @@ fn parse_status(text: &str, path: &str) -> Result<Status> {
         },
         voluntary_switches: optional("voluntary_ctxt_switches")?,
         involuntary_switches: optional("nonvoluntary_ctxt_switches")?,
-        x86_thread_features: text_of("x86_Thread_features").unwrap_or_default().to_owned(),
+        x86_thread_features: text_of("x86_Thread_features")
+            .unwrap_or_default()
+            .to_owned(),
         x86_thread_features_locked: text_of("x86_Thread_features_locked")
             .unwrap_or_default()
             .to_owned(),
@@ -922,7 +922,8 @@ pub fn pipe_or_socket_holders(inodes: &BTreeSet<u64>) -> Result<BTreeMap<u64, BT
     if inodes.is_empty() {
         return Ok(holders);
     }
-    let pids: Vec<i32> = list_numbers("/proc").map_err(|error| failed("list", 0, "/proc", &error))?;
+    let pids: Vec<i32> =
+        list_numbers("/proc").map_err(|error| failed("list", 0, "/proc", &error))?;
     for pid in pids {
         let table = format!("/proc/{pid}/fd");
         let entries = match std::fs::read_dir(&table) {
@@ -1304,4 +1305,392 @@ fn parse_syscall(text: &str, path: &str) -> Result<Option<BlockedCall>> {
 /// Whether a process of this number exists, zombies included. Reads nothing of it and so does not count at the choke point.
 pub fn exists(pid: i32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::descriptor;
+    use crate::process::{self, alone, own_pid};
+    use std::os::fd::{AsRawFd as _, OwnedFd};
+
+    fn own_tid() -> i32 {
+        nix::unistd::gettid().as_raw()
+    }
+
+    fn info_of(descriptor: &OwnedFd) -> DescriptorEntry {
+        super::descriptor(own_pid(), descriptor.as_raw_fd() as u32).expect("own descriptor")
+    }
+
+    #[test]
+    fn status_tells_what_the_kernel_tells_us() {
+        let (pid, tid) = (own_pid(), own_tid());
+        let status = status(pid, tid).expect("status");
+        assert_eq!((status.tgid, status.ppid), (pid, process::parent_pid()));
+        assert_eq!(status.ns_pid.first(), Some(&tid));
+        assert_eq!(status.uid, [nix::unistd::getuid().as_raw(); 4]);
+        assert!(status.threads > 1 && status.thp_enabled && status.vm_rss_kib > 0);
+        assert_eq!(status.name, comm(pid, tid).expect("comm"));
+        assert!(status.cpus_allowed.iter().any(|&byte| byte != 0));
+        let stat = stat(pid, tid).expect("stat");
+        assert_eq!(stat.ppid, status.ppid);
+        assert!(stat.env_end > stat.env_start && stat.env_start >= stat.arg_end);
+        assert!(stat.start_time_ticks > 0);
+    }
+
+    #[test]
+    fn odd_names_do_not_shift_the_fields() {
+        let line = "7 (a) R (b) 1) S 3 4 5 0 -1 4194304 0 0 0 0 11 12 0 0 20 0 2 0 99 1 2 \
+                    18446744073709551615 21 22 23 0 0 0 0 0 0 0 0 0 17 1 0 0 0 0 0 \
+                    31 32 33 34 35 36 37 0";
+        let stat = parse_stat(line, "stat").expect("stat");
+        assert_eq!(
+            (stat.state, stat.ppid, stat.pgrp, stat.session),
+            ('S', 3, 4, 5)
+        );
+        assert_eq!((stat.utime, stat.stime, stat.num_threads), (11, 12, 2));
+        assert_eq!((stat.start_time_ticks, stat.exit_signal), (99, 17));
+        assert_eq!(
+            (stat.start_code, stat.end_code, stat.start_stack),
+            (21, 22, 23)
+        );
+        assert_eq!(
+            (stat.start_data, stat.start_brk, stat.env_end),
+            (31, 33, 37)
+        );
+        assert!(parse_stat("7 (a) S 1", "stat").is_err());
+        assert_eq!(unescape_name("a\\nb\\\\n"), "a\nb\\n");
+    }
+
+    #[test]
+    fn masks_are_little_endian_bytes() {
+        assert_eq!(
+            parse_mask(Some("00000001,80000003")),
+            Some(vec![3, 0, 0, 0x80, 1, 0, 0, 0])
+        );
+        assert_eq!(parse_mask(Some("")), None);
+    }
+
+    #[test]
+    fn maps_lines_are_understood() {
+        let text = "\
+7f00-8f00 r--p 00001000 fe:01 247282                     /a b\\012c (deleted)
+8f00-9f00 rw-p 00000000 00:00 0                          [anon:my heap]
+9f00-af00 rw-s 00000000 00:01 9                          [anon_shmem:box]
+af00-bf00 ---p 00000000 00:00 0 
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+";
+        let maps = parse_maps(text, "maps").expect("maps");
+        let paths: Vec<_> = maps.iter().map(|vma| vma.path.as_str()).collect();
+        assert_eq!(
+            paths,
+            [
+                "/a b\nc (deleted)",
+                "",
+                "/dev/zero (deleted)",
+                "",
+                "[vsyscall]"
+            ]
+        );
+        let names: Vec<_> = maps.iter().map(|vma| vma.name.as_deref()).collect();
+        assert_eq!(names, [None, Some("my heap"), Some("box"), None, None]);
+        assert_eq!((maps[0].offset, maps[0].inode), (0x1000, 247_282));
+        assert_eq!(maps[0].device, nix::sys::stat::makedev(0xfe, 1));
+        assert!(maps[0].read && !maps[0].write && maps[2].shared && !maps[3].read);
+        assert!(parse_maps("VmFlags: rd\n", "smaps").is_err());
+    }
+
+    #[test]
+    fn smaps_shows_flags_and_guards_do_not_hide() {
+        alone(|| {
+            const LEN: usize = 8 * 4096;
+            const MADV_GUARD_INSTALL: i32 = 102;
+            // SAFETY: a new mapping, which is then advised within its length.
+            let start = unsafe {
+                let start = libc::mmap(
+                    std::ptr::null_mut(),
+                    LEN,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                    -1,
+                    0,
+                );
+                assert_ne!(start, libc::MAP_FAILED);
+                assert_eq!(libc::madvise(start, LEN, libc::MADV_DONTFORK), 0);
+                start as u64
+            };
+            let find = || {
+                let vma = smaps(own_pid()).expect("smaps");
+                vma.into_iter()
+                    .find(|vma| vma.start <= start && start < vma.end)
+                    .expect("the mapping")
+            };
+            let vma = find();
+            assert!(vma.flags.has("dc") && vma.flags.has("rd") && !vma.flags.has("lo"));
+            assert!(!vma.flags.has("gu") && vma.page_bytes == 4096 && vma.resident_bytes == 0);
+            assert_eq!(vma.flags.iter().next(), Some("rd"));
+            // SAFETY: nothing refers to this memory.
+            if unsafe { libc::madvise((start + 4096) as *mut _, 4096, MADV_GUARD_INSTALL) } != 0 {
+                return;
+            }
+            // One mapping still; only the page map tells which page.
+            assert_eq!(find().end - find().start, vma.len());
+            let regions = crate::pagemap::scan(
+                &crate::pagemap::open(own_pid()).expect("pagemap"),
+                &crate::pagemap::Scan {
+                    range: start..start + LEN as u64,
+                    category_mask: crate::pagemap::GUARD,
+                    return_mask: crate::pagemap::GUARD | crate::pagemap::SWAPPED,
+                    ..crate::pagemap::Scan::default()
+                },
+            );
+            let regions = regions.expect("scan");
+            assert_eq!(regions.len(), 1);
+            assert_eq!(
+                (regions[0].start, regions[0].end),
+                (start + 4096, start + 8192)
+            );
+            assert_eq!(
+                regions[0].categories,
+                crate::pagemap::GUARD | crate::pagemap::SWAPPED
+            );
+        });
+    }
+
+    #[test]
+    fn descriptors_show_their_state() {
+        let eventfd = descriptor::create_eventfd(u64::MAX - 1, true).expect("eventfd");
+        let info = info_of(&eventfd).info;
+        assert!(info.close_on_exec());
+        let state = info.eventfd.expect("eventfd");
+        assert_eq!((state.count, state.semaphore), (u64::MAX - 1, Some(true)));
+        assert!(state.id >= 0);
+
+        let mask = 1 << 9 | 1 << 33;
+        let signalfd = descriptor::create_signalfd(mask).expect("signalfd");
+        assert_eq!(info_of(&signalfd).info.signalfd_mask, Some(mask));
+
+        let file = tempfile();
+        let entry = info_of(&file);
+        assert!(entry.link.ends_with(" (deleted)"), "{entry:?}");
+        assert_eq!(entry.pipe_or_socket_inode(), None);
+        assert_eq!(entry.info.position, 3);
+        assert_eq!(entry.info.locks.len(), 1);
+    }
+
+    /// An unnamed locked file at position 3.
+    fn tempfile() -> OwnedFd {
+        use std::io::Write as _;
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let mut file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open("/tmp")
+            .expect("open");
+        file.write_all(b"abc").expect("write");
+        // SAFETY: no pointers.
+        assert_eq!(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }, 0);
+        file.into()
+    }
+
+    #[test]
+    fn fdinfo_lines_are_understood() {
+        let text = "\
+pos:\t0
+flags:\t02004002
+mnt_id:\t17
+ino:\t1044
+tfd:        3 events:       1d data:                3  pos:0 ino:414 sdev:10
+tfd:       70 events: 80000019 data: ffffffffffffffff  pos:12 ino:a sdev:fe00001
+clockid: 1
+ticks: 4
+settime flags: 03
+it_value: (9, 999204432)
+it_interval: (1, 500)
+lock:\t1: FLOCK  ADVISORY  WRITE 6980 fe:00:10010831 0 EOF
+scm_fds: 2
+Pid:\t-1
+inotify wd:1 ino:3c4a7 sdev:fe00000 mask:2 ignored_mask:0 fhandle-bytes:8
+";
+        let info = parse_fdinfo(text, "fdinfo").expect("fdinfo");
+        assert_eq!(info.flags, 0o2_004_002);
+        assert!(info.inotify && !info.fanotify && info.close_on_exec());
+        assert_eq!((info.scm_fds, info.pidfd), (Some(2), Some(-1)));
+        assert_eq!(
+            info.locks,
+            ["1: FLOCK  ADVISORY  WRITE 6980 fe:00:10010831 0 EOF"]
+        );
+        assert_eq!(
+            info.timerfd,
+            Some(TimerfdInfo {
+                clock: 1,
+                ticks: 4,
+                settime_flags: 3,
+                value_ns: 9_999_204_432,
+                interval_ns: 1_000_000_500,
+            })
+        );
+        assert_eq!(
+            info.epoll[1],
+            EpollItem {
+                fd: 70,
+                events: 0x8000_0019,
+                data: u64::MAX,
+                pos: 12,
+                ino: 10,
+                device: nix::sys::stat::makedev(0xfe, 1),
+            }
+        );
+        assert!(parse_fdinfo("flags:\t9\n", "fdinfo").is_err());
+    }
+
+    #[test]
+    fn limits_are_those_of_getrlimit() {
+        let limits = limits(own_pid()).expect("limits");
+        for (resource, &(soft, hard)) in limits.iter().enumerate() {
+            let mut limit = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: the kernel stores one rlimit.
+            let answer = unsafe { libc::getrlimit(resource as u32, &raw mut limit) };
+            assert_eq!(answer, 0);
+            assert_eq!((limit.rlim_cur, limit.rlim_max), (soft, hard), "{resource}");
+        }
+    }
+
+    #[test]
+    fn timers_are_understood() {
+        let text = "\
+ID: 0
+signal: 60/00007fff86e452a8
+notify: signal/tid.2634
+ClockID: 0
+ID: 7
+signal: 0/0000000000000000
+notify: none/pid.2634
+ClockID: -6
+";
+        let timers = parse_timers(text, "timers").expect("timers");
+        assert_eq!(
+            timers,
+            [
+                PosixTimer {
+                    id: 0,
+                    signo: 60,
+                    value: 0x7fff_86e4_52a8,
+                    notify: 4,
+                    target: 2634,
+                    clock: 0,
+                },
+                PosixTimer {
+                    id: 7,
+                    signo: 0,
+                    value: 0,
+                    notify: 1,
+                    target: 2634,
+                    clock: -6,
+                },
+            ]
+        );
+        assert_eq!(parse_timers("", "timers").expect("none"), []);
+        assert!(parse_timers("ID: 0\nnotify: signal/pid.1\n", "timers").is_err());
+    }
+
+    #[test]
+    fn small_files_are_understood() {
+        let pid = own_pid();
+        assert_eq!(auxv(pid).expect("auxv").len() % 16, 0);
+        assert_eq!(
+            exe(pid).expect("exe"),
+            std::env::current_exe().expect("exe").to_string_lossy()
+        );
+        assert_eq!(
+            cwd(pid).expect("cwd"),
+            std::env::current_dir().expect("cwd").to_string_lossy()
+        );
+        assert_eq!(root(pid).expect("root"), "/");
+        assert!(!cgroups(pid).expect("cgroups").is_empty());
+        let namespaces = namespaces(pid).expect("namespaces");
+        assert!(namespaces.pid > 0 && namespaces.net > 0 && namespaces.user > 0);
+        assert_eq!(namespaces.pid, namespaces.pid_for_children);
+        assert!((-1000..=1000).contains(&oom_score_adj(pid).expect("oom_score_adj")));
+        assert_eq!(coredump_filter(pid).expect("coredump_filter"), 0x33);
+        assert_eq!(personality(pid, own_tid()).expect("personality"), 0);
+        assert_eq!(timerslack(own_tid()).expect("timerslack"), 50_000);
+        // Ours, at that moment, is the read(2) that asks.
+        let call = syscall(pid, own_tid()).expect("syscall");
+        assert_eq!(call.map(|call| call.nr), Some(libc::SYS_read));
+        assert_eq!(
+            parse_syscall("running\n", "syscall").expect("syscall"),
+            None
+        );
+        assert_eq!(wchan(pid, own_tid()).expect("wchan"), "0");
+        assert_eq!(tids(pid).expect("tids").first(), Some(&pid));
+        assert_eq!(
+            parse_timens_offsets("monotonic -1 999999999\nboottime 2 5\n", "offsets")
+                .expect("offsets"),
+            (-1, 2_000_000_005)
+        );
+        assert_eq!(
+            parse_syscall("-1 0x7ffd 0x401000", "syscall").expect("syscall"),
+            Some(BlockedCall {
+                nr: -1,
+                args: [0; 6],
+                sp: 0x7ffd,
+                pc: 0x40_1000
+            })
+        );
+    }
+
+    #[test]
+    fn what_is_gone_is_called_gone() {
+        alone(|| {
+            let child = process::fork(false, || 0).expect("fork");
+            process::wait(child).expect("wait");
+            let gone =
+                |answer: Result<()>| matches!(answer, Err(Error::Gone { pid }) if pid == child);
+            assert!(gone(status(child, child).map(drop)));
+            assert!(gone(stat(child, child).map(drop)));
+            assert!(gone(maps(child).map(drop)));
+            assert!(gone(descriptors(child).map(drop)));
+            assert!(gone(limits(child).map(drop)));
+            assert!(gone(children(child).map(drop)));
+            assert!(gone(tids(child).map(drop)));
+            assert!(gone(cwd(child).map(drop)));
+            assert!(!exists(child));
+            // A number that is not open is no dead process.
+            assert!(matches!(
+                super::descriptor(own_pid(), 1_000_000),
+                Err(Error::Path {
+                    errno: Errno::ENOENT,
+                    ..
+                })
+            ));
+        });
+    }
+
+    #[test]
+    fn holders_of_a_pipe_are_found_once_each() {
+        alone(|| {
+            let (read_end, write_end) = crate::pipe::create(4096, &[]).expect("pipe");
+            let inode = info_of(&read_end).pipe_or_socket_inode().expect("a pipe");
+            assert_eq!(info_of(&write_end).pipe_or_socket_inode(), Some(inode));
+            let child = process::fork(false, || {
+                std::thread::sleep(std::time::Duration::from_secs(60));
+                0
+            });
+            let child = child.expect("fork");
+            assert_eq!(children(own_pid()).expect("children"), [child]);
+            let holders = pipe_or_socket_holders(&BTreeSet::from([inode, u64::MAX])).expect("scan");
+            assert_eq!(
+                holders,
+                BTreeMap::from([(inode, BTreeSet::from([own_pid(), child]))])
+            );
+            process::kill(child, libc::SIGKILL).expect("kill");
+            process::wait(child).expect("wait");
+            assert_eq!(children(own_pid()).expect("children"), [0; 0]);
+        });
+    }
 }

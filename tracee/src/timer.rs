@@ -90,7 +90,12 @@ fn arm(timer: &OwnedFd, state: &TimerfdInfo) -> Result<()> {
     choke::pass(Kind::Descriptor).map_err(|errno| Error::kernel(WHAT, own_pid(), errno))?;
     // SAFETY: `setting` lives through the call; the old setting is not asked for.
     let answer = unsafe {
-        libc::timerfd_settime(timer.as_raw_fd(), flags, &raw const setting, std::ptr::null_mut())
+        libc::timerfd_settime(
+            timer.as_raw_fd(),
+            flags,
+            &raw const setting,
+            std::ptr::null_mut(),
+        )
     };
     Errno::result(answer)
         .map(drop)

@@ -250,10 +250,7 @@ impl Uffd {
         pass("userfaultfd")?;
         // SAFETY: no pointers; the descriptor returned is ours alone.
         unsafe {
-            let fd = libc::syscall(
-                libc::SYS_userfaultfd,
-                libc::O_CLOEXEC | libc::O_NONBLOCK,
-            );
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
             let fd = Errno::result(fd).map_err(|errno| failed("userfaultfd", errno))?;
             Ok(Self(OwnedFd::from_raw_fd(fd as i32)))
         }
@@ -474,11 +471,7 @@ impl Uffd {
         Ok(count)
     }
 
-    fn ioctl<T>(
-        &self,
-        request: libc::Ioctl,
-        argument: &mut T,
-    ) -> std::result::Result<(), Errno> {
+    fn ioctl<T>(&self, request: libc::Ioctl, argument: &mut T) -> std::result::Result<(), Errno> {
         choke::pass(Kind::Ioctl)?;
         // SAFETY: every caller pairs a request with the structure it is defined with (asserted above).
         let answer = unsafe { libc::ioctl(self.0.as_raw_fd(), request, &raw mut *argument) };
@@ -536,5 +529,308 @@ fn failed(what: &'static str, errno: Errno) -> Error {
         what,
         pid: crate::process::own_pid(),
         errno,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::{self, Ended, alone, wait_readable};
+    use std::time::Duration;
+
+    const PAGE: usize = 4096;
+
+    /// Private anonymous memory, unmapped with the process.
+    fn map(pages: usize) -> u64 {
+        // SAFETY: a new mapping where the kernel likes.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                pages * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(address, libc::MAP_FAILED);
+        address as u64
+    }
+
+    fn range(address: u64, pages: usize) -> Range<u64> {
+        address..address + (pages * PAGE) as u64
+    }
+
+    /// One byte of mapped memory; waits while it is missing.
+    fn peek(address: u64) -> u8 {
+        // SAFETY: the tests pass addresses of their own mappings.
+        unsafe { std::ptr::read_volatile(address as *const u8) }
+    }
+
+    fn poke(address: u64, value: u8) {
+        // SAFETY: as in `peek`; nobody holds a reference to it.
+        unsafe { std::ptr::write_volatile(address as *mut u8, value) };
+    }
+
+    fn context(features: Features, range: Range<u64>) -> Uffd {
+        let uffd = Uffd::create().expect("create");
+        uffd.handshake(features).expect("handshake");
+        uffd.register_missing(range).expect("register");
+        uffd
+    }
+
+    fn next_event(uffd: &Uffd) -> Event {
+        let mut events = Vec::new();
+        while events.is_empty() {
+            let ready = wait_readable(&[uffd.as_fd()], Some(Duration::from_secs(5))).expect("wait");
+            assert_eq!(ready, [true], "no event");
+            uffd.read_events(&mut events).expect("read");
+        }
+        assert_eq!(events.len(), 1, "{events:?}");
+        events.remove(0)
+    }
+
+    fn assert_fault(event: &Event, at: u64, writing: bool) {
+        let Event::Fault { address, write, .. } = *event else {
+            panic!("{event:?}");
+        };
+        assert_eq!((address, write), (at, writing));
+    }
+
+    #[test]
+    fn a_missing_page_waits_for_its_content() {
+        alone(|| {
+            let at = map(4);
+            let uffd = context(Features::THREAD_ID, range(at, 4));
+            std::thread::scope(|scope| {
+                let reader = scope.spawn(|| {
+                    let tid = nix::unistd::gettid().as_raw();
+                    (tid, peek(at + PAGE as u64 + 7))
+                });
+                let event = next_event(&uffd);
+                assert_fault(&event, at + PAGE as u64, false);
+                // Woken without content it faults again.
+                uffd.wake(range(at, 4)).expect("wake");
+                assert_fault(&next_event(&uffd), at + PAGE as u64, false);
+                assert_eq!(
+                    uffd.copy(at + PAGE as u64, &[42; PAGE]).expect("copy"),
+                    Copied::Done
+                );
+                let (tid, byte) = reader.join().expect("join");
+                assert_eq!(byte, 42);
+                let Event::Fault { tid: told, .. } = event else {
+                    unreachable!("checked above");
+                };
+                assert_eq!(told, tid);
+
+                let writer = scope.spawn(|| poke(at, 9));
+                assert_fault(&next_event(&uffd), at, true);
+                assert_eq!(uffd.zero(range(at, 1)).expect("zero"), Copied::Done);
+                writer.join().expect("join");
+                assert_eq!((peek(at), peek(at + 1)), (9, 0));
+            });
+        });
+    }
+
+    #[test]
+    fn a_copy_that_stops_tells_where_and_why() {
+        alone(|| {
+            let at = map(8);
+            let page = PAGE as u64;
+            let uffd = context(Features::default(), range(at, 6));
+            // Present: page 2. Without a mapping: page 5.
+            assert_eq!(
+                uffd.copy(at + 2 * page, &[2; PAGE]).expect("copy"),
+                Copied::Done
+            );
+            // SAFETY: part of our own mapping, which nothing refers to.
+            assert_eq!(unsafe { libc::munmap((at + 5 * page) as *mut _, PAGE) }, 0);
+            let content = vec![7; 8 * PAGE];
+            assert_eq!(
+                uffd.copy(at, &content[..4 * PAGE]).expect("copy"),
+                Copied::Exists(2 * page)
+            );
+            assert_eq!(peek(at + 2 * page), 2);
+            assert_eq!(peek(at + page), 7);
+            assert_eq!(
+                uffd.copy(at + 3 * page, &content[..PAGE]).expect("copy"),
+                Copied::Done
+            );
+            // A border of mappings is known before anything is copied.
+            assert_eq!(
+                uffd.copy(at + 4 * page, &content[..2 * PAGE])
+                    .expect("copy"),
+                Copied::NoMapping(0)
+            );
+            assert_eq!(
+                uffd.zero(range(at + 4 * page, 1)).expect("zero"),
+                Copied::Done
+            );
+            assert_eq!(
+                uffd.zero(range(at + 4 * page, 1)).expect("zero"),
+                Copied::Exists(0)
+            );
+            // Not registered: no mapping of this context.
+            assert_eq!(
+                uffd.copy(at + 6 * page, &content[..PAGE]).expect("copy"),
+                Copied::NoMapping(0)
+            );
+            for (address, len) in [(at + 1, PAGE), (at, PAGE - 1)] {
+                assert!(matches!(
+                    uffd.copy(address, &content[..len]),
+                    Err(Error::Kernel {
+                        errno: Errno::EINVAL,
+                        ..
+                    })
+                ));
+            }
+            assert_eq!(uffd.copy(at, &[]).expect("copy"), Copied::Done);
+        });
+    }
+
+    #[test]
+    fn layout_events_hold_the_caller_until_they_are_read() {
+        alone(|| {
+            let at = map(8);
+            let page = PAGE as u64;
+            let features = Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
+            let uffd = context(features, range(at, 8));
+            uffd.copy(at, &[1; 8 * PAGE]).expect("copy");
+            std::thread::scope(|scope| {
+                // SAFETY: our own mapping.
+                let dropper = scope.spawn(|| unsafe {
+                    libc::madvise((at + page) as *mut _, PAGE, libc::MADV_DONTNEED)
+                });
+                assert!(wait_readable(&[uffd.as_fd()], None).expect("wait")[0]);
+                assert_eq!(
+                    uffd.copy(at + page, &[2; PAGE]).expect("copy"),
+                    Copied::Again(0)
+                );
+                let Event::Remove { start, end } = next_event(&uffd) else {
+                    panic!("not a removal");
+                };
+                assert_eq!(start..end, range(at + page, 1));
+                assert_eq!(dropper.join().expect("join"), 0);
+                assert_eq!(uffd.zero(range(at + page, 1)).expect("zero"), Copied::Done);
+
+                // SAFETY: our own mapping; the old address is not used again.
+                let mover = scope.spawn(|| unsafe {
+                    libc::mremap(
+                        (at + 4 * page) as *mut _,
+                        PAGE,
+                        2 * PAGE,
+                        libc::MREMAP_MAYMOVE,
+                    ) as u64
+                });
+                let Event::Remap { from, to, len } = next_event(&uffd) else {
+                    panic!("not a move");
+                };
+                // An unmap of the old place follows.
+                let Event::Unmap { start, end } = next_event(&uffd) else {
+                    panic!("not an unmap");
+                };
+                assert_eq!(start..end, range(at + 4 * page, 1));
+                assert_eq!(mover.join().expect("join"), to);
+                assert_eq!((from, len), (at + 4 * page, page));
+                assert_eq!(peek(to), 1);
+
+                // SAFETY: our own mapping.
+                let unmapper =
+                    scope.spawn(|| unsafe { libc::munmap((at + 6 * page) as *mut _, 2 * PAGE) });
+                let Event::Unmap { start, end } = next_event(&uffd) else {
+                    panic!("not an unmap");
+                };
+                assert_eq!(start..end, range(at + 6 * page, 2));
+                assert_eq!(unmapper.join().expect("join"), 0);
+            });
+        });
+    }
+
+    #[test]
+    fn a_child_comes_with_a_context_of_its_own() {
+        alone(|| {
+            let at = map(2);
+            let uffd = context(Features::EVENT_FORK | Features::EVENT_REMAP, range(at, 2));
+            std::thread::scope(|scope| {
+                let filler = scope.spawn(|| {
+                    let Event::Fork { child } = next_event(&uffd) else {
+                        panic!("not a fork");
+                    };
+                    let info = crate::procfs::descriptor(
+                        process::own_pid(),
+                        child.as_fd().as_raw_fd() as u32,
+                    )
+                    .expect("own descriptor")
+                    .info;
+                    assert!(info.close_on_exec());
+                    assert_fault(&next_event(&child), at, false);
+                    assert_eq!(child.copy(at, &[5; PAGE]).expect("copy"), Copied::Done);
+                    child
+                });
+                // fork(3) would hold the allocator's locks while it waits for the filler, which allocates.
+                // SAFETY: the child, with a copy of all memory, reads a byte and exits.
+                let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+                let pid = i32::try_from(pid).expect("pid");
+                if pid == 0 {
+                    // SAFETY: ends this process only.
+                    unsafe { libc::_exit(peek(at).into()) };
+                }
+                assert_eq!(process::wait(pid).expect("wait"), Ended::Exited(5));
+                let child = filler.join().expect("join");
+                // The parent's page is still missing; the dead child's context says so.
+                assert_eq!(
+                    child.copy(at + PAGE as u64, &[6; PAGE]).expect("copy"),
+                    Copied::Gone
+                );
+                assert_eq!(uffd.copy(at, &[8; PAGE]).expect("copy"), Copied::Done);
+                assert_eq!(peek(at), 8);
+            });
+        });
+    }
+
+    #[test]
+    fn poisoned_pages_fail_system_calls() {
+        alone(|| {
+            let at = map(2);
+            let uffd = context(Features::POISON, range(at, 2));
+            assert_eq!(uffd.poison(range(at, 1)).expect("poison"), Copied::Done);
+            let (_read_end, write_end) = crate::pipe::create(PAGE as u32, &[]).expect("pipe");
+            // SAFETY: the kernel checks the address itself.
+            let written = unsafe { libc::write(write_end.as_raw_fd(), at as *const _, 1) };
+            assert_eq!((written, Errno::last()), (-1, Errno::EFAULT));
+            assert_eq!(
+                uffd.zero(range(at + PAGE as u64, 1)).expect("zero"),
+                Copied::Done
+            );
+            assert_eq!(
+                uffd.poison(range(at + PAGE as u64, 1)).expect("poison"),
+                Copied::Exists(0)
+            );
+        });
+    }
+
+    #[test]
+    fn a_handshake_refuses_what_the_kernel_has_not() {
+        let uffd = Uffd::create().expect("create");
+        assert!(uffd.handshake(Features(1 << 63)).is_err());
+        let uffd = Uffd::create().expect("create");
+        let known = uffd.handshake(Features::default()).expect("handshake");
+        assert!(known.contains(Features::EVENT_FORK | Features::POISON));
+        assert!(matches!(
+            uffd.handshake(Features::default()),
+            Err(Error::Kernel {
+                errno: Errno::EINVAL,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn nothing_to_read_is_no_error() {
+        let uffd = Uffd::create().expect("create");
+        uffd.handshake(Features::default()).expect("handshake");
+        let mut events = Vec::new();
+        assert_eq!(uffd.read_events(&mut events).expect("read"), 0);
+        assert!(events.is_empty());
     }
 }
