@@ -22,11 +22,11 @@ pub enum Error {
         pid: i32,
     },
     /// Somebody else already traces the thread (a debugger, strace, another pageferry).
-    #[error("thread {tid} is already traced by process {tracer}")]
+    #[error("thread {tid} is already traced by thread {tracer}")]
     AlreadyTraced {
         /// Thread id.
         tid: i32,
-        /// Process id of the other tracer as `/proc` tells it.
+        /// Thread id of the other tracer as `/proc` tells it.
         tracer: i32,
     },
     /// The pid a process is to get is in use.

@@ -212,7 +212,7 @@ impl Tracee {
                     };
                 }
                 // A clone of a thread with the follow options arrives attached by itself.
-                if status.tracer_pid == std::process::id() as i32 && self.options.follow {
+                if status.tracer_pid == nix::unistd::gettid().as_raw() && self.options.follow {
                     self.threads.push(Thread::running(tid));
                     return Ok(true);
                 }
@@ -799,6 +799,7 @@ impl Tracee {
             }
             twice(|| ptrace::interrupt(tid))?;
             twice(|| ptrace::resume(tid, 0))?;
+            self.threads[0].stop = None;
             self.hold(0)?;
         }
         Ok(())

@@ -1,0 +1,1127 @@
+//! A process in hand: after it was stopped, had system calls made in it and was let go, it is bit for bit what it was; it
+//! survives our death at any point; and it never notices, whatever system call it was in.
+//!
+//! The victims are small C programs in `victims/`, run as an ordinary user with no_new_privs, some under a seccomp filter
+//! like Docker's default. They check themselves; the tests compare what only an outsider sees.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use pageferry_tracee::choke;
+use pageferry_tracee::{
+    Arg, Batch, Error, RemoteMemory, SeizeOptions, ThreadStart, Tracee, husk, procfs,
+};
+
+const BUDGET: Duration = Duration::from_millis(200);
+const ATTEMPTS: u32 = 20;
+const FOLLOW: SeizeOptions = SeizeOptions {
+    exit_kill: false,
+    follow: true,
+    suspend_seccomp: false,
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Victims
+
+/// A place for programs and files of the tests that every user may write to.
+fn workshop() -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("in_hand");
+    fs::create_dir_all(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o1777)).unwrap();
+    path
+}
+
+/// Compiles `victims/NAME.c`, unless that has been done since it was last changed.
+fn program(name: &str) -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/victims");
+    let source = sources.join(format!("{name}.c"));
+    let output = workshop().join(name);
+    let changed = |path: &Path| {
+        fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    };
+    let newest = changed(&source).max(changed(&sources.join("victim.h")));
+    if changed(&output) < newest {
+        let half_made = workshop().join(format!("{name}.{}", std::process::id()));
+        let status = Command::new("cc")
+            .args(["-O1", "-pthread", "-Wall", "-Werror", "-o"])
+            .args([&half_made, &source])
+            .status()
+            .expect("cc");
+        assert!(status.success(), "{} does not compile", source.display());
+        fs::rename(half_made, &output).unwrap();
+    }
+    output
+}
+
+/// Whether this host lets the tests do what they are about; says why not, which is a failure where everything must be tested.
+fn able() -> bool {
+    let reason = if fs::metadata("/proc/self")
+        .map(|_| nix::unistd::geteuid().is_root())
+        .unwrap_or(false)
+    {
+        let mapping = procfs::maps(std::process::id() as i32).unwrap().remove(0);
+        match File::open(format!(
+            "/proc/self/map_files/{:x}-{:x}",
+            mapping.start, mapping.end
+        )) {
+            Ok(_) => return true,
+            Err(error) => format!("/proc/self/map_files: {error}"),
+        }
+    } else {
+        "not root".to_owned()
+    };
+    assert!(
+        std::env::var_os("PAGEFERRY_TEST_STRICT").is_none(),
+        "skipped: {reason}"
+    );
+    println!("skipped: {reason}");
+    false
+}
+
+/// A running victim; killed when dropped.
+struct Victim {
+    child: Child,
+    page: File,
+}
+
+impl Victim {
+    fn start(name: &str, arguments: &[&str], filtered: bool) -> Self {
+        let page = memfd();
+        page.set_len(4096).unwrap();
+        let mut command = Command::new(program(name));
+        command
+            .args(arguments)
+            .current_dir(workshop())
+            .stdin(page.try_clone().unwrap())
+            .stdout(Stdio::piped())
+            .env_remove("VICTIM_FILTERED");
+        if filtered {
+            command.env("VICTIM_FILTERED", "1");
+        }
+        Self {
+            child: command.spawn().unwrap(),
+            page,
+        }
+    }
+
+    /// A checker with all its threads at work.
+    fn checker(threads: usize, filtered: bool) -> Self {
+        let victim = Self::start("checker", &[&threads.to_string()], filtered);
+        wait_for("the victim's threads", || victim.word(3) == threads as u64);
+        victim
+    }
+
+    fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// A word of the shared page: 0 failure, 1 go, 2 verdict, 3 threads, from 4 on the turns of each thread.
+    fn word(&self, index: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.page.read_exact_at(&mut bytes, index * 8).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    /// From here on its calls may answer EINTR: they do after SIGSTOP and SIGCONT, and may when a tracer dies.
+    fn expects_interruptions(&self) {
+        self.page.write_all_at(&1_u64.to_le_bytes(), 8).unwrap();
+    }
+
+    fn turns(&self, threads: usize) -> Vec<u64> {
+        (0..threads as u64)
+            .map(|thread| self.word(4 + thread))
+            .collect()
+    }
+
+    /// Every thread gets through more turns, and none has found anything wrong.
+    fn assert_works(&self, threads: usize, context: &str) {
+        let before = self.turns(threads);
+        let started = Instant::now();
+        // The turn that was interrupted and a whole one after it.
+        while !self
+            .turns(threads)
+            .iter()
+            .zip(&before)
+            .all(|(now, before)| *now >= before + 2)
+        {
+            assert_eq!(
+                self.word(0),
+                0,
+                "{context}: checker.c found something at this line"
+            );
+            assert!(
+                started.elapsed() < Duration::from_secs(20),
+                "{context}: threads stand still: {before:?} {:?}\n{}",
+                self.turns(threads),
+                self.describe()
+            );
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        assert_eq!(self.word(0), 0, "{context}");
+    }
+
+    fn describe(&self) -> String {
+        let pid = self.pid();
+        procfs::tids(pid)
+            .unwrap_or_default()
+            .into_iter()
+            .map(|tid| {
+                format!(
+                    "{tid}: {:?} {:?}\n",
+                    procfs::stat(pid, tid).map(|stat| stat.state),
+                    procfs::syscall(pid, tid)
+                )
+            })
+            .collect()
+    }
+
+    fn assert_stands_still(&self, threads: usize) {
+        let before = self.turns(threads);
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(self.turns(threads), before);
+    }
+
+    fn state(&self) -> char {
+        procfs::stat(self.pid(), self.pid()).unwrap().state
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: no pointers; the child has not been waited for.
+        unsafe { libc::kill(self.pid(), signal) };
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn memfd() -> File {
+    // SAFETY: a literal name; the result is checked and owned by nobody else.
+    unsafe {
+        let fd = libc::memfd_create(c"page".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    }
+}
+
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "waited too long for {what}"
+        );
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+fn frozen(pid: i32) -> Tracee {
+    let mut tracee = Tracee::seize(pid, FOLLOW).unwrap();
+    tracee.freeze(BUDGET, ATTEMPTS).unwrap();
+    tracee
+}
+
+/// A batch that touches descriptors, memory and signals and takes back what it did.
+fn busy_batch(scratch: u64) -> Batch {
+    let mut batch = Batch::new();
+    let fd = batch.call(libc::SYS_dup, &[0.into()]);
+    batch.call(libc::SYS_close, &[fd.into()]);
+    let map = batch.call(
+        libc::SYS_mmap,
+        &[
+            0.into(),
+            8192.into(),
+            (libc::PROT_READ | libc::PROT_WRITE).into(),
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).into(),
+            (-1).into(),
+            0.into(),
+        ],
+    );
+    batch.call(libc::SYS_munmap, &[map.into(), 8192.into()]);
+    batch.call(
+        libc::SYS_rt_sigprocmask,
+        &[0.into(), 0.into(), scratch.into(), 8.into()],
+    );
+    batch.call(libc::SYS_gettid, &[]);
+    batch
+}
+
+fn work_in_all_threads(tracee: &mut Tracee) -> Result<(), Error> {
+    let tids = tracee.tids().to_vec();
+    let mut injection = tracee.plant(None)?;
+    let work: Vec<_> = tids
+        .iter()
+        .map(|&tid| (tid, busy_batch(injection.scratch_address(tid))))
+        .collect();
+    let results = injection.run_all(&work)?;
+    for (tid, result) in tids.iter().zip(&results) {
+        assert!(result.iter().all(Result::is_ok), "{result:?}");
+        assert_eq!(result[5], Ok(*tid as u64));
+        // In the agent everything is blocked that can be.
+        let blocked = u64::from_le_bytes(injection.scratch(*tid)[..8].try_into().unwrap());
+        assert_eq!(!blocked, bit(libc::SIGKILL) | bit(libc::SIGSTOP));
+    }
+    injection.cure()
+}
+
+fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bit for bit
+
+/// Everything about a frozen process that an injection could spoil.
+#[derive(Debug, PartialEq)]
+struct Snapshot {
+    threads: Vec<ThreadSnapshot>,
+    maps: String,
+    descriptors: BTreeMap<u32, String>,
+    /// Of every writable mapping, by start address.
+    memory: BTreeMap<u64, u64>,
+}
+
+#[derive(Debug, PartialEq)]
+struct ThreadSnapshot {
+    registers: pageferry_tracee::Registers,
+    xsave: Vec<u8>,
+    sigmask: u64,
+    pending: Vec<[u8; 128]>,
+    signals: String,
+    robust_list: (u64, u64),
+    rseq: pageferry_tracee::RseqConfiguration,
+}
+
+impl Snapshot {
+    fn assert_is(&self, before: &Self, context: &str) {
+        for (now, before) in self.threads.iter().zip(&before.threads) {
+            assert_eq!(now.registers, before.registers, "{context}");
+            assert!(now.xsave == before.xsave, "{context}: extended state");
+            assert_eq!(now.signals, before.signals, "{context}");
+            assert_eq!(now, before, "{context}");
+        }
+        assert_eq!(self.maps, before.maps, "{context}");
+        assert_eq!(self.descriptors, before.descriptors, "{context}");
+        for (start, hash) in &self.memory {
+            assert_eq!(Some(hash), before.memory.get(start), "{context}: memory from {start:x}\n{}", self.maps);
+        }
+        assert_eq!(self, before, "{context}");
+    }
+
+    fn of(tracee: &Tracee) -> Self {
+        let pid = tracee.pid();
+        let memory = RemoteMemory::open(pid).unwrap();
+        // The kernel writes the processor's number into these whenever the thread passes it.
+        let processor_words: Vec<u64> = tracee
+            .tids()
+            .iter()
+            .map(|&tid| tracee.rseq(tid).unwrap().address)
+            .collect();
+        let hash = |vma: &procfs::Vma| {
+            let mut bytes = vec![0; vma.len() as usize];
+            memory.read(vma.start, &mut bytes).ok()?;
+            for &rseq in &processor_words {
+                if (vma.start..vma.end).contains(&rseq) {
+                    let at = (rseq - vma.start) as usize;
+                    bytes[at..at + 8].fill(0);
+                    bytes[at + 20..at + 32].fill(0);
+                }
+            }
+            // FNV-1a, by words
+            Some(
+                bytes
+                    .chunks(8)
+                    .fold(0xcbf2_9ce4_8422_2325_u64, |hash, chunk| {
+                        let word = chunk
+                            .iter()
+                            .fold(0_u64, |word, &byte| word << 8 | u64::from(byte));
+                        (hash ^ word).wrapping_mul(0x0100_0000_01b3)
+                    }),
+            )
+        };
+        Self {
+            threads: tracee
+                .tids()
+                .iter()
+                .map(|&tid| ThreadSnapshot {
+                    registers: tracee.registers(tid).unwrap(),
+                    xsave: tracee.xsave(tid).unwrap(),
+                    sigmask: tracee.sigmask(tid).unwrap(),
+                    pending: [
+                        tracee.pending(tid, false).unwrap(),
+                        tracee.pending(tid, true).unwrap(),
+                    ]
+                    .concat(),
+                    signals: fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))
+                        .unwrap()
+                        .lines()
+                        .filter(|line| line.starts_with("Sig") || line.starts_with("ShdPnd"))
+                        .collect::<Vec<_>>()
+                        .join("\n"),
+                    robust_list: tracee.robust_list(tid).unwrap(),
+                    rseq: tracee.rseq(tid).unwrap(),
+                })
+                .collect(),
+            maps: fs::read_to_string(format!("/proc/{pid}/maps")).unwrap(),
+            descriptors: procfs::descriptors(pid)
+                .unwrap()
+                .into_iter()
+                .map(|entry| (entry.fd, entry.link))
+                .collect(),
+            memory: procfs::maps(pid)
+                .unwrap()
+                .iter()
+                .filter(|vma| vma.write)
+                .filter_map(|vma| Some((vma.start, hash(vma)?)))
+                .collect(),
+        }
+    }
+}
+
+fn stays_bit_for_bit(filtered: bool, options: SeizeOptions) {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(6, filtered);
+    for round in 0..8 {
+        let mut tracee = Tracee::seize(victim.pid(), options).unwrap();
+        tracee.freeze(BUDGET, ATTEMPTS).unwrap();
+        assert_eq!(tracee.tids().len(), 6);
+        // One of them is blocked in some threads and not in others.
+        victim.signal(libc::SIGUSR1);
+        let before = Snapshot::of(&tracee);
+        assert!(before.memory.len() > 4);
+        work_in_all_threads(&mut tracee).unwrap();
+        Snapshot::of(&tracee).assert_is(&before, &format!("round {round}"));
+        // Nobody but us has seen the signal; without a handler it would kill.
+        discard_pending(&victim, &mut tracee);
+        tracee.thaw().unwrap();
+        victim.assert_works(6, "after thaw");
+    }
+}
+
+/// Makes the process ignore SIGUSR1 for a moment, which throws away the pending one.
+fn discard_pending(victim: &Victim, tracee: &mut Tracee) {
+    let mut injection = tracee.plant(None).unwrap();
+    let mut batch = Batch::new();
+    let address = injection.scratch_address(victim.pid());
+    // struct sigaction of the kernel: handler, flags, restorer, mask
+    injection.scratch(victim.pid())[..32].fill(0);
+    injection.scratch(victim.pid())[0] = 1;
+    injection.scratch(victim.pid())[32..64].fill(0);
+    for action in [address, address + 32] {
+        batch.call(
+            libc::SYS_rt_sigaction,
+            &[libc::SIGUSR1.into(), action.into(), 0.into(), 8.into()],
+        );
+    }
+    assert_eq!(injection.run(victim.pid(), &batch).unwrap(), [Ok(0), Ok(0)]);
+    injection.cure().unwrap();
+}
+
+#[test]
+fn plant_run_and_cure_leave_an_ordinary_process_bit_for_bit() {
+    stays_bit_for_bit(false, FOLLOW);
+}
+
+#[test]
+fn plant_run_and_cure_leave_a_process_under_a_seccomp_filter_bit_for_bit() {
+    stays_bit_for_bit(true, FOLLOW);
+}
+
+#[test]
+fn plant_run_and_cure_leave_a_process_with_its_filter_lifted_bit_for_bit() {
+    let lifted = SeizeOptions {
+        suspend_seccomp: true,
+        ..FOLLOW
+    };
+    stays_bit_for_bit(true, lifted);
+}
+
+#[test]
+fn calls_in_many_threads_are_made_at_the_same_time() {
+    const THREADS: usize = 32;
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(THREADS, false);
+    let mut tracee = frozen(victim.pid());
+    let tids = tracee.tids().to_vec();
+    assert_eq!(tids.len(), THREADS);
+    let mut injection = tracee.plant(None).unwrap();
+    let work: Vec<_> = tids
+        .iter()
+        .map(|&tid| {
+            injection.scratch(tid)[..16]
+                .copy_from_slice(&[[0; 8], 50_000_000_u64.to_le_bytes()].concat());
+            let mut batch = Batch::new();
+            // poll: a nanosleep would overwrite what the kernel remembers of an interrupted one.
+            batch.call(libc::SYS_poll, &[0.into(), 0.into(), 50.into()]);
+            batch.call(libc::SYS_gettid, &[]);
+            (tid, batch)
+        })
+        .collect();
+    let started = Instant::now();
+    let results = injection.run_all(&work).unwrap();
+    assert!(
+        started.elapsed() < Duration::from_millis(50 * 8),
+        "{:?}",
+        started.elapsed()
+    );
+    for (tid, result) in tids.iter().zip(results) {
+        assert_eq!(result, [Ok(0), Ok(*tid as u64)]);
+    }
+    // Several batches for one thread are done in order, and results of one call are arguments of the next.
+    let mut batch = Batch::new();
+    let first = batch.call(libc::SYS_dup, &[0.into()]);
+    let second = batch.call(libc::SYS_dup, &[Arg::from(first)]);
+    batch.call(libc::SYS_close, &[second.into()]);
+    batch.call(libc::SYS_close, &[first.into()]);
+    batch.call(libc::SYS_close, &[first.into()]);
+    let results = injection.run_all(&vec![(tids[0], batch); 3]).unwrap();
+    assert_eq!(results.len(), 3);
+    for result in results {
+        let (Ok(first), Ok(second)) = (result[0], result[1]) else {
+            panic!("{result:?}");
+        };
+        assert!(first > 2 && second > first);
+        assert_eq!(result[2..4], [Ok(0), Ok(0)]);
+        assert_eq!(result[4], Err(nix::errno::Errno::EBADF));
+    }
+    injection.cure().unwrap();
+    tracee.thaw().unwrap();
+    victim.assert_works(THREADS, "after parallel batches");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocking system calls
+
+/// What a blocked call came to: result, errno, milliseconds.
+type Outcome = (i64, i32, i64);
+
+/// The calls by name with what they come to; each in a process of its own, all at once. `disturb` gets their process ids
+/// while all are blocked.
+fn outcomes(filtered: bool, disturb: impl FnOnce(&[(String, i32)])) -> BTreeMap<String, Outcome> {
+    let list = Command::new(program("blocking")).output().unwrap();
+    let names: Vec<String> = String::from_utf8(list.stdout)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    let mut running: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let mut victim = Victim::start("blocking", &[name], filtered);
+            let mut output = BufReader::new(victim.child.stdout.take().unwrap());
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            assert!(line == "ready\n" || filtered, "{name}: {line:?}");
+            (name.clone(), victim, output)
+        })
+        .collect();
+    // Time to fall asleep in the call.
+    std::thread::sleep(Duration::from_millis(50));
+    let pids: Vec<_> = running
+        .iter()
+        .map(|(name, victim, _)| (name.clone(), victim.pid()))
+        .collect();
+    disturb(&pids);
+    running
+        .iter_mut()
+        .filter_map(|(name, _, output)| {
+            let mut line = String::new();
+            output.read_to_string(&mut line).unwrap();
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let [_, result, errno, milliseconds] = words[..] else {
+                assert!(filtered, "{name} said {line:?}");
+                return None;
+            };
+            Some((
+                name.clone(),
+                (
+                    result.parse().unwrap(),
+                    errno.parse().unwrap(),
+                    milliseconds.parse().unwrap(),
+                ),
+            ))
+        })
+        .collect()
+}
+
+fn blocking_calls_come_to_the_same(filtered: bool) {
+    /// `WAIT_MS` in blocking.c.
+    const WAIT: i64 = 1500;
+    /// How late a helper or a timeout may be on a busy machine with fifty of them.
+    const LATE: i64 = 250;
+    if !able() {
+        return;
+    }
+    let undisturbed = outcomes(filtered, |_| ());
+    assert!(undisturbed.len() >= 36, "{}", undisturbed.len());
+    let disturbed = outcomes(filtered, |victims| {
+        for (name, pid) in victims {
+            // Stopped and let go, and again with calls made in between.
+            let result = Tracee::seize(*pid, FOLLOW).and_then(|mut tracee| {
+                tracee.freeze(BUDGET, ATTEMPTS)?;
+                tracee.thaw()?;
+                std::thread::sleep(Duration::from_millis(3));
+                let mut tracee = Tracee::seize(*pid, FOLLOW)?;
+                tracee.freeze(BUDGET, ATTEMPTS)?;
+                work_in_all_threads(&mut tracee)?;
+                tracee.thaw()
+            });
+            match result {
+                Ok(()) => {}
+                // Under a filter some of them have nothing to wait for.
+                Err(error) if filtered && error.is_gone() => {}
+                Err(error) => panic!("{name}: {error}"),
+            }
+        }
+    });
+    let mut wrong = Vec::new();
+    for (name, (result, errno, milliseconds)) in &undisturbed {
+        let Some(after) = disturbed.get(name) else {
+            wrong.push(format!("{name}: no answer"));
+            continue;
+        };
+        // Only calls that wait take time; the filter makes some answer at once.
+        let in_time = if *milliseconds >= WAIT - LATE {
+            // Helpers may be early by the time the victim took to start its call.
+            (WAIT - LATE..WAIT + LATE).contains(&after.2)
+        } else {
+            after.2 < LATE
+        };
+        if (*result, *errno) != (after.0, after.1) || !in_time {
+            wrong.push(format!(
+                "{name}: undisturbed {:?}, disturbed {after:?}",
+                (result, errno, milliseconds)
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn blocking_calls_return_what_they_would_have_returned() {
+    blocking_calls_come_to_the_same(false);
+}
+
+#[test]
+fn blocking_calls_under_a_seccomp_filter_return_what_they_would_have_returned() {
+    blocking_calls_come_to_the_same(true);
+}
+
+#[test]
+fn a_restartable_sequence_is_aborted() {
+    if !able() {
+        return;
+    }
+    for planted in [false, true] {
+        let victim = Victim::start("sequence", &[], false);
+        wait_for("the victim", || victim.word(3) == 1);
+        let pid = victim.pid();
+        let memory = RemoteMemory::open(pid).unwrap();
+        // Until it is caught inside, which is nearly always.
+        let mut tracee = loop {
+            let tracee = frozen(pid);
+            let rseq = tracee.rseq(pid).unwrap();
+            let pointer: u64 = memory
+                .read_value(pageferry_tracee::RemotePtr::new(rseq.address + 8))
+                .unwrap();
+            let rip = tracee.registers(pid).unwrap().rip;
+            if pointer != 0 {
+                let [_, start, len, abort] = memory
+                    .read_value(pageferry_tracee::RemotePtr::<[u64; 4]>::new(pointer))
+                    .unwrap();
+                if rip.wrapping_sub(start) < len {
+                    assert_eq!(tracee.portable_registers(pid).unwrap().rip, abort);
+                    break tracee;
+                }
+            }
+            tracee.thaw().unwrap();
+        };
+        // From here on the sequence would come through if nobody aborted it.
+        victim.page.write_all_at(&1_u64.to_le_bytes(), 8).unwrap();
+        if planted {
+            work_in_all_threads(&mut tracee).unwrap();
+        }
+        tracee.thaw().unwrap();
+        wait_for("the verdict", || victim.word(2) != 0);
+        assert_eq!(
+            victim.word(2),
+            1,
+            "the sequence came through although it was interrupted"
+        );
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Stopped, parked, held
+
+#[test]
+fn a_stopped_process_stays_stopped() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(4, false);
+    victim.expects_interruptions();
+    victim.signal(libc::SIGSTOP);
+    wait_for("the stop", || victim.state() == 'T');
+    let mut tracee = frozen(victim.pid());
+    let before = Snapshot::of(&tracee);
+    work_in_all_threads(&mut tracee).unwrap();
+    Snapshot::of(&tracee).assert_is(&before, "stopped");
+    tracee.thaw().unwrap();
+    wait_for("the stop", || victim.state() == 'T');
+    victim.assert_stands_still(4);
+    victim.signal(libc::SIGCONT);
+    victim.assert_works(4, "after SIGCONT");
+}
+
+#[test]
+fn a_stop_that_arrives_while_planted_stops_the_process_afterwards() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(4, false);
+    victim.expects_interruptions();
+    let mut tracee = frozen(victim.pid());
+    let tids = tracee.tids().to_vec();
+    let mut injection = tracee.plant(None).unwrap();
+    victim.signal(libc::SIGSTOP);
+    for &tid in &tids {
+        assert_eq!(
+            injection
+                .run(tid, &busy_batch(injection.scratch_address(tid)))
+                .unwrap()[5],
+            Ok(tid as u64)
+        );
+    }
+    injection.cure().unwrap();
+    tracee.thaw().unwrap();
+    wait_for("the stop", || victim.state() == 'T');
+    victim.assert_stands_still(4);
+    victim.signal(libc::SIGCONT);
+    victim.assert_works(4, "after SIGCONT");
+}
+
+#[test]
+fn unparking_swallows_the_stop_unseen() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(4, false);
+    for _ in 0..5 {
+        let mut tracee = frozen(victim.pid());
+        let before = Snapshot::of(&tracee);
+        tracee.park().unwrap();
+        assert_ne!(
+            procfs::status(victim.pid(), victim.pid()).unwrap().shd_pnd & bit(libc::SIGSTOP),
+            0
+        );
+        tracee.unpark().unwrap();
+        Snapshot::of(&tracee).assert_is(&before, "unparked");
+        tracee.thaw().unwrap();
+        victim.assert_works(4, "after unpark");
+    }
+}
+
+#[test]
+fn a_parked_process_stays_stopped_when_its_tracer_is_killed() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(4, false);
+    victim.expects_interruptions();
+    let mut role = Role::start("park", victim.pid(), None);
+    role.wait_until_ready();
+    role.kill();
+    wait_for("the stop", || victim.state() == 'T');
+    victim.assert_stands_still(4);
+    victim.signal(libc::SIGCONT);
+    victim.assert_works(4, "after SIGCONT");
+}
+
+#[test]
+fn a_second_tracer_and_the_dead_are_refused_by_name() {
+    if !able() {
+        return;
+    }
+    let mut victim = Victim::checker(2, false);
+    let pid = victim.pid();
+    let mut role = Role::start("freeze", pid, None);
+    role.wait_until_ready();
+    let tracer = role.child.id() as i32;
+    match Tracee::seize(pid, FOLLOW) {
+        Err(Error::AlreadyTraced { tracer: found, .. }) => {
+            assert!(procfs::tids(tracer).unwrap().contains(&found));
+        }
+        other => panic!("{other:?}"),
+    }
+    victim.expects_interruptions();
+    role.kill();
+    victim.assert_works(2, "after its tracer's death");
+    victim.child.kill().unwrap();
+    wait_for("its end", || victim.state() == 'Z');
+    assert!(matches!(
+        Tracee::seize(pid, FOLLOW),
+        Err(Error::Zombie { .. })
+    ));
+    victim.child.wait().unwrap();
+    assert!(matches!(
+        Tracee::seize(pid, FOLLOW),
+        Err(Error::Gone { .. })
+    ));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Our own death, and failing calls
+
+/// This test program once more, as a tracer of its own that can be killed.
+struct Role {
+    child: Child,
+}
+
+impl Role {
+    fn start(what: &str, pid: i32, fault: Option<String>) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args([
+                "--exact",
+                "role",
+                "--ignored",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .env("ROLE", what)
+            .env("ROLE_PID", pid.to_string())
+            .env_remove("PAGEFERRY_FAULT")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        if let Some(fault) = fault {
+            command.env("PAGEFERRY_FAULT", fault);
+        }
+        Self {
+            child: command.spawn().unwrap(),
+        }
+    }
+
+    /// The role says a word on its standard error, since the test harness writes to the other.
+    fn wait_until_ready(&mut self) {
+        let mut line = String::new();
+        BufReader::new(self.child.stderr.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert_eq!(line, "ready\n");
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// `None` when it was killed, else its exit code and what it said.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut said = String::new();
+        self.child
+            .stderr
+            .as_mut()
+            .unwrap()
+            .read_to_string(&mut said)
+            .unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(
+            status.signal().is_none_or(|signal| signal == libc::SIGKILL),
+            "{status:?} {said}"
+        );
+        (status.code(), said)
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const ROLE_DONE: i32 = 0;
+const ROLE_FAILED: i32 = 3;
+
+/// Not a test: what [`Role`] runs.
+#[test]
+#[ignore = "a helper process of other tests"]
+fn role() {
+    let (Ok(what), Ok(pid)) = (std::env::var("ROLE"), std::env::var("ROLE_PID")) else {
+        return;
+    };
+    let pid: i32 = pid.parse().unwrap();
+    if what == "park" || what == "freeze" {
+        let mut tracee = frozen(pid);
+        if what == "park" {
+            tracee.park().unwrap();
+        }
+        eprintln!("ready");
+        let _ = std::io::stdin().read(&mut [0]);
+        return;
+    }
+    if what == "endless" {
+        eprintln!("ready");
+        loop {
+            let mut tracee = frozen(pid);
+            work_in_all_threads(&mut tracee).unwrap();
+            tracee.thaw().unwrap();
+        }
+    }
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    choke::configure_from_environment();
+    let cycle = || -> Result<(), Error> {
+        let mut tracee = Tracee::seize(pid, FOLLOW)?;
+        tracee.freeze(BUDGET, ATTEMPTS)?;
+        work_in_all_threads(&mut tracee)?;
+        tracee.thaw()
+    };
+    let result = cycle();
+    let fired = choke::fired();
+    choke::arm(None);
+    if what == "cycle" {
+        // Whatever failed, nothing of us is left in it, before we end.
+        for tid in procfs::tids(pid).unwrap() {
+            assert_eq!(
+                procfs::status(pid, tid).unwrap().tracer_pid,
+                0,
+                "{result:?}"
+            );
+        }
+        assert_eq!(
+            fs::read_to_string(format!("/proc/{pid}/maps")).unwrap(),
+            maps,
+            "{result:?}"
+        );
+    }
+    let code = match (result, fired) {
+        // The call that failed was one that is tried again.
+        (Ok(()), true) | (Err(_), _) => ROLE_FAILED,
+        (Ok(()), false) => ROLE_DONE,
+    };
+    std::process::exit(code);
+}
+
+#[test]
+fn the_victim_survives_our_death_at_every_call() {
+    const THREADS: usize = 3;
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(THREADS, false);
+    victim.expects_interruptions();
+    for n in 1.. {
+        let (code, said) = Role::start("cycle", victim.pid(), Some(format!("kill:{n}"))).end();
+        victim.assert_works(THREADS, &format!("killed at call {n}"));
+        match code {
+            None => {}
+            Some(ROLE_DONE) => {
+                assert!(n > 60, "only {n} calls");
+                break;
+            }
+            Some(code) => panic!("call {n}: exit {code}: {said}"),
+        }
+    }
+}
+
+#[test]
+fn the_victim_survives_our_death_at_any_time() {
+    const THREADS: usize = 3;
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(THREADS, true);
+    victim.expects_interruptions();
+    for round in 0..60_u64 {
+        let mut role = Role::start("endless", victim.pid(), None);
+        role.wait_until_ready();
+        std::thread::sleep(Duration::from_micros(round * 7919 % 5000));
+        role.kill();
+        victim.assert_works(THREADS, &format!("killed in round {round}"));
+    }
+}
+
+#[test]
+fn the_victim_is_unharmed_by_a_failure_of_every_call() {
+    const THREADS: usize = 3;
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(THREADS, false);
+    for n in 1.. {
+        let (code, said) = Role::start("cycle", victim.pid(), Some(format!("fail:{n}"))).end();
+        victim.assert_works(THREADS, &format!("call {n} failed"));
+        match code {
+            Some(ROLE_FAILED) => {}
+            Some(ROLE_DONE) => {
+                assert!(n > 60, "only {n} calls");
+                break;
+            }
+            code => panic!("call {n}: exit {code:?}: {said}"),
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Husks
+
+/// Husks are made by single-threaded processes only, which a test harness is not: its child is.
+#[test]
+fn a_husk_gets_threads_and_goes_on_as_it_is_told() {
+    if !able() {
+        return;
+    }
+    // SAFETY: the child only runs the body below and ends without returning to the harness; what it uses of the C library
+    // is usable in a forked child with glibc.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let result = std::panic::catch_unwind(husk_story);
+        // SAFETY: ends this process without the harness's clean-up.
+        unsafe { libc::_exit(i32::from(result.is_err())) };
+    }
+    let mut status = 0;
+    // SAFETY: our own child and a live integer.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert_eq!(status, 0, "its words are above");
+}
+
+fn husk_story() {
+    std::panic::set_hook(Box::new(|panic| {
+        let words = format!("{panic}\n");
+        // SAFETY: writes live bytes to standard error, past the harness's capture, which belongs to the other process.
+        unsafe { libc::write(2, words.as_ptr().cast(), words.len()) };
+    }));
+    let pid = (20_000..30_000)
+        .rev()
+        .find(|&pid| !procfs::exists(pid))
+        .unwrap();
+    let pid = husk::spawn(&husk::HuskRequest::new(pid)).unwrap();
+    let options = SeizeOptions {
+        exit_kill: true,
+        ..SeizeOptions::default()
+    };
+    let mut tracee = Tracee::seize(pid, options).unwrap();
+    tracee.freeze(BUDGET, ATTEMPTS).unwrap();
+    const AGENT: u64 = 0x1_0000_0000;
+    const CODE: u64 = 0x2_0000_0000;
+    let mut injection = tracee.plant_with_room(Some(AGENT), 3).unwrap();
+    assert_eq!(injection.mapping().start, AGENT);
+    let tids: Vec<i32> = (pid..)
+        .filter(|&tid| tid == pid || !procfs::exists(tid))
+        .take(3)
+        .collect();
+    for &tid in &tids[1..] {
+        injection.spawn_thread(tid).unwrap();
+    }
+    assert!(matches!(
+        injection.spawn_thread(tids[2] + 1),
+        Err(Error::TooMuch { .. })
+    ));
+    assert_eq!(injection.tracee().tids(), tids);
+    let mut batch = Batch::new();
+    batch.call(
+        libc::SYS_mmap,
+        &[
+            CODE.into(),
+            4096.into(),
+            (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC).into(),
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE).into(),
+            (-1).into(),
+            0.into(),
+        ],
+    );
+    assert_eq!(injection.run(pid, &batch).unwrap(), [Ok(CODE)]);
+    let mut whoami = Batch::new();
+    whoami.call(libc::SYS_gettid, &[]);
+    for &tid in &tids {
+        assert_eq!(injection.run(tid, &whoami).unwrap(), [Ok(tid as u64)]);
+    }
+    let memory = RemoteMemory::open(pid).unwrap();
+    // 1: lock inc qword [rdi]; pause; jmp 1b
+    memory
+        .write(CODE, &[0xf0, 0x48, 0xff, 0x07, 0xf3, 0x90, 0xeb, 0xf8])
+        .unwrap();
+    let registers = |thread: u64| pageferry_tracee::Registers {
+        rip: CODE,
+        rdi: CODE + 256 + thread * 64,
+        rsp: CODE + 4096,
+        orig_rax: u64::MAX,
+        cs: 0x33,
+        ss: 0x2b,
+        eflags: 0x202,
+        ..Default::default()
+    };
+    let starts: Vec<ThreadStart> = tids
+        .iter()
+        .enumerate()
+        .map(|(thread, &tid)| ThreadStart {
+            tid,
+            registers: registers(thread as u64),
+            xsave: Vec::new(),
+            sigmask: bit(libc::SIGUSR1),
+        })
+        .collect();
+    injection.finish(&starts).unwrap();
+    for (thread, &tid) in tids.iter().enumerate() {
+        assert_eq!(
+            tracee.registers(tid).unwrap().rip,
+            registers(thread as u64).rip
+        );
+        assert_eq!(tracee.sigmask(tid).unwrap(), bit(libc::SIGUSR1));
+    }
+    assert!(
+        procfs::maps(pid)
+            .unwrap()
+            .iter()
+            .all(|vma| vma.start != AGENT)
+    );
+    tracee.clear_exit_kill().unwrap();
+    let mut held = tracee.release(true).unwrap().unwrap();
+    let counters = || -> Vec<u64> {
+        (0..3)
+            .map(|thread| {
+                memory
+                    .read_value(pageferry_tracee::RemotePtr::new(CODE + 256 + thread * 64))
+                    .unwrap()
+            })
+            .collect()
+    };
+    wait_for("every thread to count", || {
+        counters().iter().all(|&count| count > 0)
+    });
+    assert_eq!(
+        held.pump(Duration::from_millis(5)).unwrap(),
+        pageferry_tracee::Pumped::Running
+    );
+    // Signals pass through.
+    // SAFETY: no pointers; the process is ours.
+    unsafe { libc::kill(pid, libc::SIGTERM) };
+    let started = Instant::now();
+    let ended = loop {
+        match held.pump(Duration::from_millis(5)).unwrap() {
+            pageferry_tracee::Pumped::Exited(status) => break status,
+            pageferry_tracee::Pumped::Running => {
+                assert!(started.elapsed() < Duration::from_secs(5))
+            }
+        }
+    };
+    assert_eq!(libc::WTERMSIG(ended), libc::SIGTERM);
+}
