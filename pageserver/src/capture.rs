@@ -215,3 +215,6 @@ fn ask(
     }
     Ok((answered, first_touch))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,344 @@
+//! Captures of live processes: a small C program sets things up, says so, and the model is compared with what it says.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use pageferry_image::model::files::file;
+use pageferry_image::model::sockets::State;
+use pageferry_image::page::PAGE_LEN;
+use pageferry_tracee::{SeizeOptions, Tracee};
+use pageferry_wire::PageKind;
+
+use super::*;
+use crate::serve::PageReader;
+use crate::survey::survey;
+
+/// A program that runs until it is dropped.
+struct Subject {
+    child: Child,
+    said: Vec<String>,
+    _folder: tempfile::TempDir,
+}
+
+impl Subject {
+    /// Compiles `body` as the body of main and starts it; it must end in `ready()`, and has said `name=value` lines before.
+    fn start(body: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (source, program) = (folder.path().join("subject.c"), folder.path().join("subject"));
+        let text = format!(
+            "#define _GNU_SOURCE\n{}\nstatic void ready(void) {{ puts(\"ready\"); fflush(stdout); close(1); open(\"/dev/null\", O_WRONLY); for (;;) pause(); }}\n{body}",
+            include_str!("subject_includes.h")
+        );
+        std::fs::File::create(&source).and_then(|mut file| file.write_all(text.as_bytes())).expect("written");
+        let compiled = Command::new("cc").args(["-O1", "-w", "-pthread", "-o"]).arg(&program).arg(&source).status().expect("cc runs");
+        assert!(compiled.success(), "the subject compiles");
+        let mut child = Command::new(&program)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            .spawn()
+            .expect("the subject starts");
+        let mut said = Vec::new();
+        for line in BufReader::new(child.stdout.take().expect("a pipe")).lines() {
+            match line.expect("text").as_str() {
+                "ready" => break,
+                line => said.push(line.to_owned()),
+            }
+        }
+        // The pipe's other end is closed right after the word.
+        std::thread::sleep(Duration::from_millis(50));
+        Self { child, said, _folder: folder }
+    }
+
+    fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// What it said of `name`, a number.
+    fn said(&self, name: &str) -> u64 {
+        let value = self.said.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).expect("it was said");
+        value.strip_prefix("0x").map_or_else(|| value.parse(), |hex| u64::from_str_radix(hex, 16)).expect("a number")
+    }
+
+    fn refused(&self) -> Vec<&'static str> {
+        self.refused_with(&SurveyOptions::default())
+    }
+
+    fn refused_with(&self, options: &SurveyOptions) -> Vec<&'static str> {
+        survey(self.pid(), options).expect("surveyed").refusals.iter().map(|refusal| refusal.what.key()).collect()
+    }
+
+    fn captured(&self, look: impl FnOnce(&Captured)) {
+        let options = SurveyOptions::default();
+        let found = survey(self.pid(), &options).expect("surveyed");
+        assert!(found.refusals.is_empty(), "{:?}", found.refusals);
+        let mut tracee = Tracee::seize(self.pid(), SeizeOptions::default()).expect("seized");
+        tracee.freeze(Duration::from_millis(500), 5).expect("frozen");
+        let captured = capture(&mut tracee, &found, &options).expect("captured");
+        look(&captured);
+        tracee.thaw().expect("thawed");
+    }
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn root(captured: &Captured) -> &Process {
+    captured.tree.root.as_ref().expect("a process")
+}
+
+fn kind(captured: &Captured, fd: u64) -> &file::Kind {
+    let file = root(captured).descriptors.iter().find(|row| u64::from(row.fd) == fd).expect("a row").file;
+    captured.tree.files.iter().find(|row| row.id == file).and_then(|row| row.kind.as_ref()).expect("a file")
+}
+
+#[test]
+fn a_process_is_captured_as_it_is() {
+    let subject = Subject::start(
+        r#"
+static void *wait_for_ever(void *nothing) { prctl(PR_SET_NAME, "second"); for (;;) pause(); }
+static void handler(int signo) {}
+int main(void) {
+    sigset_t mask;
+    sigemptyset(&mask);
+    sigaddset(&mask, SIGUSR2);
+    sigprocmask(SIG_BLOCK, &mask, NULL);
+    pthread_t thread;
+    pthread_create(&thread, NULL, wait_for_ever, NULL);
+    usleep(20000);
+    struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+    sigaction(SIGUSR1, &action, NULL);
+    raise(SIGUSR2);
+    kill(getpid(), SIGUSR2);
+    stack_t stack = {.ss_sp = malloc(65536), .ss_size = 65536};
+    sigaltstack(&stack, NULL);
+    umask(027);
+    prctl(PR_SET_TIMERSLACK, 123456);
+    prctl(PR_SET_PDEATHSIG, SIGHUP);
+    syscall(SYS_membarrier, 16, 0, 0);
+    struct itimerval real = {.it_value = {1000, 0}, .it_interval = {5, 6}};
+    setitimer(ITIMER_REAL, &real, NULL);
+    timer_t timer;
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1, .sigev_value = {.sival_int = 77}};
+    timer_create(CLOCK_MONOTONIC, &event, &timer);
+    struct itimerspec spec = {.it_value = {2000, 0}, .it_interval = {0, 7}};
+    timer_settime(timer, 0, &spec, NULL);
+    int pipes[2];
+    pipe(pipes);
+    write(pipes[1], "hello", 5);
+    int again = dup(pipes[1]);
+    int pair[2];
+    socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair);
+    write(pair[0], "one", 3);
+    write(pair[0], "three", 5);
+    int event_fd = eventfd(42, EFD_SEMAPHORE | EFD_CLOEXEC);
+    int epoll = epoll_create1(0);
+    struct epoll_event watch = {.events = EPOLLIN, .data = {.u64 = 0x1234567890}};
+    epoll_ctl(epoll, EPOLL_CTL_ADD, event_fd, &watch);
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    int one = 1;
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    listen(listener, 17);
+    int file = open("/etc/passwd", O_RDONLY);
+    lseek(file, 10, SEEK_SET);
+    char *memory = mmap(NULL, 8 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memset(memory, 'x', 4096);
+    memory[4 * 4096] = 0;
+    madvise(memory, 8 * 4096, MADV_DONTFORK);
+    int guarded = madvise(memory + 6 * 4096, 4096, 102);
+    mlockall(MCL_FUTURE);
+    printf("altstack=%p\npipe_read=%d\npipe_write=%d\nagain=%d\npair=%d\neventfd=%d\nepoll=%d\nlistener=%d\nfile=%d\nmemory=%p\nguarded=%d\nbrk=%p\n",
+        stack.ss_sp, pipes[0], pipes[1], again, pair[1], event_fd, epoll, listener, file, memory, guarded == 0, sbrk(0));
+    ready();
+}
+"#,
+    );
+    subject.captured(|captured| {
+        let process = root(captured);
+        let leader = &process.threads[0];
+        assert_eq!((process.pid, process.threads.len(), process.umask, process.cwd.as_str()), (subject.pid(), 2, 0o027, "/"));
+        assert_eq!(process.threads[1].comm, "second");
+        assert_eq!(leader.comm, "subject");
+        assert_eq!(leader.registers.len(), pageferry_tracee::Registers::BYTE_LEN);
+        assert!(leader.xsave.len() >= 576);
+        assert_eq!(leader.sigmask & (1 << (libc::SIGUSR2 - 1)), 1 << (libc::SIGUSR2 - 1));
+        assert_eq!((leader.pending.len(), process.pending.len()), (1, 1));
+        let altstack = leader.altstack.as_ref().expect("a stack");
+        assert_eq!((altstack.sp, altstack.size), (subject.said("altstack"), 65536));
+        assert_ne!(leader.clear_child_tid, 0);
+        assert_ne!(leader.robust_list, 0);
+        assert_eq!(leader.parent_death_signal, libc::SIGHUP.cast_unsigned());
+        assert_eq!(leader.scheduling.as_ref().expect("scheduling").timer_slack_ns, 123_456);
+        assert_eq!(process.actions.iter().map(|action| action.signo).filter(|&signo| signo == libc::SIGUSR1.cast_unsigned()).count(), 1);
+        assert_eq!(process.membarrier, 16);
+        assert_eq!(process.itimers.len(), 1);
+        assert!(process.itimers[0].value_us > 900_000_000 && process.itimers[0].interval_us == 5_000_006);
+        let timer = &process.posix_timers[0];
+        assert_eq!((timer.clock, timer.notify, timer.signo, timer.sigev_value & 0xffff, timer.interval_ns), (1, 0, libc::SIGUSR1.cast_unsigned(), 77, 7));
+        assert!(timer.value_ns > 1_900_000_000_000);
+        assert_eq!(process.limits.len(), 16);
+        assert!(captured.tree.monotonic_ns > 0 && captured.tree.realtime_ns > 1_600_000_000_000_000_000);
+
+        let file_of = |name| root(captured).descriptors.iter().find(|row| u64::from(row.fd) == subject.said(name)).map(|row| row.file);
+        assert_eq!(file_of("pipe_write"), file_of("again"));
+        assert_ne!(file_of("pipe_write"), file_of("pipe_read"));
+        assert!(matches!(kind(captured, subject.said("pipe_read")), file::Kind::Pipe(end) if !end.write_end));
+        assert_eq!((captured.tree.pipes.len(), captured.tree.pipes[0].content.as_slice()), (1, b"hello".as_slice()));
+        let file::Kind::Socket(socket) = kind(captured, subject.said("pair")) else { panic!("a socket") };
+        assert_eq!((socket.state(), socket.queue.as_slice()), (State::Paired, [b"one".to_vec(), b"three".to_vec()].as_slice()));
+        assert!(matches!(kind(captured, subject.said("eventfd")), file::Kind::Eventfd(eventfd) if eventfd.count == 42 && eventfd.semaphore));
+        let file::Kind::Epoll(epoll) = kind(captured, subject.said("epoll")) else { panic!("an epoll instance") };
+        assert_eq!((u64::from(epoll.items[0].fd), epoll.items[0].data), (subject.said("eventfd"), 0x12_3456_7890));
+        let file::Kind::Socket(socket) = kind(captured, subject.said("listener")) else { panic!("a socket") };
+        assert_eq!((socket.state(), socket.backlog, socket.options.len()), (State::Listening, 17, 1));
+        assert!(matches!(kind(captured, subject.said("file")), file::Kind::Regular(file) if file.position == 10));
+        assert!(matches!(kind(captured, 0), file::Kind::Device(device) if device.path == "/dev/null"));
+
+        let space = process.space.as_ref().expect("a space");
+        assert_eq!(space.brk, subject.said("brk"));
+        assert!(space.lock_future);
+        let memory = subject.said("memory");
+        let mapping = space.mappings.iter().find(|mapping| mapping.start <= memory && memory < mapping.end).expect("mapped");
+        assert_eq!(mapping.advice, [libc::MADV_DONTFORK.cast_unsigned()]);
+        assert_eq!(mapping.guards.len() as u64, subject.said("guarded"));
+        assert!(space.mappings.iter().any(|mapping| mapping.grows_down));
+        assert!(!space.mappings.iter().any(|mapping| mapping.file.as_ref().is_some_and(|file| file.path.contains("memfd"))));
+        assert!(!captured.eager.is_empty());
+
+        let mut reader = PageReader::open(subject.pid()).expect("a reader");
+        let range = PageRange { start: memory, end: memory + 8 * PAGE_LEN as u64 };
+        let batch = reader.batch(7, range).expect("read");
+        let kinds: Vec<(PageKind, u64)> = batch.runs().iter().map(|run| (run.kind, run.range.page_count())).collect();
+        let mut expected = vec![(PageKind::Data, 1), (PageKind::Zero, 5), (PageKind::Guard, 1), (PageKind::Zero, 1)];
+        if subject.said("guarded") == 0 {
+            expected = vec![(PageKind::Data, 1), (PageKind::Zero, 7)];
+        }
+        assert_eq!((batch.request(), batch.range(), kinds), (7, range, expected));
+        assert!(batch.data().iter().all(|&byte| byte == b'x'));
+        let ranges: Vec<PageRange> = reader
+            .page_map(&captured.lazy)
+            .flat_map(|piece| piece.expect("scanned").0.ranges().expect("a good map"))
+            .filter(|found| found.intersect(range).is_some())
+            .collect();
+        assert_eq!(ranges, [PageRange { start: memory, end: memory + PAGE_LEN as u64 }, PageRange { start: memory + 4 * PAGE_LEN as u64, end: memory + 5 * PAGE_LEN as u64 }]);
+    });
+}
+
+#[test]
+fn capture_leaves_no_trace_and_can_be_repeated() {
+    let subject = Subject::start("int main(void) { ready(); }");
+    let before = (procfs::maps(subject.pid()).expect("maps"), procfs::descriptors(subject.pid()).expect("descriptors"));
+    for _ in 0..3 {
+        subject.captured(|_| {});
+        let after = (procfs::maps(subject.pid()).expect("maps"), procfs::descriptors(subject.pid()).expect("descriptors"));
+        assert_eq!(before, after);
+    }
+}
+
+#[test]
+fn everything_refused_is_listed_at_once() {
+    let subject = Subject::start(
+        r#"
+int main(void) {
+    inotify_init();
+    memfd_create("x", 0);
+    socket(AF_NETLINK, SOCK_RAW, 0);
+    open("/proc/self/status", O_RDONLY);
+    open("/etc/passwd", O_PATH);
+    char path[] = "/tmp/pageferry-subject-XXXXXX";
+    int gone = mkstemp(path);
+    unlink(path);
+    signal(SIGPIPE, SIG_IGN);
+    mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, gone, 0);
+    int segment = shmget(IPC_PRIVATE, 4096, 0600);
+    shmat(segment, NULL, 0);
+    shmctl(segment, IPC_RMID, NULL);
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    listen(listener, 1);
+    struct sockaddr_in address;
+    socklen_t length = sizeof address;
+    getsockname(listener, (void *)&address, &length);
+    int client = socket(AF_INET, SOCK_STREAM, 0);
+    connect(client, (void *)&address, length);
+    int udp = socket(AF_INET, SOCK_DGRAM, 0);
+    connect(udp, (void *)&address, length);
+    int named = socket(AF_UNIX, SOCK_DGRAM, 0);
+    struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = "\0pageferry-subject"};
+    bind(named, (void *)&name, sizeof name);
+    int epoll = epoll_create1(0);
+    int watched = eventfd(0, 0);
+    struct epoll_event watch = {.events = EPOLLIN};
+    epoll_ctl(epoll, EPOLL_CTL_ADD, watched, &watch);
+    dup(watched);
+    close(watched);
+    int locked = open("/etc/hostname", O_RDONLY);
+    flock(locked, LOCK_SH);
+    open("/dev/ptmx", O_RDWR);
+    syscall(SYS_pidfd_open, getpid(), 0);
+    if (fork() == 0) for (;;) pause();
+    ready();
+}
+"#,
+    );
+    let mut keys = subject.refused();
+    keys.sort_unstable();
+    keys.dedup();
+    for expected in [
+        "accept-queue", "children", "connected-udp", "deleted-file", "deleted-mapping", "epoll-foreign", "file-lock", "inotify", "kernel-file",
+        "memfd", "other-socket", "path-only", "pidfd", "shared-anonymous", "sysv-memory", "tcp", "terminal", "unix-named",
+    ] {
+        assert!(keys.contains(&expected), "{expected} in {keys:?}");
+    }
+    let close = SurveyOptions { tcp: crate::survey::TcpPolicy::Close, ..SurveyOptions::default() };
+    let keys = subject.refused_with(&close);
+    assert!(!keys.contains(&"tcp") && !keys.contains(&"accept-queue"), "{keys:?}");
+    for child in procfs::children(subject.pid()).expect("children") {
+        pageferry_tracee::descriptor::PidFd::open(child).and_then(|child| child.send_signal(libc::SIGKILL)).expect("ended");
+    }
+}
+
+#[test]
+fn files_open_for_writing_need_the_operators_word() {
+    let subject = Subject::start(
+        r#"
+int main(void) { char path[] = "/tmp/pageferry-subject-XXXXXX"; mkstemp(path); puts(path); ready(); }
+"#,
+    );
+    let path = subject.said[0].clone();
+    let found = survey(subject.pid(), &SurveyOptions::default()).expect("surveyed").refusals;
+    assert_eq!(found.len(), 1, "{found:?}");
+    let expected = format!("{path} is open for writing on local storage (--same-file {path} if the target sees the same file)");
+    assert!(found[0].to_string().ends_with(&expected), "{}", found[0]);
+    let vouched = SurveyOptions { same_file: vec!["/tmp".into()], ..SurveyOptions::default() };
+    assert_eq!(subject.refused_with(&vouched), Vec::<&str>::new());
+    std::fs::remove_file(&path).expect("removed");
+}
+
+#[test]
+fn what_appears_between_survey_and_freeze_is_refused() {
+    let subject = Subject::start(
+        r#"
+static void late(int signo) { inotify_init(); }
+int main(void) { signal(SIGUSR1, late); ready(); }
+"#,
+    );
+    let options = SurveyOptions::default();
+    let found = survey(subject.pid(), &options).expect("surveyed");
+    assert!(found.refusals.is_empty());
+    pageferry_tracee::descriptor::PidFd::open(subject.pid()).and_then(|pidfd| pidfd.send_signal(libc::SIGUSR1)).expect("sent");
+    std::thread::sleep(Duration::from_millis(50));
+    let mut tracee = Tracee::seize(subject.pid(), SeizeOptions::default()).expect("seized");
+    tracee.freeze(Duration::from_millis(500), 5).expect("frozen");
+    match capture(&mut tracee, &found, &options) {
+        Err(Error::Refused(refusals)) => assert_eq!(refusals[0].what, RefusalKind::Inotify),
+        other => panic!("{other:?}"),
+    }
+    tracee.thaw().expect("thawed");
+}
