@@ -7,7 +7,7 @@
 //!
 //! # Safety
 //! The clone shares our memory until the child has executed the new program, while we are suspended (`CLONE_VFORK`). The child
-//! runs one function, [`enter`], on a stack of its own; that function makes raw system calls only, takes no lock, allocates
+//! runs one function, `enter`, on a stack of its own; that function makes raw system calls only, takes no lock, allocates
 //! nothing, and cannot run our signal handlers, which the clone resets. The program must not have a second thread.
 
 use std::ffi::CStr;

@@ -155,6 +155,9 @@ pub fn protect(pagemap: &File, scan: &Scan) -> Result<()> {
 }
 
 /// Whether this kernel reports guard pages (6.15).
+///
+/// # Errors
+/// [`Error::Kernel`] where there is no page map to ask.
 pub fn knows_guards() -> Result<bool> {
     let pagemap = open(std::process::id() as i32)?;
     let question = Scan {

@@ -477,7 +477,8 @@ fn parse_stat(text: &str, path: &str) -> Result<Stat> {
 /// reserved, `um`/`uw`/`ui` userfaultfd missing/write-protect/minor, `ht` hugetlb, `io`/`pf` device memory, `ss` shadow stack,
 /// `sl` sealed, `mw` may be made writable, `sh` shared, `gu` guard regions were installed somewhere in it.
 ///
-/// `gu` (seen on 6.18) is set on the whole mapping by the first `MADV_GUARD_INSTALL` and stays after `MADV_GUARD_REMOVE`;
+/// `gu` (seen on 6.18) is set on the whole mapping by the first `MADV_GUARD_INSTALL`, stays after `MADV_GUARD_REMOVE` and
+/// spreads to neighbours that merge with it;
 /// which pages are guards only the page map tells ([`crate::pagemap::GUARD`]). Before 6.18 it is missing, so its absence
 /// proves nothing there. `MLOCK_ONFAULT` shows as `lf` on 6.18 and `lo` stands beside it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
