@@ -94,8 +94,8 @@ pub enum Error {
 }
 
 /// The name of a public key: the SHA-256 of its DER-encoded SubjectPublicKeyInfo (RFC 5280, 4.1.2.7; outer SEQUENCE included),
-/// written `SHA256:` and 43 letters of base64 without padding. What `openssl pkey -pubout -outform der | openssl dgst -sha256
-/// -binary | base64` prints for the same key, but for the trailing `=`.
+/// written `SHA256:` and 43 letters of base64 without padding. What `openssl x509 -in identity.pem -noout -pubkey | openssl pkey
+/// -pubin -outform der | openssl dgst -sha256 -binary | base64` prints, but for the trailing `=`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fingerprint([u8; 32]);
 

@@ -523,7 +523,7 @@ pub enum TargetAction {
     Wait,
     /// The source has lost what it served: pages that are missing will never come.
     SourceLost(Abort),
-    /// It is over. Nothing more comes, but a repeated COMMIT is still answered.
+    /// It is over. Nothing more comes, except what is to be said again over a new link.
     Finish(TargetEnd),
 }
 
@@ -814,7 +814,9 @@ impl Target {
             // COMMIT may be on its way: the answer must be there when the source asks again.
             TargetStage::Ready => self.refuse(text),
             stage if stage < TargetStage::Ready => self.end_before_commit(text),
-            TargetStage::Drain | TargetStage::Resident => self.actions.push_back(TargetAction::Wait),
+            TargetStage::Drain => self.actions.push_back(TargetAction::Wait),
+            // Nothing is needed of the source any more.
+            TargetStage::Resident => self.done(false),
             _ => {}
         }
     }
@@ -825,19 +827,15 @@ impl Target {
         self.actions.retain(|action| *action != TargetAction::Wait);
         // Whatever was said last may have been lost with the link.
         self.answer();
-        if let (TargetStage::Resident, Some(resident)) = (self.stage, self.resident) {
+        if let (TargetStage::Resident | TargetStage::Over, Some(resident)) = (self.stage, self.resident) {
             self.send(resident);
         }
     }
 
     /// A lost link will not be made again: the operator, or the shell's patience.
     pub fn handle_abandoned(&mut self, text: &str) {
-        match self.stage {
-            TargetStage::Resident => self.done(false),
-            TargetStage::Drain => {
-                self.actions.push_back(TargetAction::SourceLost(Abort::new(Phase::Drain, AbortCode::Timeout, text)));
-            }
-            _ => {}
+        if self.stage == TargetStage::Drain {
+            self.actions.push_back(TargetAction::SourceLost(Abort::new(Phase::Drain, AbortCode::Timeout, text)));
         }
     }
 
@@ -898,6 +896,8 @@ impl Target {
 
     /// Gives up without the certainty that lets the source go on.
     fn lose(&mut self, text: &str) {
+        // Never to be said again: the source would end its copy.
+        self.resident = None;
         self.actions.clear();
         self.actions.push_back(TargetAction::Destroy);
         self.send(Abort::new(self.phase(), AbortCode::Failed, text));
@@ -914,9 +914,10 @@ impl Target {
     fn resident(&mut self) {
         self.stage = TargetStage::Resident;
         let resident = self.resident.unwrap_or_default();
-        self.send(resident);
-        if !self.linked {
-            self.actions.push_back(TargetAction::Wait);
+        if self.linked {
+            self.send(resident);
+        } else {
+            self.done(false);
         }
     }
 

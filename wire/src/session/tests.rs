@@ -115,6 +115,7 @@ enum Event {
     SourceCancels,
     TargetCancels,
     PreparedDies,
+    DrainFails,
     SourceCrashes,
     TargetCrashes,
 }
@@ -174,6 +175,7 @@ impl Pair {
             add(Event::SourceCancels, faults.cancels && !self.source_crashed);
             add(Event::TargetCancels, faults.cancels && !self.target_crashed);
             add(Event::PreparedDies, faults.prepared_dies && self.target_copy == TargetCopy::Prepared && !self.target_crashed);
+            add(Event::DrainFails, faults.actions && self.target_copy == TargetCopy::Runs && !self.target_crashed);
             add(Event::SourceCrashes, faults.crashes && !self.source_crashed);
             add(Event::TargetCrashes, faults.crashes && !self.target_crashed);
         }
@@ -221,6 +223,7 @@ impl Pair {
                 self.target_copy = TargetCopy::Gone;
                 self.target.handle_failed("the prepared process was killed");
             }
+            Event::DrainFails => self.target.handle_failed("a page is lost"),
             Event::SourceCrashes => {
                 self.source_crashed = true;
                 self.source_report = None;
@@ -247,6 +250,7 @@ impl Pair {
             | Event::SourceCancels
             | Event::TargetCancels
             | Event::PreparedDies
+            | Event::DrainFails
             | Event::SourceCrashes
             | Event::TargetCrashes => self.cut_short += 1,
             _ => {}
@@ -287,7 +291,8 @@ impl Pair {
                 Report::None
             }
             SourceAction::Kill => {
-                assert!(self.target.resident.is_some(), "killed only when wholly there");
+                let there = self.target_copy == TargetCopy::Runs || self.target_crashed;
+                assert!(self.target.resident.is_some() && there, "killed only when wholly there");
                 self.source_copy = SourceCopy::Dead;
                 Report::Killed
             }
