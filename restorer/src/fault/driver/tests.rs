@@ -152,8 +152,8 @@ impl Drop for Subject {
 #[derive(Clone, Copy)]
 struct Source {
     base: u64,
-    /// Every so-many-th bulk reply holds a page with a wrong byte.
-    damage_every: Option<u64>,
+    /// Bulk replies with a wrong bit in every page, by number. Few enough for the link to stay trusted.
+    damaged: Option<(u64, u64)>,
     /// Pause before each bulk reply, so that threads fault in the meantime.
     bulk_pause: Duration,
 }
@@ -162,7 +162,7 @@ impl Source {
     fn new(base: u64) -> Self {
         Self {
             base,
-            damage_every: None,
+            damaged: None,
             bulk_pause: Duration::from_micros(200),
         }
     }
@@ -213,7 +213,10 @@ impl Source {
                 tokio::time::sleep(self.bulk_pause).await;
                 count += 1;
                 let mut batch = self.batch(&fetch);
-                if self.damage_every.is_some_and(|every| count % every == 0) {
+                if self
+                    .damaged
+                    .is_some_and(|(first, last)| first <= count && count <= last)
+                {
                     batch = damaged(&batch);
                 }
                 if bulk_answers.send(batch).await.is_err() {
@@ -230,7 +233,7 @@ impl Source {
     }
 }
 
-/// The same batch as it would come over a wire that flips one bit of its first page: the checksums are those of the
+/// The same batch as it would come over a wire that flips one bit of each page: the checksums are those of the
 /// original.
 fn damaged(batch: &PageBatch) -> PageBatch {
     let encoded = pageferry_wire::Frame::from(batch.clone())
@@ -240,7 +243,9 @@ fn damaged(batch: &PageBatch) -> PageBatch {
     for part in encoded.into_parts() {
         let mut part = part.to_vec();
         if part.len() == batch.data().len() {
-            part[0] ^= 1;
+            part.iter_mut()
+                .step_by(PAGE_LEN)
+                .for_each(|byte| *byte ^= 1);
         }
         decoder.push(&Bytes::from(part));
     }
@@ -438,12 +443,17 @@ check(range(0, 2000)); check(range(2008, PAGES))";
 
 #[test]
 fn damaged_pages_never_reach_the_program() {
+    // The program sleeps first: it would overtake the damaged batches by faulting.
     let source = |base| Source {
-        damage_every: Some(20),
+        damaged: Some((3, 7)),
         bulk_pause: Duration::ZERO,
         ..Source::new(base)
     };
-    let Some(summary) = fill("check(range(PAGES))", source, true) else {
+    let Some(summary) = fill(
+        "import time; time.sleep(0.3); check(range(PAGES))",
+        source,
+        true,
+    ) else {
         return;
     };
     assert_eq!(summary.pages_installed, DATA_PAGES);
@@ -497,7 +507,7 @@ fn children_that_have_ended_do_not_pile_up_while_the_drain_is_off() {
 for round in range(200):
     child = os.fork()
     if child == 0:
-        check([round], what='child'); os._exit(0)
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, 'child'";
     let Some(mut subject) = Subject::spawn(body) else {
         return;
