@@ -331,6 +331,8 @@ impl Pair {
         let fails = self.faults.actions && self.dice.one_in(16);
         self.target_report = Some(match action {
             TargetAction::Send(frame) => {
+                let refuses = matches!(frame, Frame::Refused(_));
+                assert!(!refuses || self.target_copy != TargetCopy::Prepared, "refused while something is left");
                 if self.linked {
                     self.to_source.push_back(frame);
                 }
