@@ -27,7 +27,7 @@ use crate::interrupted::{self, NO_CALL};
 use crate::memory::RemoteMemory;
 use crate::ptrace::{self, Report, Stop};
 use crate::registers::{Frame, Registers};
-use crate::tree::{CodePlaces, Rseq, SeizeOptions, Thread, below_red_zone, twice};
+use crate::tree::{CodePlaces, Rseq, SeizeOptions, Thread, below_red_zone, stack_start, twice};
 use crate::{Error, Result, Tracee, procfs};
 
 /// The place of one call in a batch; later calls may use its result as an argument.
@@ -291,9 +291,8 @@ impl<'a> Injection<'a> {
     // -----------------------------------------------------------------------------------------------------------------
     // Single calls, made without the agent
 
-    /// Chooses the thread that maps and unmaps, and writes its signal frame. That has to be a thread of which it is certain
-    /// that nothing lies below its red zone: the main thread on the main stack, or a thread on the stack that the C library
-    /// made for it, which holds its thread block further up. A coroutine's stack may end anywhere.
+    /// Chooses the thread that maps and unmaps, and writes its signal frame below its red zone. That has to be a thread whose
+    /// stack is known to go on there.
     fn open_gate(&self) -> Result<Gate> {
         let Some((_, sigreturn)) = self.code.homing else {
             return Ok(Gate {
@@ -303,16 +302,8 @@ impl<'a> Injection<'a> {
         };
         let maps = procfs::maps(self.tracee.pid())?;
         for (index, home) in self.homes.iter().enumerate() {
-            let Registers { rsp, fs_base, .. } = home.registers;
-            let start = below_red_zone(rsp, Frame::byte_len(&home.xsave) as u64);
-            let owned = maps.iter().any(|vma| {
-                let contains = |address| (vma.start..vma.end).contains(&address);
-                vma.write
-                    && contains(rsp.wrapping_sub(1))
-                    && contains(start)
-                    && (vma.path == "[stack]" || (contains(fs_base) && rsp < fs_base))
-            });
-            if !owned {
+            let start = below_red_zone(home.registers.rsp, Frame::byte_len(&home.xsave) as u64);
+            if stack_start(&maps, &home.registers).is_none_or(|bottom| start < bottom) {
                 continue;
             }
             let bytes = Frame {

@@ -78,7 +78,8 @@ struct Asleep {
 struct SchedulerClock {
     /// When the thread last began or ended to run, on its processor's clock.
     last_run: Duration,
-    switches: u64,
+    /// How often it has gone to sleep; being stopped by ptrace counts.
+    sleeps: u64,
 }
 
 #[derive(Debug)]
@@ -326,8 +327,8 @@ impl Tracee {
     /// After everything has stopped: how long had the threads slept that leak EINTR?
     ///
     /// The scheduler notes when a thread goes to sleep and when it runs again, both on the same processor's clock. If it
-    /// has been switched out once more since we looked, it slept from then until our interruption; if more often, it fell
-    /// asleep after we looked, a moment ago.
+    /// has gone to sleep once more since we looked, that was our stop, and it slept from then until our interruption; if more
+    /// often, it fell asleep after we looked, a moment ago.
     fn note_sleep(&mut self) {
         for thread in &mut self.threads {
             let Some(asleep) = thread.asleep else {
@@ -342,7 +343,7 @@ impl Tracee {
                 continue;
             }
             if let Some(now) = scheduler_clock(self.pid, thread.tid) {
-                if now.switches.saturating_sub(asleep.clock.switches) <= 1 {
+                if now.sleeps.saturating_sub(asleep.clock.sleeps) <= 1 {
                     thread.slept = now.last_run.saturating_sub(asleep.clock.last_run);
                 }
             }
@@ -585,8 +586,7 @@ impl Tracee {
     /// calls are wound back, or answer EINTR if the rest of their timeout was known to this kernel only; a thread inside a
     /// restartable sequence is at its abort handler.
     ///
-    /// A timeout that lies in memory is shortened by a copy written below the thread's red zone, where no program keeps
-    /// anything.
+    /// A timeout that lies in memory is shortened in a copy, written to unused stack far below the thread's red zone.
     ///
     /// # Errors
     /// As [`Tracee::registers`]; [`Error::Unreadable`].
@@ -697,7 +697,8 @@ impl Tracee {
 
     /// The registers of a thread whose call leaked an EINTR, wound back with its timeout shortened; `None` when there is
     /// nothing to mend. `blocked`: the signals that would not interrupt the call. `writes` allows a shortened timespec to be
-    /// written below the thread's red zone; without it the call gets its whole timeout again.
+    /// written far below the thread's red zone; without it, and on stacks that are not certainly the thread's own, the call
+    /// gets its whole timeout again.
     pub(crate) fn unleaked(
         &self,
         index: usize,
@@ -727,9 +728,10 @@ impl Tracee {
                 let address = argument.of(&registers);
                 if writes && address != 0 && !spent.is_zero() {
                     let memory = RemoteMemory::open(self.pid)?;
-                    if let Ok(timespec) = memory.read_value(RemotePtr::<[i64; 2]>::new(address)) {
+                    let place = timeout_place(&procfs::maps(self.pid)?, &registers);
+                    let timespec = memory.read_value(RemotePtr::<[i64; 2]>::new(address));
+                    if let (Some(place), Ok(timespec)) = (place, timespec) {
                         let left = interrupted::timespec_left(timespec, spent);
-                        let place = below_red_zone(registers.rsp, 16);
                         let bytes: Vec<u8> =
                             left.iter().flat_map(|word| word.to_le_bytes()).collect();
                         if memory.write(place, &bytes).is_ok() {
@@ -1091,6 +1093,31 @@ pub(crate) fn below_red_zone(stack_pointer: u64, len: u64) -> u64 {
     stack_pointer.wrapping_sub(128 + len) & !63
 }
 
+/// Where the stack begins that a thread certainly runs on, so that nothing lies between there and its red zone: the main
+/// stack, or one that the C library made for a thread, which holds the thread's control block further up. A coroutine's
+/// stack may end anywhere, with somebody else's memory below it.
+pub(crate) fn stack_start(maps: &[procfs::Vma], registers: &Registers) -> Option<u64> {
+    let Registers { rsp, fs_base, .. } = *registers;
+    maps.iter()
+        .find(|vma| {
+            let contains = |address| (vma.start..vma.end).contains(&address);
+            vma.write
+                && contains(rsp.wrapping_sub(1))
+                && (vma.path == "[stack]" || (contains(fs_base) && rsp < fs_base))
+        })
+        .map(|vma| vma.start)
+}
+
+/// Where a thread can be given a shortened timeout: on its own stack, but so far below that neither a signal handler that
+/// comes before the call nor an injection's signal frame reaches it.
+fn timeout_place(maps: &[procfs::Vma], registers: &Registers) -> Option<u64> {
+    const FAR: u64 = 64 << 10;
+    const NEAR: u64 = 24 << 10;
+    let start = stack_start(maps, registers)?;
+    let distance = (registers.rsp - start).saturating_sub(256).min(FAR);
+    (distance >= NEAR).then(|| below_red_zone(registers.rsp, distance))
+}
+
 /// A restartable sequence registration and what the thread had put into it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Rseq {
@@ -1313,7 +1340,7 @@ fn scheduler_clock(pid: i32, tid: i32) -> Option<SchedulerClock> {
     let nanoseconds = whole.parse::<u64>().ok()? * 1_000_000 + fraction.parse::<u64>().ok()?;
     Some(SchedulerClock {
         last_run: Duration::from_nanos(nanoseconds),
-        switches: value("nr_switches")?.parse().ok()?,
+        sleeps: value("nr_voluntary_switches")?.parse().ok()?,
     })
 }
 

@@ -283,6 +283,9 @@ fn bit(signal: i32) -> u64 {
 // ---------------------------------------------------------------------------------------------------------------------
 // Bit for bit
 
+/// What `/proc/<pid>/status` tells about signals; not `SigQ`, which counts for all processes of a user.
+const SIGNAL_LINES: [&str; 5] = ["SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"];
+
 /// Everything about a frozen process that an injection could spoil.
 #[derive(Debug, PartialEq)]
 struct Snapshot {
@@ -315,7 +318,12 @@ impl Snapshot {
         assert_eq!(self.maps, before.maps, "{context}");
         assert_eq!(self.descriptors, before.descriptors, "{context}");
         for (start, hash) in &self.memory {
-            assert_eq!(Some(hash), before.memory.get(start), "{context}: memory from {start:x}\n{}", self.maps);
+            assert_eq!(
+                Some(hash),
+                before.memory.get(start),
+                "{context}: memory from {start:x}\n{}",
+                self.maps
+            );
         }
         assert_eq!(self, before, "{context}");
     }
@@ -367,7 +375,7 @@ impl Snapshot {
                     signals: fs::read_to_string(format!("/proc/{pid}/task/{tid}/status"))
                         .unwrap()
                         .lines()
-                        .filter(|line| line.starts_with("Sig") || line.starts_with("ShdPnd"))
+                        .filter(|line| SIGNAL_LINES.iter().any(|key| line.starts_with(key)))
                         .collect::<Vec<_>>()
                         .join("\n"),
                     robust_list: tracee.robust_list(tid).unwrap(),
