@@ -33,3 +33,86 @@ impl fmt::Display for Invalid {
 }
 
 impl std::error::Error for Invalid {}
+
+/// Most of everything: a model is built by a peer, and what is made from it must not outgrow the host.
+pub mod limits {
+    /// Threads of a process.
+    pub const THREADS: usize = 65_536;
+    /// Mappings of an address space: four times the kernel's own default limit.
+    pub const MAPPINGS: usize = 262_144;
+    /// Guard regions of one mapping.
+    pub const GUARDS: usize = 1 << 20;
+    /// One past the highest address of a mapping: what 4-level page tables reach.
+    pub const ADDRESS_END: u64 = 1 << 47;
+    /// Bytes of a path, as in PATH_MAX.
+    pub const PATH_LEN: usize = 4096;
+    /// Bytes of the auxiliary vector.
+    pub const AUXV_LEN: usize = 4096;
+    /// Bytes of the name of an anonymous mapping.
+    pub const MAPPING_NAME_LEN: usize = 79;
+    /// Bytes of a build id.
+    pub const BUILD_ID_LEN: usize = 64;
+    /// One past the highest descriptor: the largest `fs.nr_open` a kernel accepts.
+    pub const DESCRIPTORS: u32 = 1 << 30;
+    /// Descriptors that are open.
+    pub const DESCRIPTORS_OPEN: usize = 1 << 20;
+    /// Watches of one epoll instance.
+    pub const EPOLL_ITEMS: usize = 1 << 20;
+    /// How deep epoll instances may watch each other, as in the kernel.
+    pub const EPOLL_DEPTH: usize = 5;
+    /// Bytes of a pipe.
+    pub const PIPE_CAPACITY: u32 = 1 << 30;
+    /// Options of one socket.
+    pub const SOCKET_OPTIONS: usize = 256;
+    /// Bytes of one option.
+    pub const SOCKET_OPTION_LEN: usize = 4096;
+    /// Bytes of a socket address, as in `struct sockaddr_storage`.
+    pub const SOCKET_ADDRESS_LEN: usize = 128;
+    /// Unread messages of one socket.
+    pub const SOCKET_MESSAGES: usize = 1 << 20;
+    /// Signals waiting in one queue.
+    pub const PENDING: usize = 65_536;
+    /// Highest signal number.
+    pub const SIGNAL: u32 = 64;
+    /// POSIX timers of a process.
+    pub const POSIX_TIMERS: usize = 65_536;
+    /// Bytes of the registers: `struct user_regs_struct` of x86-64.
+    pub const REGISTERS_LEN: usize = 216;
+    /// Bytes of an xsave area, at least: the legacy area and its header.
+    pub const XSAVE_LEN_MIN: usize = 576;
+    /// Bytes of an xsave area, at most.
+    pub const XSAVE_LEN_MAX: usize = 65_536;
+    /// Supplementary groups of a thread, as in NGROUPS_MAX.
+    pub const GROUPS: usize = 65_536;
+    /// Bytes of a CPU mask.
+    pub const AFFINITY_LEN: usize = 1024;
+    /// Kinds of resource limits.
+    pub const RESOURCES: u32 = 16;
+}
+
+/// `Err` naming `object` unless `holds`.
+fn ensure(holds: bool, object: impl FnOnce() -> String, rule: &str) -> Result<(), Invalid> {
+    if holds { Ok(()) } else { Err(Invalid::new(object(), rule)) }
+}
+
+/// `Err` if there are more than `limit`.
+fn at_most(count: usize, limit: usize, object: impl FnOnce() -> String) -> Result<(), Invalid> {
+    if count <= limit { Ok(()) } else { Err(Invalid::new(object(), format!("has {count}, more than the limit of {limit}"))) }
+}
+
+/// `Err` unless each element's key is above the one before: in order and without duplicates.
+fn ascending<K: Ord>(keys: impl IntoIterator<Item = K>, object: &str) -> Result<(), Invalid> {
+    let mut keys = keys.into_iter();
+    let Some(mut last) = keys.next() else { return Ok(()) };
+    for key in keys {
+        ensure(last < key, || object.to_owned(), "are not in ascending order without duplicates")?;
+        last = key;
+    }
+    Ok(())
+}
+
+/// `Err` unless `path` is one the kernel could be given: absolute, without NUL, not too long.
+fn absolute(path: &str, object: impl FnOnce() -> String) -> Result<(), Invalid> {
+    let is_good = path.starts_with('/') && !path.contains('\0') && path.len() < limits::PATH_LEN;
+    ensure(is_good, object, "is not an absolute path")
+}

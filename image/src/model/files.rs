@@ -2,4 +2,233 @@
 
 #![allow(missing_docs, reason = "generated fields are documented in image/proto/files.proto")]
 
+use super::{Invalid, absolute, ascending, at_most, ensure, limits};
+
 include!("generated/pageferry.files.rs");
+
+/// The memory devices that are carried: null, zero, full, random, urandom.
+const DEVICES: [(&str, u64); 5] =
+    [("/dev/null", 0x103), ("/dev/zero", 0x105), ("/dev/full", 0x107), ("/dev/random", 0x108), ("/dev/urandom", 0x109)];
+const F_OWNER_PGRP: u32 = 2;
+
+impl Descriptor {
+    /// Validates a descriptor table against the open file descriptions of the tree.
+    ///
+    /// # Errors
+    /// The broken rule.
+    pub fn validate_all(descriptors: &[Self], files: &[File]) -> Result<(), Invalid> {
+        at_most(descriptors.len(), limits::DESCRIPTORS_OPEN, || "descriptor table".into())?;
+        ascending(descriptors.iter().map(|descriptor| descriptor.fd), "descriptors")?;
+        for descriptor in descriptors {
+            let object = || format!("fd {}", descriptor.fd);
+            ensure(descriptor.fd < limits::DESCRIPTORS, object, "is too large a number")?;
+            ensure(File::find(files, descriptor.file).is_some(), object, "names no open file")?;
+        }
+        Ok(())
+    }
+}
+
+impl File {
+    /// The open file description with this id, in a list that [`File::validate_all`] accepts.
+    pub fn find(files: &[Self], id: u32) -> Option<&Self> {
+        files.binary_search_by_key(&id, |file| file.id).ok().and_then(|at| files.get(at))
+    }
+
+    /// # Errors
+    /// The broken rule.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        let object = || format!("open file {}", self.id);
+        ensure(self.id != 0, object, "has no number")?;
+        if let Some(owner) = &self.owner {
+            ensure(owner.kind <= F_OWNER_PGRP && owner.id >= 0 && owner.signo <= limits::SIGNAL, object, "has an impossible owner")?;
+        }
+        match &self.kind {
+            None => Err(Invalid::new(object(), "is of no known kind")),
+            Some(file::Kind::Regular(regular)) => match &regular.identity {
+                Some(identity) => identity.validate(),
+                None => Err(Invalid::new(object(), "has no identity")),
+            },
+            Some(file::Kind::Directory(directory)) => absolute(&directory.path, object),
+            Some(file::Kind::Device(device)) => {
+                ensure(DEVICES.contains(&(device.path.as_str(), device.rdev)), object, "is no device that is carried")
+            }
+            Some(file::Kind::Pipe(end)) => ensure(end.pipe != 0, object, "names no pipe"),
+            Some(file::Kind::Eventfd(eventfd)) => ensure(eventfd.count != u64::MAX, object, "has an impossible count"),
+            Some(file::Kind::Epoll(epoll)) => at_most(epoll.items.len(), limits::EPOLL_ITEMS, object),
+            Some(file::Kind::Socket(socket)) => socket.validate(),
+            Some(file::Kind::Timerfd(_) | file::Kind::Signalfd(_)) => Ok(()),
+        }
+    }
+
+    /// Validates all open file descriptions of a tree, with its pipes and one process' table.
+    ///
+    /// # Errors
+    /// The broken rule.
+    pub fn validate_all(files: &[Self], pipes: &[Pipe], descriptors: &[Descriptor]) -> Result<(), Invalid> {
+        at_most(files.len(), limits::DESCRIPTORS_OPEN, || "list of open files".into())?;
+        ascending(files.iter().map(|file| file.id), "open files")?;
+        ascending(pipes.iter().map(|pipe| pipe.id), "pipes")?;
+        files.iter().try_for_each(Self::validate)?;
+        Descriptor::validate_all(descriptors, files)?;
+        let mut held: Vec<u32> = descriptors.iter().map(|descriptor| descriptor.file).collect();
+        held.sort_unstable();
+        held.dedup();
+        ensure(held.len() == files.len(), || "list of open files".into(), "has one that no descriptor names")?;
+        Pipe::validate_all(pipes, files)?;
+        Epoll::validate_all(files, descriptors)?;
+        pairs(files)
+    }
+}
+
+impl Pipe {
+    fn validate_all(pipes: &[Self], files: &[File]) -> Result<(), Invalid> {
+        let mut named = std::collections::BTreeSet::new();
+        for file in files {
+            if let Some(file::Kind::Pipe(end)) = &file.kind {
+                named.insert(end.pipe);
+            }
+        }
+        ensure(named.iter().copied().eq(pipes.iter().map(|pipe| pipe.id)), || "pipes".into(), "are not those their ends name")?;
+        for pipe in pipes {
+            let object = || format!("pipe {}", pipe.id);
+            ensure(pipe.id != 0, object, "has no number")?;
+            ensure((1..=limits::PIPE_CAPACITY).contains(&pipe.capacity), object, "has an impossible capacity")?;
+            ensure(pipe.content.len() <= pipe.capacity as usize, object, "holds more than its capacity")?;
+        }
+        Ok(())
+    }
+}
+
+impl Epoll {
+    /// Every watch is on an open descriptor, once, and no instance watches itself, however indirectly.
+    fn validate_all(files: &[File], descriptors: &[Descriptor]) -> Result<(), Invalid> {
+        let file_of = |fd: u32| {
+            let at = descriptors.binary_search_by_key(&fd, |descriptor| descriptor.fd).ok()?;
+            File::find(files, descriptors[at].file)
+        };
+        // How many instances stand above each: grows in as many steps as they are deep, without end in a circle.
+        let mut level: Vec<&File> = Vec::new();
+        for file in files {
+            let Some(file::Kind::Epoll(epoll)) = &file.kind else { continue };
+            let object = || format!("open file {} (epoll)", file.id);
+            let mut watched: Vec<u32> = epoll.items.iter().map(|item| item.fd).collect();
+            watched.sort_unstable();
+            watched.dedup();
+            ensure(watched.len() == epoll.items.len(), object, "watches a descriptor twice")?;
+            ensure(epoll.items.iter().all(|item| file_of(item.fd).is_some()), object, "watches a closed descriptor")?;
+            level.push(file);
+        }
+        for _ in 0..=limits::EPOLL_DEPTH {
+            let mut below: Vec<&File> = level
+                .iter()
+                .filter_map(|file| match &file.kind {
+                    Some(file::Kind::Epoll(epoll)) => Some(epoll.items.iter().filter_map(|item| file_of(item.fd))),
+                    _ => None,
+                })
+                .flatten()
+                .filter(|file| matches!(file.kind, Some(file::Kind::Epoll(_))))
+                .collect();
+            below.sort_unstable_by_key(|file| file.id);
+            below.dedup_by_key(|file| file.id);
+            level = below;
+        }
+        ensure(level.is_empty(), || "epoll instances".into(), "watch each other in a circle or too deep")
+    }
+}
+
+/// Every socket pair has two ends of one type, or one whose other end is closed.
+fn pairs(files: &[File]) -> Result<(), Invalid> {
+    let mut ends: std::collections::BTreeMap<u32, Vec<&super::sockets::Socket>> = std::collections::BTreeMap::new();
+    for file in files {
+        if let Some(file::Kind::Socket(socket)) = &file.kind {
+            if socket.pair != 0 {
+                ends.entry(socket.pair).or_default().push(socket);
+            }
+        }
+    }
+    for (pair, ends) in ends {
+        let is_whole = match ends.as_slice() {
+            [one] => one.peer_closed,
+            [one, other] => !one.peer_closed && !other.peer_closed && one.r#type == other.r#type,
+            _ => false,
+        };
+        ensure(is_whole, || format!("socket pair {pair}"), "has not its two ends")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sockets::{Socket, State};
+    use super::*;
+
+    fn open(id: u32, kind: file::Kind) -> File {
+        File { id, kind: Some(kind), ..File::default() }
+    }
+
+    fn table(files: &[File]) -> Vec<Descriptor> {
+        files.iter().map(|file| Descriptor { fd: file.id + 2, file: file.id, close_on_exec: false }).collect()
+    }
+
+    fn validate(files: &[File], pipes: &[Pipe]) -> Result<(), Invalid> {
+        File::validate_all(files, pipes, &table(files))
+    }
+
+    fn epoll(fds: &[u32]) -> file::Kind {
+        file::Kind::Epoll(Epoll { items: fds.iter().map(|&fd| EpollItem { fd, events: 1, data: 0 }).collect() })
+    }
+
+    #[test]
+    fn tables_and_files_name_each_other() {
+        let files = [open(1, file::Kind::Eventfd(Eventfd::default())), open(2, file::Kind::Signalfd(Signalfd::default()))];
+        assert_eq!(validate(&files, &[]), Ok(()));
+        let descriptors = table(&files);
+        assert!(File::validate_all(&files, &[], &descriptors[..1]).is_err(), "nobody holds file 2");
+        assert!(File::validate_all(&files[..1], &[], &descriptors).is_err(), "file 2 is missing");
+        let twice = [descriptors[0], descriptors[0], descriptors[1]];
+        assert!(File::validate_all(&files, &[], &twice).is_err(), "a descriptor twice");
+        assert!(validate(&[files[1].clone(), files[0].clone()], &[]).is_err(), "out of order");
+        assert!(validate(&[File { id: 1, ..File::default() }], &[]).is_err(), "no kind");
+    }
+
+    #[test]
+    fn pipes_have_ends_and_no_more_than_they_hold() {
+        let end = |id, pipe| open(id, file::Kind::Pipe(PipeEnd { pipe, write_end: false }));
+        let pipe = |capacity, content: &[u8]| Pipe { id: 1, capacity, content: content.to_vec() };
+        assert_eq!(validate(&[end(1, 1)], &[pipe(4096, b"x")]), Ok(()));
+        assert!(validate(&[end(1, 2)], &[pipe(4096, b"x")]).is_err());
+        assert!(validate(&[], &[pipe(4096, b"x")]).is_err());
+        assert!(validate(&[end(1, 1)], &[pipe(1, b"xy")]).is_err());
+    }
+
+    #[test]
+    fn epoll_instances_do_not_watch_themselves() {
+        let leaf = open(3, file::Kind::Eventfd(Eventfd::default()));
+        let good = [open(1, epoll(&[4, 5])), open(2, epoll(&[5])), leaf.clone()];
+        assert_eq!(validate(&good, &[]), Ok(()));
+        assert!(validate(&[open(1, epoll(&[3]))], &[]).is_err(), "itself");
+        assert!(validate(&[open(1, epoll(&[4])), open(2, epoll(&[3]))], &[]).is_err(), "each other");
+        assert!(validate(&[open(1, epoll(&[9]))], &[]).is_err(), "a closed one");
+        assert!(validate(&[open(1, epoll(&[5, 5])), open(2, epoll(&[])), leaf], &[]).is_err(), "twice");
+    }
+
+    #[test]
+    fn socket_pairs_are_whole() {
+        let end = |id, peer_closed| {
+            open(id, file::Kind::Socket(Socket { family: 1, r#type: 1, state: State::Paired.into(), pair: 1, peer_closed, ..Socket::default() }))
+        };
+        assert_eq!(validate(&[end(1, false), end(2, false)], &[]), Ok(()));
+        assert_eq!(validate(&[end(1, true)], &[]), Ok(()));
+        assert!(validate(&[end(1, false)], &[]).is_err());
+        assert!(validate(&[end(1, true), end(2, false)], &[]).is_err());
+        assert!(validate(&[end(1, false), end(2, false), end(3, false)], &[]).is_err());
+    }
+
+    #[test]
+    fn only_memory_devices_are_carried() {
+        let device = |path: &str, rdev| open(1, file::Kind::Device(Device { path: path.into(), rdev, position: 0 }));
+        assert_eq!(validate(&[device("/dev/null", 0x103)], &[]), Ok(()));
+        assert!(validate(&[device("/dev/sda", 0x800)], &[]).is_err());
+        assert!(validate(&[device("/dev/null", 0x800)], &[]).is_err());
+    }
+}

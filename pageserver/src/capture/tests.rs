@@ -77,6 +77,7 @@ impl Subject {
         let mut tracee = Tracee::seize(self.pid(), SeizeOptions::default()).expect("seized");
         tracee.freeze(Duration::from_millis(500), 5).expect("frozen");
         let captured = capture(&mut tracee, &found, &options).expect("captured");
+        assert_eq!(captured.tree.validate(), Ok(()));
         look(&captured);
         tracee.thaw().expect("thawed");
     }
