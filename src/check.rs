@@ -8,14 +8,13 @@ use crate::exit;
 
 /// Prints one line for each thing needed; exit code 3 if one is missing.
 pub fn run(common: &Common) -> u8 {
-    let findings = host::capabilities();
     let mut code = exit::DONE;
-    for finding in &findings {
-        if let Some(advice) = &finding.missing {
-            eprintln!("missing  {}: {advice}", finding.name);
+    for check in host::checks() {
+        if let Some(errno) = check.problem {
+            eprintln!("missing  {} ({}): {}", check.name, errno.desc(), check.help);
             code = exit::HOST;
         } else if !common.quiet {
-            eprintln!("ok       {}", finding.name);
+            eprintln!("ok       {}", check.name);
         }
     }
     code
@@ -26,5 +25,5 @@ pub fn first_missing() -> Option<String> {
     if !geteuid().is_root() {
         return Some("pageferry needs root here: run it with sudo".into());
     }
-    host::capabilities().into_iter().find_map(|finding| finding.missing.map(|advice| format!("{}: {advice}", finding.name)))
+    host::checks().into_iter().find_map(|check| check.problem.map(|_| format!("{} is missing: {}", check.name, check.help)))
 }

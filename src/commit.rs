@@ -189,92 +189,9 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
 fn freeze(pid: i32) -> Result<(Tracee, Frozen), Error> {
     let seize = SeizeOptions { exit_kill: false, follow: true, suspend_seccomp: true };
     let mut tracee = Tracee::seize(pid, seize).map_err(Error::Freeze)?;
-    let began = tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(Error::Freeze)?;
+    let began = Instant::now();
+    tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(Error::Freeze)?;
     Ok((tracee, Frozen { began, stopped: Instant::now() }))
-}
-
-fn roll_back(&self) -> Result<(), Error> {
-        self.ask(SourceCommand::RollBack).await
-    }
-
-    /// Ends the source copy. Only after the target has confirmed every page.
-    pub async fn kill(&self) -> Result<(), Error> {
-        self.ask(SourceCommand::Kill).await
-    }
-
-    /// Leaves the process stopped for good: COMMIT was sent, and the outcome is not ours to decide.
-    pub fn abandon(mut self) {
-        let _ = self.commands.send(SourceCommand::Abandon);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for SourceTree {
-    fn drop(&mut self) {
-        // The thread sees the closed channel and lets go of what it holds.
-        let (closed, _) = mpsc::channel();
-        self.commands = closed;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
-    let mut held: Option<Tracee> = None;
-    let mut parked = false;
-    while let Ok(command) = inbox.recv() {
-        match command {
-            SourceCommand::Freeze(reply) => {
-                let outcome = freeze(pid);
-                let _ = reply.send(outcome.map(|(tracee, frozen)| {
-                    held = Some(tracee);
-                    frozen
-                }));
-            }
-            SourceCommand::Capture(work, reply) => {
-                let (survey, options) = *work;
-                let outcome = held
-                    .as_mut()
-                    .ok_or(Error::Thread)
-                    .and_then(|tracee| capture::capture(tracee, &survey, &options).map_err(Error::Capture));
-                let _ = reply.send(outcome);
-            }
-            SourceCommand::Park(reply) => {
-                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|tracee| tracee.park().map_err(Error::Park));
-                parked = outcome.is_ok();
-                let _ = reply.send(outcome);
-            }
-            SourceCommand::RollBack(reply) => {
-                let _ = reply.send(roll_back(held.take(), std::mem::take(&mut parked)));
-            }
-            SourceCommand::Kill(reply) => {
-                let outcome = held.take().ok_or(Error::Thread).and_then(|tracee| tracee.kill().map_err(Error::Kill));
-                let _ = reply.send(outcome);
-            }
-            SourceCommand::Abandon => break,
-        }
-    }
-    if parked {
-        // The thread's end detaches; the queued SIGSTOP takes over. A thaw would do the same with more steps.
-        std::mem::forget(held);
-    }
-}
-
-fn freeze_and_capture(
-    pid: i32,
-    survey: &Survey,
-    options: &SurveyOptions,
-    held: &mut Option<Tracee>,
-) -> Result<Frozen, Error> {
-    let seize = SeizeOptions { exit_kill: false, follow: true, suspend_seccomp: true };
-    let tracee = held.insert(Tracee::seize(pid, seize).map_err(Error::Freeze)?);
-    let began = tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(Error::Freeze)?;
-    let stopped = Instant::now();
-    let captured = capture::capture(tracee, survey, options).map_err(Error::Capture)?;
-    Ok(Frozen { began, stopped, captured })
 }
 
 fn roll_back(held: Option<Tracee>, parked: bool) -> Result<(), Error> {

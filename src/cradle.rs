@@ -33,7 +33,6 @@ pub struct HuskOrder {
     pub set_sid: bool,
     /// What the clocks of a time namespace of its own are ahead of ours, nanoseconds; `None`: none is made.
     pub clock_offsets_ns: Option<(i64, i64)>,
-    /// Where the husk's one page of code lies until it is replaced: free in the final layout or not, it does not matter.
 }
 
 /// The engine's end of the socket.
@@ -58,7 +57,7 @@ impl Cradle {
             None => (0, 0, 0),
         };
         let line = format!(
-            "make {} {} {keep} {monotonic} {boottime} {}",
+            "make {} {} {keep} {monotonic} {boottime}",
             order.pid,
             u8::from(order.set_sid),
         );
@@ -130,8 +129,13 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
 
 fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
     // Signals are the engine's business: it is asked to end in order.
+    let mut signals = Vec::new();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        process::ignore_signal(signal);
+        signals.push(signal as i32);
+    }
+    // Blocked, not ignored: ignoring would be inherited by the husk.
+    if let Err(error) = process::set_signal_mask(process::signal_set(&signals)) {
+        tracing::warn!("signals cannot be blocked: {error}");
     }
     let mut lost = false;
     let _ = socket.set_read_timeout(Some(LOOK_PAUSE));
@@ -192,8 +196,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
     let made = order
         .clock_offsets_ns
         .map_or(Ok(()), |(monotonic, boottime)| process::unshare_time(monotonic, boottime))
-        .and_then(|()| {
-        });
+        .and_then(|()| husk::spawn(&HuskRequest { set_sid: order.set_sid, ..HuskRequest::new(order.pid) }));
     match made {
         Ok(_) => lines.answer("made it"),
         Err(error) => {
@@ -221,7 +224,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             Some(_) => lines.answer("failed not understood"),
             None => {}
         }
-        let alive = engine.as_ref().is_ok_and(|engine| !engine.has_exited());
+        let alive = engine.as_ref().is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
         if !alive {
             end_all(order.pid);
             return if may_have_run { exit::LOST } else { exit::FAILED };
@@ -239,6 +242,7 @@ fn parse(line: &str) -> Option<HuskOrder> {
     let keep = words.next()? == "1";
     let monotonic = words.next()?.parse().ok()?;
     let boottime = words.next()?.parse().ok()?;
+    Some(HuskOrder { pid, set_sid, clock_offsets_ns: keep.then_some((monotonic, boottime)) })
 }
 
 /// Reaps what ended, the process itself included: its status is told by the one who traces it.
@@ -251,7 +255,7 @@ fn reap() {
 fn end_all(root: i32) {
     let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
     loop {
-        for pid in procfs::children(std::process::id().cast_signed()).unwrap_or_default() {
+        for pid in procfs::children(process::own_pid()).unwrap_or_default() {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         match waitpid(None, None) {

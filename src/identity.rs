@@ -108,7 +108,9 @@ impl Fingerprint {
     /// Of the key in a certificate; `None` if it cannot be parsed.
     pub fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {
         let parsed = ParsedCertificate::try_from(certificate).ok()?;
-        Some(Self::of_public_key(parsed.subject_public_key_info().as_ref()))
+        Some(Self::of_public_key(
+            parsed.subject_public_key_info().as_ref(),
+        ))
     }
 }
 
@@ -126,7 +128,9 @@ impl fmt::Debug for Fingerprint {
 
 /// A text is no fingerprint.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no fingerprint: `SHA256:` and 43 letters of base64 are expected, as `pageferry identity` prints it")]
+#[error(
+    "`{text}` is no fingerprint: `SHA256:` and 43 letters of base64 are expected, as `pageferry identity` prints it"
+)]
 pub struct NotAFingerprint {
     /// The text.
     pub text: String,
@@ -140,7 +144,9 @@ impl FromStr for Fingerprint {
             .and_then(|letters| STANDARD_NO_PAD.decode(letters).ok())
             .and_then(|bytes| bytes.try_into().ok())
             .map(Self)
-            .ok_or_else(|| NotAFingerprint { text: text.to_owned() })
+            .ok_or_else(|| NotAFingerprint {
+                text: text.to_owned(),
+            })
     }
 }
 
@@ -204,21 +210,39 @@ impl Peers {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            Err(source) => return Err(Error::File { what: "read", path: path.to_owned(), source }),
+            Err(source) => {
+                return Err(Error::File {
+                    what: "read",
+                    path: path.to_owned(),
+                    source,
+                });
+            }
         };
-        let file: PeersFile = toml::from_str(&text).map_err(|source| Error::Peers { path: path.to_owned(), source })?;
+        let file: PeersFile = toml::from_str(&text).map_err(|source| Error::Peers {
+            path: path.to_owned(),
+            source,
+        })?;
         let mut names = BTreeMap::new();
         for (name, entries) in file.peers {
             let entries = match entries {
                 OneOrMore::One(entry) => vec![entry],
                 OneOrMore::More(entries) => entries,
             };
-            let fingerprints = entries.iter().map(|entry| entry.parse()).collect::<Result<Vec<_>, _>>().map_err(|source| {
-                Error::PeersFingerprint { path: path.to_owned(), name: name.clone(), source }
-            })?;
+            let fingerprints = entries
+                .iter()
+                .map(|entry| entry.parse())
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|source| Error::PeersFingerprint {
+                    path: path.to_owned(),
+                    name: name.clone(),
+                    source,
+                })?;
             names.insert(name, fingerprints);
         }
-        Ok(Self { path: path.to_owned(), names })
+        Ok(Self {
+            path: path.to_owned(),
+            names,
+        })
     }
 
     /// The keys that all of `texts` stand for: each is a fingerprint, or a name of the file.
@@ -230,7 +254,10 @@ impl Peers {
             } else if let Some(fingerprints) = self.names.get(text) {
                 set.extend(fingerprints);
             } else {
-                return Err(Error::UnknownName { text: text.to_owned(), peers: self.path.clone() });
+                return Err(Error::UnknownName {
+                    text: text.to_owned(),
+                    peers: self.path.clone(),
+                });
             }
         }
         Ok(TrustSet(set))
@@ -238,7 +265,10 @@ impl Peers {
 
     /// The name a key has in the file.
     pub fn name_of(&self, fingerprint: &Fingerprint) -> Option<&str> {
-        self.names.iter().find(|(_, keys)| keys.contains(fingerprint)).map(|(name, _)| name.as_str())
+        self.names
+            .iter()
+            .find(|(_, keys)| keys.contains(fingerprint))
+            .map(|(name, _)| name.as_str())
     }
 }
 
@@ -251,13 +281,19 @@ pub struct Identity {
 
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Identity").field(&self.fingerprint).finish_non_exhaustive()
+        f.debug_tuple("Identity")
+            .field(&self.fingerprint)
+            .finish_non_exhaustive()
     }
 }
 
 impl Clone for Identity {
     fn clone(&self) -> Self {
-        Self { certificate: self.certificate.clone(), key: self.key.clone_key(), fingerprint: self.fingerprint }
+        Self {
+            certificate: self.certificate.clone(),
+            key: self.key.clone_key(),
+            fingerprint: self.fingerprint,
+        }
     }
 }
 
@@ -265,7 +301,11 @@ impl Identity {
     /// The identity kept in `directory`, made there if there is none. Two first uses at once end with the same key.
     pub fn open(directory: &Path) -> Result<Self, Error> {
         let path = directory.join(FILE);
-        if !path.try_exists().map_err(|source| Error::File { what: "look for", path: path.clone(), source })? {
+        if !path.try_exists().map_err(|source| Error::File {
+            what: "look for",
+            path: path.clone(),
+            source,
+        })? {
             create(directory, &path)?;
         }
         Self::load(&path)
@@ -277,22 +317,45 @@ impl Identity {
     }
 
     fn load(path: &Path) -> Result<Self, Error> {
-        let file = |what| move |source| Error::File { what, path: path.to_owned(), source };
-        let mode = fs::metadata(path).map_err(file("examine"))?.permissions().mode() & 0o7777;
+        let file = |what| {
+            move |source| Error::File {
+                what,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        let mode = fs::metadata(path)
+            .map_err(file("examine"))?
+            .permissions()
+            .mode()
+            & 0o7777;
         if mode & 0o077 != 0 {
-            return Err(Error::Exposed { path: path.to_owned(), mode });
+            return Err(Error::Exposed {
+                path: path.to_owned(),
+                mode,
+            });
         }
         let text = fs::read(path).map_err(file("read"))?;
-        let unusable = |what| Error::Unusable { path: path.to_owned(), what };
-        let key = PrivatePkcs8KeyDer::from_pem_slice(&text).map_err(|_| unusable("no PKCS #8 private key"))?;
-        let certificate = CertificateDer::from_pem_slice(&text).map_err(|_| unusable("no certificate"))?;
+        let unusable = |what| Error::Unusable {
+            path: path.to_owned(),
+            what,
+        };
+        let key = PrivatePkcs8KeyDer::from_pem_slice(&text)
+            .map_err(|_| unusable("no PKCS #8 private key"))?;
+        let certificate =
+            CertificateDer::from_pem_slice(&text).map_err(|_| unusable("no certificate"))?;
         let pair = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&key, &rcgen::PKCS_ED25519)
             .map_err(|_| unusable("the private key is not an Ed25519 key"))?;
-        let fingerprint = Fingerprint::of_certificate(&certificate).ok_or_else(|| unusable("the certificate cannot be parsed"))?;
+        let fingerprint = Fingerprint::of_certificate(&certificate)
+            .ok_or_else(|| unusable("the certificate cannot be parsed"))?;
         if fingerprint != of_key_pair(&pair) {
             return Err(unusable("the certificate is another key's"));
         }
-        Ok(Self { certificate, key: key.into(), fingerprint })
+        Ok(Self {
+            certificate,
+            key: key.into(),
+            fingerprint,
+        })
     }
 }
 
@@ -302,7 +365,8 @@ fn of_key_pair(pair: &rcgen::KeyPair) -> Fingerprint {
 
 fn make() -> Result<(rcgen::KeyPair, rcgen::Certificate), rcgen::Error> {
     let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
-    let certificate = rcgen::CertificateParams::new([CERTIFICATE_NAME.to_owned()])?.self_signed(&pair)?;
+    let certificate =
+        rcgen::CertificateParams::new([CERTIFICATE_NAME.to_owned()])?.self_signed(&pair)?;
     Ok((pair, certificate))
 }
 
@@ -313,15 +377,27 @@ fn create(directory: &Path, path: &Path) -> Result<(), Error> {
         .recursive(true)
         .mode(0o700)
         .create(directory)
-        .map_err(|source| Error::File { what: "create", path: directory.to_owned(), source })?;
+        .map_err(|source| Error::File {
+            what: "create",
+            path: directory.to_owned(),
+            source,
+        })?;
     let temporary = directory.join(format!(".{FILE}.{}", std::process::id()));
-    let file = |what| { let path = temporary.clone(); move |source| Error::File { what, path, source } };
+    let file = |what| {
+        let path = temporary.clone();
+        move |source| Error::File { what, path, source }
+    };
     // One left behind by a crash of a process with our id, before anyone can have known its fingerprint.
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(file("remove")(error)),
         _ => {}
     }
-    let mut written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).map_err(file("create"))?;
+    let mut written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .map_err(file("create"))?;
     let linked = written
         .write_all(pair.serialize_pem().as_bytes())
         .and_then(|()| written.write_all(certificate.pem().as_bytes()))
@@ -335,13 +411,20 @@ fn create(directory: &Path, path: &Path) -> Result<(), Error> {
     linked?;
     File::open(directory)
         .and_then(|directory| directory.sync_all())
-        .map_err(|source| Error::File { what: "sync", path: directory.to_owned(), source })
+        .map_err(|source| Error::File {
+            what: "sync",
+            path: directory.to_owned(),
+            source,
+        })
 }
 
 /// `pageferry identity`: prints this host's fingerprint, alone, on stdout; makes the key on first use.
 pub fn run(args: &IdentityArgs, common: &Common) -> u8 {
     match Identity::open(&args.identity) {
-        Ok(identity) if common.json => println!("{{\"type\":\"identity\",\"data\":{{\"fingerprint\":\"{}\"}}}}", identity.fingerprint()),
+        Ok(identity) if common.json => println!(
+            "{{\"type\":\"identity\",\"data\":{{\"fingerprint\":\"{}\"}}}}",
+            identity.fingerprint()
+        ),
         Ok(identity) => println!("{}", identity.fingerprint()),
         Err(error) => {
             eprintln!("pageferry: {}", report::chain(&error));
@@ -358,12 +441,20 @@ impl Identity {
         let (pair, certificate) = make().expect("a key can be made");
         let fingerprint = of_key_pair(&pair);
         let key = PrivatePkcs8KeyDer::from(pair.serialize_der()).into();
-        Self { certificate: certificate.der().clone(), key, fingerprint }
+        Self {
+            certificate: certificate.der().clone(),
+            key,
+            fingerprint,
+        }
     }
 
     /// Someone who has copied a certificate but not its key.
     pub(crate) fn with_certificate_of(self, other: &Self) -> Self {
-        Self { certificate: other.certificate.clone(), key: self.key, fingerprint: other.fingerprint }
+        Self {
+            certificate: other.certificate.clone(),
+            key: self.key,
+            fingerprint: other.fingerprint,
+        }
     }
 }
 
@@ -376,10 +467,20 @@ mod tests {
         let parent = tempfile::tempdir().expect("a folder");
         let directory = parent.path().join("pageferry/identity");
         let first = Identity::open(&directory).expect("made");
-        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+        let mode = |path: &Path| {
+            fs::metadata(path)
+                .expect("it is there")
+                .permissions()
+                .mode()
+                & 0o7777
+        };
         assert_eq!(mode(&directory), 0o700);
         assert_eq!(mode(&directory.join(FILE)), 0o600);
-        assert_eq!(fs::read_dir(&directory).expect("readable").count(), 1, "nothing temporary is left");
+        assert_eq!(
+            fs::read_dir(&directory).expect("readable").count(),
+            1,
+            "nothing temporary is left"
+        );
         let second = Identity::open(&directory).expect("read");
         assert_eq!(first.fingerprint(), second.fingerprint());
         assert_eq!(first.certificate, second.certificate);
@@ -397,18 +498,36 @@ mod tests {
             fs::hard_link(&temporary, directory.path().join(FILE))
         };
         make("a").expect("the first is linked");
-        let first = Identity::open(directory.path()).expect("read").fingerprint();
-        assert_eq!(make("b").expect_err("never replaced").kind(), io::ErrorKind::AlreadyExists);
-        create(directory.path(), &directory.path().join(FILE)).expect("that the other was first is no error");
-        assert_eq!(Identity::open(directory.path()).expect("read").fingerprint(), first);
+        let first = Identity::open(directory.path())
+            .expect("read")
+            .fingerprint();
+        assert_eq!(
+            make("b").expect_err("never replaced").kind(),
+            io::ErrorKind::AlreadyExists
+        );
+        create(directory.path(), &directory.path().join(FILE))
+            .expect("that the other was first is no error");
+        assert_eq!(
+            Identity::open(directory.path())
+                .expect("read")
+                .fingerprint(),
+            first
+        );
     }
 
     #[test]
     fn a_key_that_others_can_read_is_refused() {
         let directory = tempfile::tempdir().expect("a folder");
         Identity::open(directory.path()).expect("made");
-        fs::set_permissions(directory.path().join(FILE), fs::Permissions::from_mode(0o640)).expect("ours");
-        assert!(matches!(Identity::open(directory.path()), Err(Error::Exposed { mode: 0o640, .. })));
+        fs::set_permissions(
+            directory.path().join(FILE),
+            fs::Permissions::from_mode(0o640),
+        )
+        .expect("ours");
+        assert!(matches!(
+            Identity::open(directory.path()),
+            Err(Error::Exposed { mode: 0o640, .. })
+        ));
     }
 
     #[test]
@@ -418,9 +537,15 @@ mod tests {
         let path = directory.path().join(FILE);
         fs::write(&path, pair.serialize_pem() + &certificate.pem()).expect("writable");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("ours");
-        assert!(matches!(Identity::open(directory.path()), Err(Error::Unusable { .. })));
+        assert!(matches!(
+            Identity::open(directory.path()),
+            Err(Error::Unusable { .. })
+        ));
         fs::write(&path, "nothing").expect("writable");
-        assert!(matches!(Identity::open(directory.path()), Err(Error::Unusable { .. })));
+        assert!(matches!(
+            Identity::open(directory.path()),
+            Err(Error::Unusable { .. })
+        ));
     }
 
     #[test]
@@ -430,8 +555,19 @@ mod tests {
         assert_eq!(text, "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU");
         assert_eq!(text.parse(), Ok(fingerprint));
         let (pair, certificate) = make().expect("a key");
-        assert_eq!(Fingerprint::of_certificate(certificate.der()), Some(of_key_pair(&pair)));
-        for bad in ["", "SHA256:", &text[7..], &text[..49], &format!("{text}="), &format!(" {text}"), &format!("{}V", &text[..49])] {
+        assert_eq!(
+            Fingerprint::of_certificate(certificate.der()),
+            Some(of_key_pair(&pair))
+        );
+        for bad in [
+            "",
+            "SHA256:",
+            &text[7..],
+            &text[..49],
+            &format!("{text}="),
+            &format!(" {text}"),
+            &format!("{}V", &text[..49]),
+        ] {
             assert!(bad.parse::<Fingerprint>().is_err(), "{bad:?}");
         }
     }
@@ -441,16 +577,37 @@ mod tests {
         let directory = tempfile::tempdir().expect("a folder");
         let path = directory.path().join("peers.toml");
         let [a, b, c] = [b"a", b"b", b"c"].map(|key| Fingerprint::of_public_key(key));
-        assert!(Peers::load(&path).expect("no file names nobody").resolve(["beta"]).is_err());
-        fs::write(&path, format!("[peers]\nbeta = \"{a}\"\ngamma = [\"{a}\", \"{b}\"]\n")).expect("writable");
+        assert!(
+            Peers::load(&path)
+                .expect("no file names nobody")
+                .resolve(["beta"])
+                .is_err()
+        );
+        fs::write(
+            &path,
+            format!("[peers]\nbeta = \"{a}\"\ngamma = [\"{a}\", \"{b}\"]\n"),
+        )
+        .expect("writable");
         let peers = Peers::load(&path).expect("good");
-        assert_eq!(peers.resolve(["beta"]).expect("a name"), TrustSet::from_iter([a]));
+        assert_eq!(
+            peers.resolve(["beta"]).expect("a name"),
+            TrustSet::from_iter([a])
+        );
         let text = c.to_string();
-        assert_eq!(peers.resolve(["gamma", text.as_str()]).expect("a name and a key"), TrustSet::from_iter([a, b, c]));
-        assert!(matches!(peers.resolve(["delta"]), Err(Error::UnknownName { text, .. }) if text == "delta"));
+        assert_eq!(
+            peers
+                .resolve(["gamma", text.as_str()])
+                .expect("a name and a key"),
+            TrustSet::from_iter([a, b, c])
+        );
+        assert!(
+            matches!(peers.resolve(["delta"]), Err(Error::UnknownName { text, .. }) if text == "delta")
+        );
         assert_eq!(peers.name_of(&b), Some("gamma"));
         fs::write(&path, "[peers]\nbeta = \"SHA256:short\"\n").expect("writable");
-        assert!(matches!(Peers::load(&path), Err(Error::PeersFingerprint { name, .. }) if name == "beta"));
+        assert!(
+            matches!(Peers::load(&path), Err(Error::PeersFingerprint { name, .. }) if name == "beta")
+        );
         fs::write(&path, "peer = 1\n").expect("writable");
         assert!(matches!(Peers::load(&path), Err(Error::Peers { .. })));
     }

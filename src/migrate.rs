@@ -13,10 +13,11 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_pageserver::identity::FileCheck as FileIdentityCheck;
 use pageferry_pageserver::serve::PageReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{host, process, procfs};
-use pageferry_wire::message::{Done, FileCheck, Hello, MapEnd, Plan, Role, State};
+use pageferry_wire::message::{BoundSocket, Done, FileCheck, Hello, MapEnd, Plan, Role, State};
 use pageferry_wire::session::{Record, Source, SourceAction, SourceEnd};
 use pageferry_wire::{Frame, Phase, Tag};
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
@@ -183,10 +184,10 @@ fn survey_options(args: &MigrateArgs) -> SurveyOptions {
             cli::Tcp::Refuse => survey::TcpPolicy::Refuse,
         },
         file_check: match args.file_check {
-            cli::FileCheck::BuildId => survey::FileCheck::BuildId,
-            cli::FileCheck::Size => survey::FileCheck::Size,
-            cli::FileCheck::Mtime => survey::FileCheck::Mtime,
-            cli::FileCheck::Content => survey::FileCheck::Content,
+            cli::FileCheck::BuildId => FileIdentityCheck::BuildId,
+            cli::FileCheck::Size => FileIdentityCheck::Size,
+            cli::FileCheck::Mtime => FileIdentityCheck::Mtime,
+            cli::FileCheck::Content => FileIdentityCheck::Content,
         },
         same_file: args.same_file.clone(),
         unmanaged: args.unmanaged,
@@ -626,7 +627,7 @@ async fn connect(args: &MigrateArgs, identity: &Identity, trust: &TrustSet, id: 
 }
 
 fn hello(id: [u8; 16], role: Role) -> Hello {
-    Hello::new(id, role, &host::host_name())
+    Hello::new(id, role, &host::host_name().unwrap_or_default())
 }
 
 /// Serves faults on a thread, a runtime and a socket of their own: bulk never stands in front of a fault.
@@ -705,15 +706,36 @@ async fn serve_stream(mut sender: FramedSend, mut receiver: FramedRecv, pid: i32
 }
 
 fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_tracee::Error> {
-    let now = host::clocks();
-    let (monotonic_offset, boottime_offset) = procfs::tree_clock_offsets(args.pid)?;
-    let mut plan = survey.plan();
-    plan.cpu_flags = host::cpu_flags()?;
-    plan.xsave_size = host::xsave_size();
-    plan.xcr0 = host::xcr0();
-    plan.kernel_release = host::kernel_release();
+    let now = host::clocks()?;
+    // Both count from the host's first clocks, and we may be in a time namespace ourselves.
+    let (tree, own) = (procfs::timens_offsets(args.pid)?, procfs::timens_offsets(process::own_pid())?);
+    let (monotonic_offset, boottime_offset) = (tree.0.saturating_sub(own.0), tree.1.saturating_sub(own.1));
+    let mut plan = Plan {
+        pid: args.pid,
+        comm: survey.comm.clone(),
+        tids: survey.tids.clone(),
+        files: survey.files.clone(),
+        resident_bytes: survey.resident_bytes,
+        locked_bytes: survey.locked_bytes,
+        user_address_end: survey.user_address_end,
+        ..Plan::default()
+    };
+    for bound in &survey.sockets {
+        plan.sockets.push(BoundSocket {
+            fd: bound.fd,
+            family: bound.family,
+            kind: bound.kind,
+            protocol: bound.protocol,
+            address: bound.address.clone(),
+            listening: bound.listening,
+        });
+    }
+    plan.cpu_flags = host::cpu_flags()?.into_iter().collect();
+    plan.xsave_size = host::xsave_size()?;
+    plan.xcr0 = host::xcr0()?;
+    plan.kernel_release = host::kernel_release()?;
     plan.vdso = host::vdso()?;
-    plan.page_size = PAGE_SIZE as u32;
+    plan.page_size = u32::try_from(PAGE_SIZE).unwrap_or(0);
     plan.monotonic_ns = now.monotonic_ns.saturating_add_signed(monotonic_offset);
     plan.boottime_ns = now.boottime_ns.saturating_add_signed(boottime_offset);
     plan.realtime_ns = now.realtime_ns;

@@ -2,16 +2,15 @@
 //! that could make a migration fail after the freeze, and can be made before it, is made here; the target names all
 //! that is wrong at once.
 
-use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
 
 use nix::libc;
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::page::PAGE_SIZE;
-use pageferry_pageserver::file::{build_id, content_sha256};
+use pageferry_pageserver::identity;
 use pageferry_tracee::{host, procfs, socket};
-use pageferry_wire::message::{BoundSocket, FileCheck, Plan, Refusal, Verdict};
+use pageferry_wire::message::{self, BoundSocket, Plan, Refusal, Verdict};
 
 /// Memory that must stay free beside the process, bytes: the engine, page tables, and a little air.
 const MEMORY_MARGIN: u64 = 64 << 20;
@@ -39,7 +38,7 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
         }
     }
     for file in &plan.files {
-        if let Err(text) = judge_file(file, plan) {
+        if let Some(text) = judge_file(file, plan) {
             refusals.push(refusal(format!("{process} file {}", file.path), text));
         }
     }
@@ -59,7 +58,7 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
             ),
         ));
     }
-    let kernel_release = host::kernel_release();
+    let kernel_release = host::kernel_release().unwrap_or_default();
     if kernel_release != plan.kernel_release {
         notes.push(format!("kernels differ: source {}, target {kernel_release}", plan.kernel_release));
     }
@@ -68,19 +67,18 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
 
 fn judge_cpu(plan: &Plan, force: bool, process: &str, refusals: &mut Vec<Refusal>, notes: &mut Vec<String>) {
     let mut found = Vec::new();
-    let ours: BTreeSet<String> = host::cpu_flags().unwrap_or_default().into_iter().collect();
+    let ours = host::cpu_flags().unwrap_or_default();
     let missing: Vec<&str> = plan.cpu_flags.iter().filter(|flag| !ours.contains(*flag)).map(String::as_str).collect();
     if !missing.is_empty() {
         found.push(format!("the target's CPU lacks {}", missing.join(" ")));
     }
-    if plan.xcr0 != host::xcr0() || plan.xsave_size > host::xsave_size() {
-        found.push(format!(
+    match host::xsave() {
+        Ok(here) if plan.xcr0 == here.xcr0 && plan.xsave_size <= here.size => {}
+        Ok(here) => found.push(format!(
             "register state differs: source {:#x} in {} bytes, target {:#x} in {} bytes",
-            plan.xcr0,
-            plan.xsave_size,
-            host::xcr0(),
-            host::xsave_size()
-        ));
+            plan.xcr0, plan.xsave_size, here.xcr0, here.size
+        )),
+        Err(error) => found.push(format!("the target's register state cannot be read: {error}")),
     }
     for text in found {
         if force {
@@ -95,46 +93,20 @@ fn judge_cpu(plan: &Plan, force: bool, process: &str, refusals: &mut Vec<Refusal
 }
 
 /// Whether the file at the same path here is the one the process means.
-fn judge_file(file: &FileIdentity, plan: &Plan) -> Result<(), String> {
-    let path = Path::new(&file.path);
-    let found = std::fs::metadata(path).map_err(|error| format!("cannot be used on the target: {error}"))?;
-    if file.must_be_shared {
-        // The operator, or the kind of file system, vouches that it is the same file: its size changes under our eyes.
-        return Ok(());
-    }
-    if found.is_dir() {
-        return Ok(());
-    }
-    let mtime_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
-    let check = plan.file_check();
-    let advice = "install the same version, or choose what is compared with --file-check";
-    if check == FileCheck::BuildId && !file.build_id.is_empty() {
-        return match build_id(path) {
-            Ok(Some(id)) if id == file.build_id => Ok(()),
-            Ok(_) => Err(format!("differs on the target (build id); {advice}")),
-            Err(error) => Err(format!("cannot be read on the target: {error}")),
-        };
-    }
-    if found.size() != file.size {
-        return Err(format!("differs on the target ({} bytes here, {} there); {advice}", file.size, found.size()));
-    }
-    if matches!(check, FileCheck::BuildId | FileCheck::Mtime) && mtime_ns != file.mtime_ns {
-        return Err(format!("differs on the target (modification time); {advice}"));
-    }
-    if check == FileCheck::Content {
-        let digest = content_sha256(path).map_err(|error| format!("cannot be read on the target: {error}"))?;
-        if digest[..] != file.content_sha256[..] {
-            return Err(format!("differs on the target (content); {advice}"));
-        }
-    }
-    Ok(())
+fn judge_file(file: &FileIdentity, plan: &Plan) -> Option<String> {
+    let check = match plan.file_check() {
+        message::FileCheck::Size => identity::FileCheck::Size,
+        message::FileCheck::Mtime => identity::FileCheck::Mtime,
+        message::FileCheck::Content => identity::FileCheck::Content,
+        message::FileCheck::BuildId | message::FileCheck::Invalid => identity::FileCheck::BuildId,
+    };
+    identity::difference(file, check)
 }
 
 /// Whether the address can be bound here: tried, and given back at once.
 fn judge_address(bound: &BoundSocket) -> Result<(), String> {
     let number = |value: u32| i32::try_from(value).unwrap_or(0);
     let tried = socket::create(number(bound.family), number(bound.kind), number(bound.protocol)).and_then(|fd| {
-        use std::os::fd::AsFd;
         // So that an address in TIME_WAIT does not refuse what the real socket may take.
         socket::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_le_bytes())?;
         socket::bind_raw(fd.as_fd(), &bound.address)
@@ -142,7 +114,22 @@ fn judge_address(bound: &BoundSocket) -> Result<(), String> {
     tried.map_err(|error| {
         format!(
             "address {} cannot be bound on the target ({error}); free it, or bring the address over first",
-            socket::format_address(&bound.address)
+            address_text(&bound.address)
         )
     })
+}
+
+/// `struct sockaddr_in` and `sockaddr_in6` as people write them; anything else by its length.
+fn address_text(raw: &[u8]) -> String {
+    let family = raw.first_chunk::<2>().map_or(0, |bytes| i32::from(u16::from_le_bytes(*bytes)));
+    let port = || raw.get(2..4).map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
+    match family {
+        libc::AF_INET if raw.len() >= 8 => SocketAddr::from(([raw[4], raw[5], raw[6], raw[7]], port())).to_string(),
+        libc::AF_INET6 if raw.len() >= 24 => {
+            let mut address = [0; 16];
+            address.copy_from_slice(&raw[8..24]);
+            SocketAddr::from((address, port())).to_string()
+        }
+        _ => format!("of family {family}"),
+    }
 }

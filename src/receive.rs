@@ -90,13 +90,14 @@ fn engine(args: &ReceiveArgs, common: &Common, identity: &Identity, trust: &Trus
 }
 
 async fn serve(args: &ReceiveArgs, common: &Common, listener: &mut Listener, cradle: &mut Cradle, stop: &mut Stop) -> u8 {
+    let mut met = Met::default();
     loop {
-        let met = tokio::select! {
-            met = meet(listener) => met,
+        let links = tokio::select! {
+            met = met.next(listener) => met,
             signal = stop.wait() => return exit::signalled(signal),
         };
         let mut report = Report::new(common);
-        let links = match met {
+        let links = match links {
             Ok(links) => links,
             Err(text) => {
                 tracing::warn!("{text}");
@@ -155,56 +156,79 @@ struct Links {
     bulk: Link,
 }
 
-/// Waits for the three connections of one migration. The control link's hello is left to the session to answer.
-async fn meet(listener: &mut Listener) -> Result<Links, String> {
-    let own_name = host::host_name().unwrap_or_default();
-    let (control, hello, sender, receiver) = loop {
-        let (link, hello, sender, receiver) = next_link(listener).await?;
-        if hello.role() == Role::Control {
-            break (link, hello, sender, receiver);
-        }
-        link.close();
-    };
-    let id = hello.id();
-    let others = async {
-        let (mut faults, mut bulk) = (None, None);
-        while faults.is_none() || bulk.is_none() {
-            let (link, hello, mut sender, _receiver) = next_link(listener).await?;
-            if hello.id() != id || link.peer() != control.peer() {
-                link.close();
-                continue;
+/// A greeted connection.
+type Greeted = (Link, Hello, FramedSend, FramedRecv);
+
+/// Connections of migrations that are not complete yet.
+#[derive(Default)]
+struct Met {
+    greetings: JoinSet<Result<Greeted, String>>,
+    waiting: Vec<(Instant, Greeted)>,
+}
+
+/// Connections that may wait for their companions at once.
+const WAITING_MAX: usize = 32;
+
+impl Met {
+    /// Waits for the three connections of one migration, in whatever order they greet. The control link's hello is left
+    /// to the session to answer.
+    async fn next(&mut self, listener: &mut Listener) -> Result<Links, String> {
+        let own_name = host::host_name().unwrap_or_default();
+        loop {
+            tokio::select! {
+                link = listener.accept() => match link {
+                    Some(Ok(link)) => {
+                        let own_name = own_name.clone();
+                        self.greetings.spawn(greet(link, own_name));
+                    }
+                    Some(Err(error)) => tracing::warn!("turned away: {}", report::chain(&error)),
+                    None => return Err("the listener is closed".into()),
+                },
+                Some(greeted) = self.greetings.join_next() => match greeted {
+                    Ok(Ok(greeted)) => {
+                        self.waiting.retain(|(since, _)| since.elapsed() < HANDSHAKE_TIMEOUT);
+                        if self.waiting.len() < WAITING_MAX {
+                            let id = greeted.1.id();
+                            self.waiting.push((Instant::now(), greeted));
+                            if let Some(links) = self.complete(id, &own_name) {
+                                return Ok(links);
+                            }
+                        }
+                    }
+                    Ok(Err(text)) => tracing::warn!("{text}"),
+                    Err(error) => tracing::warn!("a greeting was given up: {error}"),
+                },
             }
-            let version = hello.version().map_err(|error| report::chain(&error))?;
-            let welcome = Welcome { version, host_name: own_name.clone() };
-            sender.send(welcome).await.map_err(|error| report::chain(&error))?;
-            match hello.role() {
-                Role::Faults => faults = Some(link),
-                Role::Bulk => bulk = Some(link),
-                _ => link.close(),
-            }
         }
-        Ok::<_, String>((faults, bulk))
-    };
-    match tokio::time::timeout(HANDSHAKE_TIMEOUT, others).await {
-        Ok(Ok((Some(faults), Some(bulk)))) => {
-            Ok(Links { id: hex(&id), hello, own_name, control, sender, receiver, faults, bulk })
+    }
+
+    /// The connections of migration `id`, if all are here and end at the same peer.
+    fn complete(&mut self, id: [u8; 16], own_name: &str) -> Option<Links> {
+        let place = |role: Role| self.waiting.iter().position(|(_, (_, hello, ..))| hello.id() == id && hello.role() == role);
+        place(Role::Control)?;
+        place(Role::Faults)?;
+        place(Role::Bulk)?;
+        let mut take = |role: Role| {
+            let at = self.waiting.iter().position(|(_, (_, hello, ..))| hello.id() == id && hello.role() == role)?;
+            Some(self.waiting.swap_remove(at).1)
+        };
+        let (control, hello, sender, receiver) = take(Role::Control)?;
+        let (faults, bulk) = (take(Role::Faults)?.0, take(Role::Bulk)?.0);
+        if faults.peer() != control.peer() || bulk.peer() != control.peer() {
+            tracing::warn!("three connections of one migration came from different hosts");
+            return None;
         }
-        Ok(Err(text)) => Err(text),
-        _ => Err(format!("{} did not open all its connections in time", control.remote_address())),
+        Some(Links { id: hex(&id), hello, own_name: own_name.to_owned(), control, sender, receiver, faults, bulk })
     }
 }
 
-async fn next_link(listener: &mut Listener) -> Result<(Link, Hello, FramedSend, FramedRecv), String> {
-    loop {
-        match listener.accept().await {
-            Some(Ok(link)) => {
-                let (hello, sender, receiver) = link.greeted().await.map_err(|error| report::chain(&error))?;
-                return Ok((link, hello, sender, receiver));
-            }
-            Some(Err(error)) => tracing::warn!("turned away: {}", report::chain(&error)),
-            None => return Err("the listener is closed".into()),
-        }
+async fn greet(link: Link, own_name: String) -> Result<Greeted, String> {
+    let (hello, mut sender, receiver) = link.greeted().await.map_err(|error| report::chain(&error))?;
+    if hello.role() != Role::Control {
+        let version = hello.version().map_err(|error| report::chain(&error))?;
+        sender.send(Welcome { version, host_name: own_name }).await.map_err(|error| report::chain(&error))?;
     }
+    Ok((link, hello, sender, receiver))
 }
 
 /// Why a migration did not end well here.

@@ -17,8 +17,8 @@ use pageferry_wire::{ALPN, Decoder, Frame, Tag};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    AckFrequencyConfig, ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, Incoming, MtuDiscoveryConfig,
-    ServerConfig, TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig,
+    Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -91,7 +91,9 @@ pub enum Error {
         side: Side,
     },
     /// The peer showed a trusted certificate without holding its key.
-    #[error("{address} shows the certificate of {claimed} but does not hold its key: somebody stands between the hosts, or the key file was mixed up")]
+    #[error(
+        "{address} shows the certificate of {claimed} but does not hold its key: somebody stands between the hosts, or the key file was mixed up"
+    )]
     Impostor {
         /// Where it is.
         address: SocketAddr,
@@ -115,7 +117,10 @@ pub enum Error {
         side: Side,
     },
     /// The peer speaks QUIC, but not this protocol.
-    #[error("{address} does not speak {}: update pageferry on the older host", String::from_utf8_lossy(ALPN))]
+    #[error(
+        "{address} does not speak {}: update pageferry on the older host",
+        String::from_utf8_lossy(ALPN)
+    )]
     OtherProtocol {
         /// Where it is.
         address: SocketAddr,
@@ -249,7 +254,10 @@ struct Pinned {
 
 impl fmt::Debug for Pinned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pinned").field("trust", &self.trust).field("seen", &self.seen).finish_non_exhaustive()
+        f.debug_struct("Pinned")
+            .field("trust", &self.trust)
+            .field("seen", &self.seen)
+            .finish_non_exhaustive()
     }
 }
 
@@ -300,7 +308,11 @@ impl Pinned {
     /// What a failed handshake with `address` comes to; `None` if keys have nothing to do with it.
     fn explain(&self, address: SocketAddr, side: Side) -> Option<Error> {
         match self.seen() {
-            Seen::Untrusted(seen) => Some(Error::UnknownPeer { address, seen, side }),
+            Seen::Untrusted(seen) => Some(Error::UnknownPeer {
+                address,
+                seen,
+                side,
+            }),
             Seen::WithoutKey(claimed) => Some(Error::Impostor { address, claimed }),
             Seen::Unparsable => Some(Error::NoIdentity { address }),
             Seen::Nothing | Seen::Trusted(_) => None,
@@ -322,7 +334,8 @@ impl ServerCertVerifier for Pinned {
         _: &[u8],
         _: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check_key(end_entity).map(|()| ServerCertVerified::assertion())
+        self.check_key(end_entity)
+            .map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -367,7 +380,8 @@ impl ClientCertVerifier for Pinned {
         _: &[CertificateDer<'_>],
         _: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.check_key(end_entity).map(|()| ClientCertVerified::assertion())
+        self.check_key(end_entity)
+            .map(|()| ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -395,12 +409,20 @@ impl ClientCertVerifier for Pinned {
 
 /// What this host shows and signs with. That the two belong together was seen when the identity was read.
 fn shown(identity: &Identity, provider: &CryptoProvider) -> Result<Arc<SingleCertAndKey>, Error> {
-    let key = provider.key_provider.load_private_key(identity.key.clone_key()).map_err(|source| Error::Tls { source })?;
-    Ok(Arc::new(CertifiedKey::new(vec![identity.certificate.clone()], key).into()))
+    let key = provider
+        .key_provider
+        .load_private_key(identity.key.clone_key())
+        .map_err(|source| Error::Tls { source })?;
+    Ok(Arc::new(
+        CertifiedKey::new(vec![identity.certificate.clone()], key).into(),
+    ))
 }
 
 /// TLS as the target speaks it. Sessions are never resumed: a resumed one would not look at the keys again.
-fn server_tls(identity: &Identity, trust: &TrustSet) -> Result<(QuicServerConfig, Arc<Pinned>), Error> {
+fn server_tls(
+    identity: &Identity,
+    trust: &TrustSet,
+) -> Result<(QuicServerConfig, Arc<Pinned>), Error> {
     let provider = Arc::new(ring::default_provider());
     let pinned = Pinned::new(trust, &provider);
     let shown = shown(identity, &provider)?;
@@ -417,10 +439,15 @@ fn server_tls(identity: &Identity, trust: &TrustSet) -> Result<(QuicServerConfig
 }
 
 /// TLS as the source speaks it. `None` for the identity is a source without a certificate, which no target lets in.
-fn client_tls(identity: Option<&Identity>, peers: &TrustSet) -> Result<(QuicClientConfig, Arc<Pinned>), Error> {
+fn client_tls(
+    identity: Option<&Identity>,
+    peers: &TrustSet,
+) -> Result<(QuicClientConfig, Arc<Pinned>), Error> {
     let provider = Arc::new(ring::default_provider());
     let pinned = Pinned::new(peers, &provider);
-    let shown = identity.map(|identity| shown(identity, &provider)).transpose()?;
+    let shown = identity
+        .map(|identity| shown(identity, &provider))
+        .transpose()?;
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|source| Error::Tls { source })?
@@ -454,9 +481,12 @@ fn socket(address: SocketAddr) -> Result<UdpSocket, Error> {
 fn endpoint(address: SocketAddr) -> Result<Endpoint, Error> {
     let mut config = EndpointConfig::default();
     // The receiver's word: without it a peer never sends more than 1472 bytes, whatever its own settings.
-    config.max_udp_payload_size(UDP_PAYLOAD_MAX).expect("between 1200 and 65,527");
+    config
+        .max_udp_payload_size(UDP_PAYLOAD_MAX)
+        .expect("between 1200 and 65,527");
     let runtime = quinn::default_runtime().expect("called inside a tokio runtime");
-    Endpoint::new(config, None, socket(address)?, runtime).map_err(|source| Error::Bind { address, source })
+    Endpoint::new(config, None, socket(address)?, runtime)
+        .map_err(|source| Error::Bind { address, source })
 }
 
 /// `role` is `None` on the target, which does not know it before the hello.
@@ -464,7 +494,11 @@ fn transport(role: Option<Role>) -> Arc<TransportConfig> {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(UDP_PAYLOAD_MAX);
     let mut congestion = CubicConfig::default();
-    congestion.initial_window(if role == Some(Role::Faults) { INITIAL_WINDOW_FAULTS } else { INITIAL_WINDOW });
+    congestion.initial_window(if role == Some(Role::Faults) {
+        INITIAL_WINDOW_FAULTS
+    } else {
+        INITIAL_WINDOW
+    });
     let mut config = TransportConfig::default();
     config
         .mtu_discovery_config(Some(mtu))
@@ -494,7 +528,9 @@ fn tls_alert(error: &ConnectionError) -> Option<u8> {
         ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
         _ => return None,
     };
-    (0x100..0x200).contains(&code).then_some((code & 0xff) as u8)
+    (0x100..0x200)
+        .contains(&code)
+        .then_some((code & 0xff) as u8)
 }
 
 /// Alerts by which a peer says that it does not like our certificate: bad_certificate to certificate_unknown, unknown_ca,
@@ -517,7 +553,9 @@ impl Place {
         let by_peer = matches!(source, ConnectionError::ConnectionClosed(_));
         match tls_alert(&source) {
             Some(PROTOCOL_ALERT) => Error::OtherProtocol { address },
-            Some(alert) if by_peer && CERTIFICATE_ALERTS.contains(&alert) => Error::NotTrusted { address, own, side },
+            Some(alert) if by_peer && CERTIFICATE_ALERTS.contains(&alert) => {
+                Error::NotTrusted { address, own, side }
+            }
             _ => Error::Lost { address, source },
         }
     }
@@ -540,12 +578,19 @@ impl Listener {
         let endpoint = endpoint(address)?;
         let (tls, _) = server_tls(identity, trust)?;
         endpoint.set_server_config(Some(ServerConfig::with_crypto(Arc::new(tls))));
-        Ok(Self { endpoint, identity: identity.clone(), trust: trust.clone(), handshakes: JoinSet::new() })
+        Ok(Self {
+            endpoint,
+            identity: identity.clone(),
+            trust: trust.clone(),
+            handshakes: JoinSet::new(),
+        })
     }
 
     /// Where it listens: the port is known here when 0 was asked for.
     pub fn local_address(&self) -> SocketAddr {
-        self.endpoint.local_addr().expect("a bound socket has an address")
+        self.endpoint
+            .local_addr()
+            .expect("a bound socket has an address")
     }
 
     /// The next host that has proved itself, or why one has not: an error ends that attempt only, so report it and call again.
@@ -571,16 +616,25 @@ impl Listener {
         let endpoint = self.endpoint.clone();
         let (identity, trust) = (self.identity.clone(), self.trust.clone());
         self.handshakes.spawn(async move {
-            let place =
-                Place { address: incoming.remote_address(), own: identity.fingerprint(), side: Side::Target };
+            let place = Place {
+                address: incoming.remote_address(),
+                own: identity.fingerprint(),
+                side: Side::Target,
+            };
             let (tls, pinned) = server_tls(&identity, &trust)?;
             let mut config = ServerConfig::with_crypto(Arc::new(tls));
             config.transport_config(transport(None));
-            let explain = |source| pinned.explain(place.address, place.side).unwrap_or_else(|| refused(place, source));
+            let explain = |source| {
+                pinned
+                    .explain(place.address, place.side)
+                    .unwrap_or_else(|| refused(place, source))
+            };
             let connecting = incoming.accept_with(Arc::new(config)).map_err(explain)?;
             let connection = timeout(HANDSHAKE_TIMEOUT, connecting)
                 .await
-                .map_err(|_| Error::Unreachable { address: place.address })?
+                .map_err(|_| Error::Unreachable {
+                    address: place.address,
+                })?
                 .map_err(explain)?;
             Link::new(connection, endpoint, place, &pinned)
         });
@@ -601,7 +655,9 @@ impl Listener {
 fn refused(place: Place, source: ConnectionError) -> Error {
     const CERTIFICATE_REQUIRED: u8 = 116;
     match tls_alert(&source) {
-        Some(CERTIFICATE_REQUIRED) => Error::NoIdentity { address: place.address },
+        Some(CERTIFICATE_REQUIRED) => Error::NoIdentity {
+            address: place.address,
+        },
         _ => place.lost(source),
     }
 }
@@ -637,13 +693,22 @@ async fn dial_as(
     let mut config = ClientConfig::new(Arc::new(tls));
     config.transport_config(transport(Some(role)));
     let own = identity.map_or(Fingerprint::of_public_key(&[]), Identity::fingerprint);
-    let place = Place { address, own, side: Side::Source };
-    let connecting =
-        endpoint.connect_with(config, address, CERTIFICATE_NAME).map_err(|source| Error::Connect { address, source })?;
+    let place = Place {
+        address,
+        own,
+        side: Side::Source,
+    };
+    let connecting = endpoint
+        .connect_with(config, address, CERTIFICATE_NAME)
+        .map_err(|source| Error::Connect { address, source })?;
     let connection = timeout(HANDSHAKE_TIMEOUT, connecting)
         .await
         .map_err(|_| Error::Unreachable { address })?
-        .map_err(|source| pinned.explain(address, Side::Source).unwrap_or_else(|| place.lost(source)))?;
+        .map_err(|source| {
+            pinned
+                .explain(address, Side::Source)
+                .unwrap_or_else(|| place.lost(source))
+        })?;
     Link::new(connection, endpoint, place, &pinned)
 }
 
@@ -661,13 +726,25 @@ pub struct Link {
 }
 
 impl Link {
-    fn new(connection: Connection, endpoint: Endpoint, place: Place, pinned: &Pinned) -> Result<Self, Error> {
+    fn new(
+        connection: Connection,
+        endpoint: Endpoint,
+        place: Place,
+        pinned: &Pinned,
+    ) -> Result<Self, Error> {
         // A handshake that ended well has passed both checks of the verifier; believe nothing else.
         let Seen::Trusted(peer) = pinned.seen() else {
             connection.close(CLOSE_DONE.into(), b"");
-            return Err(Error::NoIdentity { address: place.address });
+            return Err(Error::NoIdentity {
+                address: place.address,
+            });
         };
-        Ok(Self { connection, endpoint, place, peer })
+        Ok(Self {
+            connection,
+            endpoint,
+            place,
+            peer,
+        })
     }
 
     /// The peer's proved key. Links of one migration must agree in it.
@@ -682,7 +759,9 @@ impl Link {
 
     /// Where this end is: what a target sees, unless a NAT stands between.
     pub fn local_address(&self) -> SocketAddr {
-        self.endpoint.local_addr().expect("a bound socket has an address")
+        self.endpoint
+            .local_addr()
+            .expect("a bound socket has an address")
     }
 
     /// UDP payload bytes sent and received so far on this connection: the ledger's `wire_bytes`.
@@ -705,11 +784,18 @@ impl Link {
             send.send(hello).await?;
             match receive.expect().await? {
                 Frame::Welcome(welcome) => Ok((welcome, send, receive)),
-                Frame::Abort(abort) => Err(Error::Declined { address: self.place.address, abort }),
+                Frame::Abort(abort) => Err(Error::Declined {
+                    address: self.place.address,
+                    abort,
+                }),
                 other => Err(self.out_of_order(other.tag())),
             }
         };
-        timeout(HANDSHAKE_TIMEOUT, greeting).await.map_err(|_| Error::Mute { address: self.place.address })?
+        timeout(HANDSHAKE_TIMEOUT, greeting)
+            .await
+            .map_err(|_| Error::Mute {
+                address: self.place.address,
+            })?
     }
 
     /// Target: waits for the source's first stream and its hello. Answer on the stream with a [`Welcome`] or an [`Abort`].
@@ -721,44 +807,78 @@ impl Link {
                 other => Err(self.out_of_order(other.tag())),
             }
         };
-        timeout(HANDSHAKE_TIMEOUT, greeting).await.map_err(|_| Error::Mute { address: self.place.address })?
+        timeout(HANDSHAKE_TIMEOUT, greeting)
+            .await
+            .map_err(|_| Error::Mute {
+                address: self.place.address,
+            })?
     }
 
     fn out_of_order(&self, tag: Tag) -> Error {
-        let source = pageferry_wire::Error::Order { tag, phase: pageferry_wire::Phase::Hello };
-        Error::Protocol { address: self.place.address, source }
+        let source = pageferry_wire::Error::Order {
+            tag,
+            phase: pageferry_wire::Phase::Hello,
+        };
+        Error::Protocol {
+            address: self.place.address,
+            source,
+        }
     }
 
     /// Opens a stream that both ends speak on. The peer learns of it with the first frame.
     pub async fn open(&self) -> Result<(FramedSend, FramedRecv), Error> {
-        let (send, receive) = self.connection.open_bi().await.map_err(|source| self.place.lost(source))?;
+        let (send, receive) = self
+            .connection
+            .open_bi()
+            .await
+            .map_err(|source| self.place.lost(source))?;
         Ok((self.framed_send(send), self.framed_recv(receive)))
     }
 
     /// The next stream that the peer opened to speak on together.
     pub async fn accept(&self) -> Result<(FramedSend, FramedRecv), Error> {
-        let (send, receive) = self.connection.accept_bi().await.map_err(|source| self.place.lost(source))?;
+        let (send, receive) = self
+            .connection
+            .accept_bi()
+            .await
+            .map_err(|source| self.place.lost(source))?;
         Ok((self.framed_send(send), self.framed_recv(receive)))
     }
 
     /// Opens a stream that only this end speaks on.
     pub async fn open_uni(&self) -> Result<FramedSend, Error> {
-        let send = self.connection.open_uni().await.map_err(|source| self.place.lost(source))?;
+        let send = self
+            .connection
+            .open_uni()
+            .await
+            .map_err(|source| self.place.lost(source))?;
         Ok(self.framed_send(send))
     }
 
     /// The next stream that the peer opened to speak on alone.
     pub async fn accept_uni(&self) -> Result<FramedRecv, Error> {
-        let receive = self.connection.accept_uni().await.map_err(|source| self.place.lost(source))?;
+        let receive = self
+            .connection
+            .accept_uni()
+            .await
+            .map_err(|source| self.place.lost(source))?;
         Ok(self.framed_recv(receive))
     }
 
     fn framed_send(&self, stream: quinn::SendStream) -> FramedSend {
-        FramedSend { stream, place: self.place }
+        FramedSend {
+            stream,
+            place: self.place,
+        }
     }
 
     fn framed_recv(&self, stream: quinn::RecvStream) -> FramedRecv {
-        FramedRecv { stream, decoder: Decoder::new(), chunks: Default::default(), place: self.place }
+        FramedRecv {
+            stream,
+            decoder: Decoder::new(),
+            chunks: Default::default(),
+            place: self.place,
+        }
     }
 
     /// Resolves, with the reason, when the connection has ended.
@@ -808,8 +928,14 @@ impl FramedSend {
     /// Sends one frame; page bytes and long bodies are not copied. Returns when quinn has taken it all, which it does not before
     /// there is room in the send window. If it is dropped before, the stream is of no use any more.
     pub async fn send(&mut self, frame: impl Into<Frame>) -> Result<(), Error> {
-        let encoded = frame.into().encode().map_err(|source| Error::Unsendable { source })?;
-        self.stream.write_all_chunks(&mut encoded.into_parts()).await.map_err(|error| self.failed(error))
+        let encoded = frame
+            .into()
+            .encode()
+            .map_err(|source| Error::Unsendable { source })?;
+        self.stream
+            .write_all_chunks(&mut encoded.into_parts())
+            .await
+            .map_err(|error| self.failed(error))
     }
 
     /// Higher is sent first among the streams of one connection. 0 unless set.
@@ -824,7 +950,10 @@ impl FramedSend {
         let _ = self.stream.finish();
         match self.stream.stopped().await {
             Ok(None) => Ok(()),
-            Ok(Some(code)) => Err(Error::Stream { address: self.place.address, code: code.into_inner() }),
+            Ok(Some(code)) => Err(Error::Stream {
+                address: self.place.address,
+                code: code.into_inner(),
+            }),
             Err(quinn::StoppedError::ConnectionLost(source)) => Err(self.place.lost(source)),
             Err(quinn::StoppedError::ZeroRttRejected) => unreachable!("0-RTT is never used"),
         }
@@ -833,7 +962,10 @@ impl FramedSend {
     fn failed(&self, error: quinn::WriteError) -> Error {
         let address = self.place.address;
         match error {
-            quinn::WriteError::Stopped(code) => Error::Stream { address, code: code.into_inner() },
+            quinn::WriteError::Stopped(code) => Error::Stream {
+                address,
+                code: code.into_inner(),
+            },
             quinn::WriteError::ConnectionLost(source) => self.place.lost(source),
             quinn::WriteError::ClosedStream => Error::Stream { address, code: 0 },
             quinn::WriteError::ZeroRttRejected => unreachable!("0-RTT is never used"),
@@ -855,11 +987,22 @@ impl FramedRecv {
     /// anything.
     pub async fn recv(&mut self) -> Result<Option<Frame>, Error> {
         loop {
-            if let Some(frame) = self.decoder.pull().map_err(|source| self.protocol(source))? {
+            if let Some(frame) = self
+                .decoder
+                .pull()
+                .map_err(|source| self.protocol(source))?
+            {
                 return Ok(Some(frame));
             }
-            let Some(count) = self.stream.read_chunks(&mut self.chunks).await.map_err(|error| self.failed(error))? else {
-                self.decoder.finish().map_err(|source| self.protocol(source))?;
+            let Some(count) = self
+                .stream
+                .read_chunks(&mut self.chunks)
+                .await
+                .map_err(|error| self.failed(error))?
+            else {
+                self.decoder
+                    .finish()
+                    .map_err(|source| self.protocol(source))?;
                 return Ok(None);
             };
             for chunk in &mut self.chunks[..count] {
@@ -872,17 +1015,25 @@ impl FramedRecv {
 
     /// The next frame, where the stream must not end.
     pub async fn expect(&mut self) -> Result<Frame, Error> {
-        self.recv().await?.ok_or(Error::Ended { address: self.place.address })
+        self.recv().await?.ok_or(Error::Ended {
+            address: self.place.address,
+        })
     }
 
     fn protocol(&self, source: pageferry_wire::Error) -> Error {
-        Error::Protocol { address: self.place.address, source }
+        Error::Protocol {
+            address: self.place.address,
+            source,
+        }
     }
 
     fn failed(&self, error: quinn::ReadError) -> Error {
         let address = self.place.address;
         match error {
-            quinn::ReadError::Reset(code) => Error::Stream { address, code: code.into_inner() },
+            quinn::ReadError::Reset(code) => Error::Stream {
+                address,
+                code: code.into_inner(),
+            },
             quinn::ReadError::ConnectionLost(source) => self.place.lost(source),
             quinn::ReadError::ClosedStream => Error::Ended { address },
             quinn::ReadError::IllegalOrderedRead => unreachable!("streams are read in order only"),
@@ -901,12 +1052,22 @@ mod tests {
     const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
     fn run(test: impl Future<Output = ()>) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(async { timeout(Duration::from_secs(60), test).await.expect("in time") });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            timeout(Duration::from_secs(60), test)
+                .await
+                .expect("in time")
+        });
     }
 
     fn trusting(identities: &[&Identity]) -> TrustSet {
-        identities.iter().map(|identity| identity.fingerprint()).collect()
+        identities
+            .iter()
+            .map(|identity| identity.fingerprint())
+            .collect()
     }
 
     fn hello(role: Role) -> Hello {
@@ -919,7 +1080,9 @@ mod tests {
         let mut listener = Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
         let address = listener.local_address();
         let dialling = async {
-            let link = dial(address, &source, &trusting(&[&target]), role, None).await.expect("trusted");
+            let link = dial(address, &source, &trusting(&[&target]), role, None)
+                .await
+                .expect("trusted");
             let (welcome, send, receive) = link.greet(hello(role)).await.expect("greeted");
             assert_eq!(welcome.host_name, "beta");
             (link, (send, receive))
@@ -928,11 +1091,19 @@ mod tests {
             let link = listener.accept().await.expect("open").expect("trusted");
             let (hello, mut send, receive) = link.greeted().await.expect("greeted");
             assert_eq!((hello.role(), hello.id()), (role, [7; 16]));
-            send.send(Welcome { version: 1, host_name: "beta".into() }).await.expect("sent");
+            send.send(Welcome {
+                version: 1,
+                host_name: "beta".into(),
+            })
+            .await
+            .expect("sent");
             (link, (send, receive))
         };
         let ((dialled, first), (accepted, second)) = tokio::join!(dialling, accepting);
-        assert_eq!((dialled.peer(), accepted.peer()), (target.fingerprint(), source.fingerprint()));
+        assert_eq!(
+            (dialled.peer(), accepted.peer()),
+            (target.fingerprint(), source.fingerprint())
+        );
         (listener, dialled, accepted, [first, second])
     }
 
@@ -952,7 +1123,11 @@ mod tests {
         let accepting = async {
             let link = listener.accept().await.expect("open")?;
             let (_, mut send, _receive) = link.greeted().await?;
-            send.send(Welcome { version: 1, host_name: "beta".into() }).await?;
+            send.send(Welcome {
+                version: 1,
+                host_name: "beta".into(),
+            })
+            .await?;
             link.closed().await;
             Ok(())
         };
@@ -963,7 +1138,13 @@ mod tests {
     fn hosts_that_trust_each_other_meet() {
         run(async {
             let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
-            let ends = meet(Some(&source), &trusting(&[&target]), &target, &trusting(&[&source])).await;
+            let ends = meet(
+                Some(&source),
+                &trusting(&[&target]),
+                &target,
+                &trusting(&[&source]),
+            )
+            .await;
             assert!(matches!(ends, (Ok(()), Ok(()))), "{ends:?}");
         });
     }
@@ -971,15 +1152,43 @@ mod tests {
     #[test]
     fn a_target_that_is_not_pinned_is_refused_and_its_key_is_shown() {
         run(async {
-            let (source, target, other) = (Identity::ephemeral(), Identity::ephemeral(), Identity::ephemeral());
-            let (here, there) = meet(Some(&source), &trusting(&[&other]), &target, &trusting(&[&source])).await;
+            let (source, target, other) = (
+                Identity::ephemeral(),
+                Identity::ephemeral(),
+                Identity::ephemeral(),
+            );
+            let (here, there) = meet(
+                Some(&source),
+                &trusting(&[&other]),
+                &target,
+                &trusting(&[&source]),
+            )
+            .await;
             let here = here.expect_err("not pinned");
-            assert!(matches!(here, Error::UnknownPeer { seen, .. } if seen == target.fingerprint()), "{here:?}");
-            assert!(here.to_string().contains(&format!("add `--peer {}`", target.fingerprint())), "{here}");
+            assert!(
+                matches!(here, Error::UnknownPeer { seen, .. } if seen == target.fingerprint()),
+                "{here:?}"
+            );
+            assert!(
+                here.to_string()
+                    .contains(&format!("add `--peer {}`", target.fingerprint())),
+                "{here}"
+            );
             let there = there.expect_err("it is told");
-            assert!(there.to_string().contains(&format!("add `--peer {}` there", target.fingerprint())), "{there}");
+            assert!(
+                there
+                    .to_string()
+                    .contains(&format!("add `--peer {}` there", target.fingerprint())),
+                "{there}"
+            );
             // Nobody is trusted by an empty set.
-            let (here, _) = meet(Some(&source), &TrustSet::default(), &target, &trusting(&[&source])).await;
+            let (here, _) = meet(
+                Some(&source),
+                &TrustSet::default(),
+                &target,
+                &trusting(&[&source]),
+            )
+            .await;
             assert!(matches!(here, Err(Error::UnknownPeer { .. })), "{here:?}");
         });
     }
@@ -987,14 +1196,39 @@ mod tests {
     #[test]
     fn a_source_that_is_not_trusted_is_refused_and_its_key_is_shown() {
         run(async {
-            let (source, target, other) = (Identity::ephemeral(), Identity::ephemeral(), Identity::ephemeral());
-            let (here, there) = meet(Some(&source), &trusting(&[&target]), &target, &trusting(&[&other])).await;
+            let (source, target, other) = (
+                Identity::ephemeral(),
+                Identity::ephemeral(),
+                Identity::ephemeral(),
+            );
+            let (here, there) = meet(
+                Some(&source),
+                &trusting(&[&target]),
+                &target,
+                &trusting(&[&other]),
+            )
+            .await;
             let there = there.expect_err("not trusted");
-            assert!(matches!(there, Error::UnknownPeer { seen, .. } if seen == source.fingerprint()), "{there:?}");
-            assert!(there.to_string().contains(&format!("add `--trust {}`", source.fingerprint())), "{there}");
+            assert!(
+                matches!(there, Error::UnknownPeer { seen, .. } if seen == source.fingerprint()),
+                "{there:?}"
+            );
+            assert!(
+                there
+                    .to_string()
+                    .contains(&format!("add `--trust {}`", source.fingerprint())),
+                "{there}"
+            );
             let here = here.expect_err("it is told");
-            assert!(matches!(here, Error::NotTrusted { own, .. } if own == source.fingerprint()), "{here:?}");
-            assert!(here.to_string().contains(&format!("add `--trust {}` there", source.fingerprint())), "{here}");
+            assert!(
+                matches!(here, Error::NotTrusted { own, .. } if own == source.fingerprint()),
+                "{here:?}"
+            );
+            assert!(
+                here.to_string()
+                    .contains(&format!("add `--trust {}` there", source.fingerprint())),
+                "{here}"
+            );
         });
     }
 
@@ -1005,11 +1239,17 @@ mod tests {
             let (peers, trust) = (trusting(&[&target]), trusting(&[&source]));
             let impostor = Identity::ephemeral().with_certificate_of(&target);
             let (here, there) = meet(Some(&source), &peers, &impostor, &trust).await;
-            assert!(matches!(here, Err(Error::Impostor { claimed, .. }) if claimed == target.fingerprint()), "{here:?}");
+            assert!(
+                matches!(here, Err(Error::Impostor { claimed, .. }) if claimed == target.fingerprint()),
+                "{here:?}"
+            );
             assert!(there.is_err());
             let impostor = Identity::ephemeral().with_certificate_of(&source);
             let (here, there) = meet(Some(&impostor), &peers, &target, &trust).await;
-            assert!(matches!(there, Err(Error::Impostor { claimed, .. }) if claimed == source.fingerprint()), "{there:?}");
+            assert!(
+                matches!(there, Err(Error::Impostor { claimed, .. }) if claimed == source.fingerprint()),
+                "{there:?}"
+            );
             assert!(here.is_err());
         });
     }
@@ -1018,7 +1258,8 @@ mod tests {
     fn a_source_without_a_certificate_is_refused() {
         run(async {
             let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
-            let (here, there) = meet(None, &trusting(&[&target]), &target, &trusting(&[&source])).await;
+            let (here, there) =
+                meet(None, &trusting(&[&target]), &target, &trusting(&[&source])).await;
             assert!(matches!(there, Err(Error::NoIdentity { .. })), "{there:?}");
             assert!(matches!(here, Err(Error::NotTrusted { .. })), "{here:?}");
         });
@@ -1027,12 +1268,24 @@ mod tests {
     #[test]
     fn a_refused_stranger_does_not_keep_the_next_host_out() {
         run(async {
-            let (source, target, stranger) = (Identity::ephemeral(), Identity::ephemeral(), Identity::ephemeral());
-            let mut listener = Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
+            let (source, target, stranger) = (
+                Identity::ephemeral(),
+                Identity::ephemeral(),
+                Identity::ephemeral(),
+            );
+            let mut listener =
+                Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
             let (address, peers) = (listener.local_address(), trusting(&[&target]));
             let accepting = async {
-                let (first, second) = (listener.accept().await.expect("open"), listener.accept().await.expect("open"));
-                [first, second].into_iter().filter_map(Result::ok).map(|link| link.peer()).collect::<Vec<_>>()
+                let (first, second) = (
+                    listener.accept().await.expect("open"),
+                    listener.accept().await.expect("open"),
+                );
+                [first, second]
+                    .into_iter()
+                    .filter_map(Result::ok)
+                    .map(|link| link.peer())
+                    .collect::<Vec<_>>()
             };
             let (let_in, _, _link) = tokio::join!(
                 accepting,
@@ -1046,24 +1299,40 @@ mod tests {
     #[test]
     fn frames_go_there_and_back_and_streams_end() {
         run(async {
-            let (_listener, dialled, accepted, [(mut send, mut receive), (mut reply, mut heard)]) = joined(Role::Faults).await;
-            let fetch = Fetch { request: 5, address: 0x7000, page_count: 2 };
+            let (_listener, dialled, accepted, [(mut send, mut receive), (mut reply, mut heard)]) =
+                joined(Role::Faults).await;
+            let fetch = Fetch {
+                request: 5,
+                address: 0x7000,
+                page_count: 2,
+            };
             reply.send(fetch).await.expect("sent");
             assert_eq!(receive.expect().await.expect("came"), Frame::Fetch(fetch));
             let mut builder = PageBatchBuilder::new(5, 0x7000, 2);
             builder.data(2).fill(9);
             send.send(builder.finish()).await.expect("sent");
-            let Frame::Pages(batch) = heard.expect().await.expect("came") else { panic!("pages") };
-            assert_eq!(batch.verify_run(&batch.runs()[0]).expect("good"), vec![9; 2 * PAGE_LEN]);
+            let Frame::Pages(batch) = heard.expect().await.expect("came") else {
+                panic!("pages")
+            };
+            assert_eq!(
+                batch.verify_run(&batch.runs()[0]).expect("good"),
+                vec![9; 2 * PAGE_LEN]
+            );
             let (ended, rest) = tokio::join!(send.finish(), heard.recv());
             ended.expect("acknowledged");
             assert_eq!(rest.expect("an orderly end"), None);
             // A stream that only one end speaks on, and a body too long to be copied.
             let mut bulk = dialled.open_uni().await.expect("opened");
-            bulk.send(State { tree: vec![4; 1 << 20].into() }).await.expect("sent");
+            bulk.send(State {
+                tree: vec![4; 1 << 20].into(),
+            })
+            .await
+            .expect("sent");
             bulk.send(Commit {}).await.expect("sent");
             let mut heard = accepted.accept_uni().await.expect("came");
-            assert!(matches!(heard.expect().await, Ok(Frame::State(state)) if state.tree.len() == 1 << 20));
+            assert!(
+                matches!(heard.expect().await, Ok(Frame::State(state)) if state.tree.len() == 1 << 20)
+            );
             let (ended, commit) = tokio::join!(bulk.finish(), heard.recv());
             ended.expect("acknowledged");
             assert_eq!(commit.expect("came"), Some(Frame::Commit(Commit {})));
@@ -1076,23 +1345,35 @@ mod tests {
     fn a_target_that_declines_is_quoted() {
         run(async {
             let (source, target) = (Identity::ephemeral(), Identity::ephemeral());
-            let mut listener = Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
+            let mut listener =
+                Listener::bind(LOOPBACK, &target, &trusting(&[&source])).expect("bound");
             let address = listener.local_address();
             let accepting = async {
                 let link = listener.accept().await.expect("open").expect("trusted");
                 let (_, mut send, _receive) = link.greeted().await.expect("greeted");
-                let abort = Abort::new(pageferry_wire::Phase::Hello, AbortCode::Busy, "another migration is under way");
+                let abort = Abort::new(
+                    pageferry_wire::Phase::Hello,
+                    AbortCode::Busy,
+                    "another migration is under way",
+                );
                 send.send(abort).await.expect("sent");
                 link.closed().await;
             };
             let dialling = async {
-                let link = dial(address, &source, &trusting(&[&target]), Role::Control, None).await.expect("trusted");
+                let link = dial(address, &source, &trusting(&[&target]), Role::Control, None)
+                    .await
+                    .expect("trusted");
                 let declined = link.greet(hello(Role::Control)).await.expect_err("busy");
                 link.close_and_wait().await;
                 declined
             };
             let ((), declined) = tokio::join!(accepting, dialling);
-            assert!(declined.to_string().ends_with("declined: another migration is under way"), "{declined}");
+            assert!(
+                declined
+                    .to_string()
+                    .ends_with("declined: another migration is under way"),
+                "{declined}"
+            );
         });
     }
 
@@ -1101,7 +1382,9 @@ mod tests {
         run(async {
             let (_listener, dialled, accepted, _first) = joined(Role::Control).await;
             let mut raw = dialled.connection.open_uni().await.expect("opened");
-            raw.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("sent");
+            raw.write_all(b"GET / HTTP/1.1\r\n\r\n")
+                .await
+                .expect("sent");
             let mut heard = accepted.accept_uni().await.expect("came");
             assert!(matches!(heard.recv().await, Err(Error::Protocol { .. })));
             let mut raw = dialled.connection.open_uni().await.expect("opened");
@@ -1109,7 +1392,9 @@ mod tests {
             raw.finish().expect("open");
             let mut heard = accepted.accept_uni().await.expect("came");
             let cut = pageferry_wire::Error::Truncated { missing: 9 };
-            assert!(matches!(heard.recv().await, Err(Error::Protocol { source, .. }) if source.to_string() == cut.to_string()));
+            assert!(
+                matches!(heard.recv().await, Err(Error::Protocol { source, .. }) if source.to_string() == cut.to_string())
+            );
         });
     }
 
@@ -1134,7 +1419,9 @@ mod tests {
                 let mut heard = accepted.accept_uni().await.expect("came");
                 let mut count = 0;
                 while let Some(frame) = heard.recv().await.expect("good frames") {
-                    let Frame::Pages(batch) = frame else { panic!("pages") };
+                    let Frame::Pages(batch) = frame else {
+                        panic!("pages")
+                    };
                     batch.verify_run(&batch.runs()[0]).expect("good pages");
                     count += 1;
                 }
@@ -1145,11 +1432,22 @@ mod tests {
             let elapsed = began.elapsed();
             assert_eq!(count, BATCHES);
             let carried = BATCHES << 20;
-            println!("{:.2} GB/s, mtu {}", carried as f64 / elapsed.as_secs_f64() / 1e9, dialled.connection.stats().path.current_mtu);
+            println!(
+                "{:.2} GB/s, mtu {}",
+                carried as f64 / elapsed.as_secs_f64() / 1e9,
+                dialled.connection.stats().path.current_mtu
+            );
             for link in [&dialled, &accepted] {
-                assert!((carried..carried + carried / 4).contains(&link.udp_bytes()), "{}", link.udp_bytes());
+                assert!(
+                    (carried..carried + carried / 4).contains(&link.udp_bytes()),
+                    "{}",
+                    link.udp_bytes()
+                );
             }
-            assert!(dialled.connection.stats().path.current_mtu > 4000, "the loopback carries more than Ethernet does");
+            assert!(
+                dialled.connection.stats().path.current_mtu > 4000,
+                "the loopback carries more than Ethernet does"
+            );
         });
     }
 
@@ -1161,7 +1459,10 @@ mod tests {
         let (vanish, vanished) = tokio::sync::oneshot::channel::<()>();
         // A host of its own: its runtime, once dropped, sends nothing more, not even a farewell.
         let host = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime");
             let alive = runtime.block_on(async {
                 let mut listener = Listener::bind(LOOPBACK, &target, &trust).expect("bound");
                 told.send(listener.local_address()).expect("awaited");
@@ -1174,12 +1475,30 @@ mod tests {
         });
         let address = address.recv().expect("told");
         run(async {
-            let link = dial(address, &source, &peers, Role::Control, None).await.expect("trusted");
+            let link = dial(address, &source, &peers, Role::Control, None)
+                .await
+                .expect("trusted");
             let silence = KEEP_ALIVE + Duration::from_millis(500);
-            assert!(timeout(silence * 2, link.silent_for(silence)).await.is_err(), "it lives");
+            assert!(
+                timeout(silence * 2, link.silent_for(silence))
+                    .await
+                    .is_err(),
+                "it lives"
+            );
             vanish.send(()).expect("awaited");
-            let lost = timeout(silence * 2, link.silent_for(silence)).await.expect("it is gone");
-            assert!(matches!(lost, Error::Lost { source: ConnectionError::TimedOut, .. }), "{lost:?}");
+            let lost = timeout(silence * 2, link.silent_for(silence))
+                .await
+                .expect("it is gone");
+            assert!(
+                matches!(
+                    lost,
+                    Error::Lost {
+                        source: ConnectionError::TimedOut,
+                        ..
+                    }
+                ),
+                "{lost:?}"
+            );
         });
         host.join().expect("it ended");
     }

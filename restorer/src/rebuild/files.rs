@@ -11,6 +11,7 @@ use pageferry_image::model::Invalid;
 use pageferry_image::model::files::{Descriptor, File, file};
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_tracee::injection::Injection;
+use pageferry_tracee::procfs::TimerfdInfo;
 use pageferry_tracee::{descriptor, pipe, timer};
 
 use super::timers::Elapsed;
@@ -244,12 +245,13 @@ fn make(carried: &File, fd: u32, pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>, elap
                 .map_err(|e| Error::object(object(), "epoll_create1", e))?
                 .0
         }
-        file::Kind::Timerfd(carried) => timer::create_timerfd(
-            carried.clock,
-            elapsed.remaining_ns(carried.clock, carried.value_ns),
-            carried.interval_ns,
-            carried.ticks,
-        )
+        file::Kind::Timerfd(carried) => timer::create(&TimerfdInfo {
+            clock: carried.clock,
+            ticks: carried.ticks,
+            settime_flags: carried.settime_flags,
+            value_ns: elapsed.remaining_ns(carried.clock, carried.value_ns),
+            interval_ns: carried.interval_ns,
+        })
         .map_err(kernel("timerfd"))?,
         file::Kind::Signalfd(carried) => descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?,
         file::Kind::Socket(socket) => match sockets::make(socket, &object())? {
