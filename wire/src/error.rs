@@ -10,7 +10,9 @@ use crate::phase::Phase;
 #[non_exhaustive]
 pub enum Error {
     /// A tag that no version knows. The stream cannot be read further.
-    #[error("frame tag {tag} is unknown: both hosts must run versions of pageferry that know each other")]
+    #[error(
+        "frame tag {tag} is unknown: both hosts must run versions of pageferry that know each other"
+    )]
     UnknownTag {
         /// The byte found.
         tag: u8,
@@ -76,7 +78,8 @@ pub enum Error {
     /// No version in common.
     #[error(
         "the peer speaks versions {peer_min} to {peer_max} of the protocol, this host {} to {}: update the older one",
-        crate::VERSION_MIN, crate::VERSION_MAX
+        crate::VERSION_MIN,
+        crate::VERSION_MAX
     )]
     Version {
         /// The peer's oldest.
@@ -89,6 +92,9 @@ pub enum Error {
 impl Error {
     /// `object` of a `tag` frame breaks `rule`.
     pub(crate) fn rule(tag: Tag, object: impl Into<String>, rule: impl Into<String>) -> Self {
-        Self::Rule { tag, source: Invalid::new(object, rule) }
+        Self::Rule {
+            tag,
+            source: Invalid::new(object, rule),
+        }
     }
 }

@@ -231,18 +231,31 @@ impl Frame {
         let body_len = u32::try_from(length)
             .ok()
             .filter(|&length| length <= tag.body_len_max())
-            .ok_or(Error::TooLong { tag, length, limit: tag.body_len_max() })?;
+            .ok_or(Error::TooLong {
+                tag,
+                length,
+                limit: tag.body_len_max(),
+            })?;
         let copied = body.len() <= COPIED_LEN_MAX;
-        let mut head = BytesMut::with_capacity(FRAME_HEADER_LEN + if copied { body.len() } else { 0 });
+        let mut head =
+            BytesMut::with_capacity(FRAME_HEADER_LEN + if copied { body.len() } else { 0 });
         head.put_u8(tag as u8);
         head.put_bytes(0, 3);
         head.put_u32_le(body_len);
         head.put_u32_le(checksum(tag, body_len, &body));
         if copied {
             head.extend_from_slice(&body);
-            return Ok(Encoded { head: head.freeze(), body: Bytes::new(), data });
+            return Ok(Encoded {
+                head: head.freeze(),
+                body: Bytes::new(),
+                data,
+            });
         }
-        Ok(Encoded { head: head.freeze(), body, data })
+        Ok(Encoded {
+            head: head.freeze(),
+            body,
+            data,
+        })
     }
 }
 
@@ -287,7 +300,11 @@ impl Decoder {
         // Room for the rest of the body at once, so that pages are copied here once and never again; but not for more than a
         // peer could make us allocate by a claim alone.
         if self.buffer.capacity() - self.buffer.len() < bytes.len() {
-            self.buffer.reserve(self.missing().min(limits::RESERVE_AHEAD_MAX).max(bytes.len()));
+            self.buffer.reserve(
+                self.missing()
+                    .min(limits::RESERVE_AHEAD_MAX)
+                    .max(bytes.len()),
+            );
         }
         self.buffer.extend_from_slice(bytes);
     }
@@ -297,7 +314,9 @@ impl Decoder {
         let header = match self.header {
             Some(header) => header,
             None => {
-                let Some(header) = self.take_header()? else { return Ok(None) };
+                let Some(header) = self.take_header()? else {
+                    return Ok(None);
+                };
                 *self.header.insert(header)
             }
         };
@@ -306,7 +325,12 @@ impl Decoder {
         }
         self.header = None;
         let body = self.buffer.split_to(header.body_len()).freeze();
-        if checksum(header.tag, header.body_len, &body[..header.tag.checked_len(&body)]) != header.checksum {
+        if checksum(
+            header.tag,
+            header.body_len,
+            &body[..header.tag.checked_len(&body)],
+        ) != header.checksum
+        {
             return Err(Error::Checksum { tag: header.tag });
         }
         Frame::decode(header.tag, body).map(Some)
@@ -320,7 +344,13 @@ impl Decoder {
 
     /// The stream has ended: an error unless it did so between frames.
     pub fn finish(&self) -> Result<()> {
-        if self.header.is_none() && self.buffer.is_empty() { Ok(()) } else { Err(Error::Truncated { missing: self.missing() }) }
+        if self.header.is_none() && self.buffer.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Truncated {
+                missing: self.missing(),
+            })
+        }
     }
 
     fn take_header(&mut self) -> Result<Option<Header>> {
@@ -334,9 +364,17 @@ impl Decoder {
         }
         let body_len = bytes.get_u32_le();
         if body_len > tag.body_len_max() {
-            return Err(Error::TooLong { tag, length: body_len.into(), limit: tag.body_len_max() });
+            return Err(Error::TooLong {
+                tag,
+                length: body_len.into(),
+                limit: tag.body_len_max(),
+            });
         }
-        Ok(Some(Header { tag, body_len, checksum: bytes.get_u32_le() }))
+        Ok(Some(Header {
+            tag,
+            body_len,
+            checksum: bytes.get_u32_le(),
+        }))
     }
 }
 
@@ -350,7 +388,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn bytes(frame: &Frame) -> Vec<u8> {
-        frame.encode().expect("within its limits").into_parts().concat()
+        frame
+            .encode()
+            .expect("within its limits")
+            .into_parts()
+            .concat()
     }
 
     fn batch() -> PageBatch {
@@ -362,29 +404,77 @@ mod tests {
 
     /// One frame of each kind, by an exhaustive match: a new kind does not compile until it is here.
     fn examples() -> Vec<Frame> {
-        let plan = Plan { pid: 4711, tids: vec![4711, 4712], page_size: 4096, file_check: 1, ..Plan::default() };
+        let plan = Plan {
+            pid: 4711,
+            tids: vec![4711, 4712],
+            page_size: 4096,
+            file_check: 1,
+            ..Plan::default()
+        };
         Tag::ALL
             .iter()
             .map(|tag| match tag {
                 Tag::Hello => Hello::new([1; 16], Role::Bulk, "alpha").into(),
-                Tag::Welcome => message::Welcome { version: 1, host_name: "beta".into() }.into(),
+                Tag::Welcome => message::Welcome {
+                    version: 1,
+                    host_name: "beta".into(),
+                }
+                .into(),
                 Tag::Plan => plan.clone().into(),
-                Tag::Verdict => message::Verdict { notes: vec!["kernel differs".into()], ..Default::default() }.into(),
-                Tag::State => State { tree: vec![3; 100_000].into() }.into(),
+                Tag::Verdict => message::Verdict {
+                    notes: vec!["kernel differs".into()],
+                    ..Default::default()
+                }
+                .into(),
+                Tag::State => State {
+                    tree: vec![3; 100_000].into(),
+                }
+                .into(),
                 Tag::Pages => batch().into(),
                 Tag::StateEnd => message::StateEnd { page_count: 2 }.into(),
-                Tag::Ready => message::Ready { rebuild_ns: 1, pages_resident: 2 }.into(),
+                Tag::Ready => message::Ready {
+                    rebuild_ns: 1,
+                    pages_resident: 2,
+                }
+                .into(),
                 Tag::Commit => message::Commit {}.into(),
-                Tag::Running => message::Running { commit_ns: 1, pages_resident: 2 }.into(),
+                Tag::Running => message::Running {
+                    commit_ns: 1,
+                    pages_resident: 2,
+                }
+                .into(),
                 Tag::Refused => message::Refused::new("no").into(),
-                Tag::Map => Map { from: 1, runs: vec![1, 2, 3, 4] }.into(),
+                Tag::Map => Map {
+                    from: 1,
+                    runs: vec![1, 2, 3, 4],
+                }
+                .into(),
                 Tag::MapEnd => message::MapEnd { pages_total: 6 }.into(),
-                Tag::Fetch => Fetch { request: 1, address: 0x1000, page_count: 1 }.into(),
-                Tag::Resident => message::Resident { pages_total: 6, ..Default::default() }.into(),
-                Tag::Done => message::Done { downtime_ns: 1, ..Default::default() }.into(),
-                Tag::Abort => message::Abort::new(Phase::Plan, AbortCode::Cancelled, "ctrl-c").into(),
+                Tag::Fetch => Fetch {
+                    request: 1,
+                    address: 0x1000,
+                    page_count: 1,
+                }
+                .into(),
+                Tag::Resident => message::Resident {
+                    pages_total: 6,
+                    ..Default::default()
+                }
+                .into(),
+                Tag::Done => message::Done {
+                    downtime_ns: 1,
+                    ..Default::default()
+                }
+                .into(),
+                Tag::Abort => {
+                    message::Abort::new(Phase::Plan, AbortCode::Cancelled, "ctrl-c").into()
+                }
                 Tag::Heartbeat => Heartbeat { sequence: 1 }.into(),
-                Tag::Progress => message::Progress { pages_total: 6, ..Default::default() }.into(),
+                Tag::Progress => message::Progress {
+                    pages_total: 6,
+                    ..Default::default()
+                }
+                .into(),
             })
             .collect()
     }
@@ -416,7 +506,9 @@ mod tests {
         }
         assert_eq!(Tag::StateEnd.to_string(), "STATE_END");
         for number in [0, Tag::ALL.len() as u8 + 1, 255] {
-            assert!(matches!(Tag::from_number(number), Err(Error::UnknownTag { tag }) if tag == number));
+            assert!(
+                matches!(Tag::from_number(number), Err(Error::UnknownTag { tag }) if tag == number)
+            );
         }
     }
 
@@ -444,8 +536,14 @@ mod tests {
 
     #[test]
     fn what_is_too_long_is_not_sent_either() {
-        let frame = Frame::from(Plan { comm: "x".repeat(65 << 20), ..Plan::default() });
-        assert!(matches!(frame.encode(), Err(Error::TooLong { tag: Tag::Plan, .. })));
+        let frame = Frame::from(Plan {
+            comm: "x".repeat(65 << 20),
+            ..Plan::default()
+        });
+        assert!(matches!(
+            frame.encode(),
+            Err(Error::TooLong { tag: Tag::Plan, .. })
+        ));
     }
 
     #[test]
@@ -460,7 +558,11 @@ mod tests {
                 let mut decoder = Decoder::new();
                 decoder.push(&bad);
                 // Either an error, or more bytes are asked for: never a frame.
-                assert!(!matches!(decoder.pull(), Ok(Some(_))), "bit 4 of byte {at} of a {}", frame.tag());
+                assert!(
+                    !matches!(decoder.pull(), Ok(Some(_))),
+                    "bit 4 of byte {at} of a {}",
+                    frame.tag()
+                );
             }
         }
     }
@@ -468,26 +570,105 @@ mod tests {
     #[test]
     fn messages_that_break_their_rules_do_not_leave_the_decoder() {
         let broken: Vec<Frame> = vec![
-            Hello { migration_id: vec![1; 15], ..Hello::new([1; 16], Role::Bulk, "a") }.into(),
-            Hello { role: 9, ..Hello::new([1; 16], Role::Bulk, "a") }.into(),
-            Plan { pid: 1, tids: vec![1], page_size: 4096, file_check: 1, ..Plan::default() }.into(),
-            Plan { pid: 7, tids: vec![8], page_size: 4096, file_check: 1, ..Plan::default() }.into(),
-            Plan { pid: 7, tids: vec![7], page_size: 65_536, file_check: 1, ..Plan::default() }.into(),
-            Plan { pid: 7, tids: vec![7], page_size: 4096, file_check: 77, ..Plan::default() }.into(),
-            Fetch { request: 1, address: 0x1001, page_count: 1 }.into(),
-            Fetch { request: 1, address: 0x1000, page_count: 0 }.into(),
-            Fetch { request: 1, address: 0x1000, page_count: limits::FETCH_PAGES_MAX + 1 }.into(),
-            Fetch { request: 1, address: u64::MAX & !0xfff, page_count: 2 }.into(),
-            Map { from: 0, runs: vec![1] }.into(),
-            Map { from: 0, runs: vec![1, 0] }.into(),
-            Map { from: 0, runs: vec![u64::MAX, 1] }.into(),
-            Map { from: u64::MAX, runs: vec![1, 1] }.into(),
-            Map { from: 0, runs: vec![0, u64::MAX] }.into(),
+            Hello {
+                migration_id: vec![1; 15],
+                ..Hello::new([1; 16], Role::Bulk, "a")
+            }
+            .into(),
+            Hello {
+                role: 9,
+                ..Hello::new([1; 16], Role::Bulk, "a")
+            }
+            .into(),
+            Plan {
+                pid: 1,
+                tids: vec![1],
+                page_size: 4096,
+                file_check: 1,
+                ..Plan::default()
+            }
+            .into(),
+            Plan {
+                pid: 7,
+                tids: vec![8],
+                page_size: 4096,
+                file_check: 1,
+                ..Plan::default()
+            }
+            .into(),
+            Plan {
+                pid: 7,
+                tids: vec![7],
+                page_size: 65_536,
+                file_check: 1,
+                ..Plan::default()
+            }
+            .into(),
+            Plan {
+                pid: 7,
+                tids: vec![7],
+                page_size: 4096,
+                file_check: 77,
+                ..Plan::default()
+            }
+            .into(),
+            Fetch {
+                request: 1,
+                address: 0x1001,
+                page_count: 1,
+            }
+            .into(),
+            Fetch {
+                request: 1,
+                address: 0x1000,
+                page_count: 0,
+            }
+            .into(),
+            Fetch {
+                request: 1,
+                address: 0x1000,
+                page_count: limits::FETCH_PAGES_MAX + 1,
+            }
+            .into(),
+            Fetch {
+                request: 1,
+                address: !0xfff,
+                page_count: 2,
+            }
+            .into(),
+            Map {
+                from: 0,
+                runs: vec![1],
+            }
+            .into(),
+            Map {
+                from: 0,
+                runs: vec![1, 0],
+            }
+            .into(),
+            Map {
+                from: 0,
+                runs: vec![u64::MAX, 1],
+            }
+            .into(),
+            Map {
+                from: u64::MAX,
+                runs: vec![1, 1],
+            }
+            .into(),
+            Map {
+                from: 0,
+                runs: vec![0, u64::MAX],
+            }
+            .into(),
         ];
         for frame in broken {
             let mut decoder = Decoder::new();
             decoder.push(&bytes(&frame));
-            assert!(matches!(decoder.pull(), Err(Error::Rule { .. })), "{frame:?}");
+            assert!(
+                matches!(decoder.pull(), Err(Error::Rule { .. })),
+                "{frame:?}"
+            );
         }
     }
 
@@ -532,15 +713,25 @@ mod tests {
 
     #[test]
     fn a_map_of_any_size_fits_its_frames() {
+        let first = 1u64 << 43;
         let ranges: Vec<_> = (0..100_000u64)
-            .map(|index| PageRange { start: (index * 3 + (1 << 43)) * 4096, end: (index * 3 + 1 + (1 << 43)) * 4096 })
+            .map(|index| first + index * 3)
+            .map(|page| PageRange {
+                start: page * 4096,
+                end: (page + 1) * 4096,
+            })
             .collect();
         let frames: Vec<_> = Map::frames(&ranges).collect();
         assert_eq!(frames.len(), 4);
         for map in &frames {
-            Frame::from(map.clone()).encode().expect("within its limits");
+            Frame::from(map.clone())
+                .encode()
+                .expect("within its limits");
         }
-        let back: Vec<_> = frames.iter().flat_map(|map| map.ranges().expect("good ranges")).collect();
+        let back: Vec<_> = frames
+            .iter()
+            .flat_map(|map| map.ranges().expect("good ranges"))
+            .collect();
         assert_eq!(back, ranges);
     }
 }

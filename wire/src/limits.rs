@@ -14,7 +14,8 @@ pub const STATE_LEN_MAX: u32 = 256 << 20;
 /// Body of MAP.
 pub const MAP_LEN_MAX: u32 = 1 << 20;
 /// Body of PAGES: [`BATCH_DATA_PAGES_MAX`] pages, their checksums, [`BATCH_RUNS_MAX`] runs and the batch header.
-pub const PAGES_LEN_MAX: u32 = (BATCH_HEADER_LEN as u32) + BATCH_RUNS_MAX * 8 + BATCH_DATA_PAGES_MAX * (4 + 4096);
+pub const PAGES_LEN_MAX: u32 =
+    (BATCH_HEADER_LEN as u32) + BATCH_RUNS_MAX * 8 + BATCH_DATA_PAGES_MAX * (4 + 4096);
 
 /// Bytes of a page batch before its runs.
 pub const BATCH_HEADER_LEN: usize = 32;

@@ -32,10 +32,20 @@ pub(crate) trait Checked {
 macro_rules! unruled {
     ($($message:ty),* $(,)?) => { $(impl Checked for $message { fn check(&self) -> Result<()> { Ok(()) } })* };
 }
-unruled!(StateEnd, Ready, Commit, Running, MapEnd, Resident, Done, Heartbeat, Progress);
+unruled!(
+    StateEnd, Ready, Commit, Running, MapEnd, Resident, Done, Heartbeat, Progress
+);
 
 fn at_most(tag: Tag, object: &str, count: usize, limit: usize) -> Result<()> {
-    if count > limit { Err(Error::rule(tag, object, format!("has {count} entries, over its limit of {limit}"))) } else { Ok(()) }
+    if count > limit {
+        Err(Error::rule(
+            tag,
+            object,
+            format!("has {count} entries, over its limit of {limit}"),
+        ))
+    } else {
+        Ok(())
+    }
 }
 
 impl Hello {
@@ -57,29 +67,52 @@ impl Hello {
 
     /// The version to speak with this peer.
     pub fn version(&self) -> Result<u32> {
-        crate::select_version(self.version_min, self.version_max)
-            .ok_or(Error::Version { peer_min: self.version_min, peer_max: self.version_max })
+        crate::select_version(self.version_min, self.version_max).ok_or(Error::Version {
+            peer_min: self.version_min,
+            peer_max: self.version_max,
+        })
     }
 }
 
 impl Checked for Hello {
     fn check(&self) -> Result<()> {
         if self.migration_id.len() != limits::MIGRATION_ID_LEN {
-            return Err(Error::rule(Tag::Hello, "migration id", format!("has {} bytes, not 16", self.migration_id.len())));
+            return Err(Error::rule(
+                Tag::Hello,
+                "migration id",
+                format!("has {} bytes, not 16", self.migration_id.len()),
+            ));
         }
         if self.role() == Role::Invalid {
-            return Err(Error::rule(Tag::Hello, "role", format!("{} is unknown", self.role)));
+            return Err(Error::rule(
+                Tag::Hello,
+                "role",
+                format!("{} is unknown", self.role),
+            ));
         }
-        at_most(Tag::Hello, "host name", self.host_name.len(), limits::HOST_NAME_LEN_MAX)
+        at_most(
+            Tag::Hello,
+            "host name",
+            self.host_name.len(),
+            limits::HOST_NAME_LEN_MAX,
+        )
     }
 }
 
 impl Checked for Welcome {
     fn check(&self) -> Result<()> {
         if !(crate::VERSION_MIN..=crate::VERSION_MAX).contains(&self.version) {
-            return Err(Error::Version { peer_min: self.version, peer_max: self.version });
+            return Err(Error::Version {
+                peer_min: self.version,
+                peer_max: self.version,
+            });
         }
-        at_most(Tag::Welcome, "host name", self.host_name.len(), limits::HOST_NAME_LEN_MAX)
+        at_most(
+            Tag::Welcome,
+            "host name",
+            self.host_name.len(),
+            limits::HOST_NAME_LEN_MAX,
+        )
     }
 }
 
@@ -88,7 +121,12 @@ impl Checked for Plan {
         let rule = |object: &str, text: String| Err(Error::rule(Tag::Plan, object, text));
         at_most(Tag::Plan, "thread list", self.tids.len(), limits::TIDS_MAX)?;
         at_most(Tag::Plan, "file list", self.files.len(), limits::FILES_MAX)?;
-        at_most(Tag::Plan, "socket list", self.sockets.len(), limits::SOCKETS_MAX)?;
+        at_most(
+            Tag::Plan,
+            "socket list",
+            self.sockets.len(),
+            limits::SOCKETS_MAX,
+        )?;
         if self.pid <= 1 {
             return rule("pid", format!("{} cannot be carried", self.pid));
         }
@@ -99,7 +137,13 @@ impl Checked for Plan {
             return rule("thread list", format!("has the impossible id {tid}"));
         }
         if u64::from(self.page_size) != PAGE_SIZE {
-            return rule("page size", format!("{} is not {PAGE_SIZE}: only kernels with 4 KiB pages can meet", self.page_size));
+            return rule(
+                "page size",
+                format!(
+                    "{} is not {PAGE_SIZE}: only kernels with 4 KiB pages can meet",
+                    self.page_size
+                ),
+            );
         }
         if self.file_check() == FileCheck::Invalid {
             return rule("file check", format!("{} is unknown", self.file_check));
@@ -110,28 +154,49 @@ impl Checked for Plan {
 
 impl Checked for Verdict {
     fn check(&self) -> Result<()> {
-        at_most(Tag::Verdict, "refusal list", self.refusals.len(), limits::REFUSALS_MAX)?;
-        at_most(Tag::Verdict, "note list", self.notes.len(), limits::REFUSALS_MAX)
+        at_most(
+            Tag::Verdict,
+            "refusal list",
+            self.refusals.len(),
+            limits::REFUSALS_MAX,
+        )?;
+        at_most(
+            Tag::Verdict,
+            "note list",
+            self.notes.len(),
+            limits::REFUSALS_MAX,
+        )
     }
 }
 
 impl Refused {
     /// Refused for `reason`, which is cut to its limit.
     pub fn new(reason: &str) -> Self {
-        Self { reason: cut(reason, limits::TEXT_LEN_MAX) }
+        Self {
+            reason: cut(reason, limits::TEXT_LEN_MAX),
+        }
     }
 }
 
 impl Checked for Refused {
     fn check(&self) -> Result<()> {
-        at_most(Tag::Refused, "reason", self.reason.len(), limits::TEXT_LEN_MAX)
+        at_most(
+            Tag::Refused,
+            "reason",
+            self.reason.len(),
+            limits::TEXT_LEN_MAX,
+        )
     }
 }
 
 impl Abort {
     /// An abort from `phase`; the text is cut to its limit.
     pub fn new(phase: crate::Phase, code: AbortCode, text: &str) -> Self {
-        Self { phase: phase.name().to_owned(), code: code.into(), text: cut(text, limits::TEXT_LEN_MAX) }
+        Self {
+            phase: phase.name().to_owned(),
+            code: code.into(),
+            text: cut(text, limits::TEXT_LEN_MAX),
+        }
     }
 }
 
@@ -146,24 +211,39 @@ impl Fetch {
     /// The range asked for.
     pub fn range(&self) -> PageRange {
         // The end cannot overflow: `check` bounds both parts.
-        PageRange { start: self.address, end: self.address + u64::from(self.page_count) * PAGE_SIZE }
+        PageRange {
+            start: self.address,
+            end: self.address + u64::from(self.page_count) * PAGE_SIZE,
+        }
     }
 }
 
 impl Checked for Fetch {
     fn check(&self) -> Result<()> {
         if self.address % PAGE_SIZE != 0 || self.address >= limits::USER_ADDRESS_END {
-            return Err(Error::rule(Tag::Fetch, "address", format!("{:#x} is not that of a page", self.address)));
+            return Err(Error::rule(
+                Tag::Fetch,
+                "address",
+                format!("{:#x} is not that of a page", self.address),
+            ));
         }
         if self.page_count == 0 || self.page_count > limits::FETCH_PAGES_MAX {
             return Err(Error::rule(
                 Tag::Fetch,
                 "page count",
-                format!("{} is not in 1..={}", self.page_count, limits::FETCH_PAGES_MAX),
+                format!(
+                    "{} is not in 1..={}",
+                    self.page_count,
+                    limits::FETCH_PAGES_MAX
+                ),
             ));
         }
         if self.address + u64::from(self.page_count) * PAGE_SIZE > limits::USER_ADDRESS_END {
-            return Err(Error::rule(Tag::Fetch, "range", format!("at {:#x} leaves the address space", self.address)));
+            return Err(Error::rule(
+                Tag::Fetch,
+                "range",
+                format!("at {:#x} leaves the address space", self.address),
+            ));
         }
         Ok(())
     }
@@ -176,16 +256,24 @@ impl Map {
     /// If the ranges are not ascending, not empty of nothing, or overlap: the sender's own mistake.
     pub fn frames(ranges: &[PageRange]) -> impl Iterator<Item = Self> + '_ {
         let mut from = 0;
-        ranges.chunks(limits::MAP_RANGES_PER_FRAME_MAX).map(move |chunk| {
-            let mut map = Self { from, runs: Vec::with_capacity(chunk.len() * 2) };
-            for range in chunk {
-                assert!(!range.is_empty() && range.start / PAGE_SIZE >= from, "map ranges ascend and are not empty");
-                map.runs.push(range.start / PAGE_SIZE - from);
-                map.runs.push(range.page_count());
-                from = range.end / PAGE_SIZE;
-            }
-            map
-        })
+        ranges
+            .chunks(limits::MAP_RANGES_PER_FRAME_MAX)
+            .map(move |chunk| {
+                let mut map = Self {
+                    from,
+                    runs: Vec::with_capacity(chunk.len() * 2),
+                };
+                for range in chunk {
+                    assert!(
+                        !range.is_empty() && range.start / PAGE_SIZE >= from,
+                        "map ranges ascend and are not empty"
+                    );
+                    map.runs.push(range.start / PAGE_SIZE - from);
+                    map.runs.push(range.page_count());
+                    from = range.end / PAGE_SIZE;
+                }
+                map
+            })
     }
 
     /// The ranges, ascending.
@@ -195,7 +283,12 @@ impl Map {
         if self.runs.len() % 2 != 0 {
             return Err(bad("has a gap without a length"));
         }
-        at_most(Tag::Map, "range list", self.runs.len() / 2, limits::MAP_RANGES_PER_FRAME_MAX)?;
+        at_most(
+            Tag::Map,
+            "range list",
+            self.runs.len() / 2,
+            limits::MAP_RANGES_PER_FRAME_MAX,
+        )?;
         let mut at = self.from;
         let mut ranges = Vec::with_capacity(self.runs.len() / 2);
         for pair in self.runs.chunks_exact(2) {
@@ -204,9 +297,16 @@ impl Map {
                 return Err(bad("is empty"));
             }
             let start = at.checked_add(gap).filter(|&start| start < end_of_space);
-            let end = start.and_then(|start| start.checked_add(length)).filter(|&end| end <= end_of_space);
-            let (Some(start), Some(end)) = (start, end) else { return Err(bad("leaves the address space")) };
-            ranges.push(PageRange { start: start * PAGE_SIZE, end: end * PAGE_SIZE });
+            let end = start
+                .and_then(|start| start.checked_add(length))
+                .filter(|&end| end <= end_of_space);
+            let (Some(start), Some(end)) = (start, end) else {
+                return Err(bad("leaves the address space"));
+            };
+            ranges.push(PageRange {
+                start: start * PAGE_SIZE,
+                end: end * PAGE_SIZE,
+            });
             at = end;
         }
         Ok(ranges)
@@ -229,12 +329,17 @@ pub struct State {
 impl State {
     /// Encodes `tree`.
     pub fn new(tree: &Tree) -> Self {
-        Self { tree: tree.encode_to_vec().into() }
+        Self {
+            tree: tree.encode_to_vec().into(),
+        }
     }
 
     /// Decodes the tree. The model's own rules are the caller's to check.
     pub fn decode(&self) -> Result<Tree> {
-        Tree::decode(self.tree.clone()).map_err(|source| Error::Decode { tag: Tag::State, source })
+        Tree::decode(self.tree.clone()).map_err(|source| Error::Decode {
+            tag: Tag::State,
+            source,
+        })
     }
 }
 

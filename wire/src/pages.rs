@@ -38,7 +38,9 @@ pub enum PageKind {
 
 impl PageKind {
     fn from_number(number: u32) -> Option<Self> {
-        [Self::Data, Self::Zero, Self::Guard, Self::Gone].into_iter().find(|&kind| kind as u32 == number)
+        [Self::Data, Self::Zero, Self::Guard, Self::Gone]
+            .into_iter()
+            .find(|&kind| kind as u32 == number)
     }
 }
 
@@ -106,21 +108,34 @@ impl PageBatch {
     /// # Panics
     /// If `run` is not a data run of this batch.
     pub fn verify_run(&self, run: &Run) -> Result<Bytes> {
-        assert!(run.kind == PageKind::Data && self.range.intersect(run.range) == Some(run.range), "a data run of this batch");
+        assert!(
+            run.kind == PageKind::Data && self.range.intersect(run.range) == Some(run.range),
+            "a data run of this batch"
+        );
         let pages = 0..usize::try_from(run.range.page_count()).expect("a batch is small");
         for page in pages.clone() {
-            self.verify_at(run.range.start + page as u64 * PAGE_SIZE, run.data_index + page)?;
+            self.verify_at(
+                run.range.start + page as u64 * PAGE_SIZE,
+                run.data_index + page,
+            )?;
         }
-        Ok(self.data.slice(run.data_index * PAGE_LEN..(run.data_index + pages.end) * PAGE_LEN))
+        Ok(self
+            .data
+            .slice(run.data_index * PAGE_LEN..(run.data_index + pages.end) * PAGE_LEN))
     }
 
     /// The bytes of the data page at `address`, verified; `None` if the batch has no data for it.
     pub fn verify_page(&self, address: u64) -> Result<Option<Bytes>> {
-        let Some(run) = self.runs.iter().find(|run| run.kind == PageKind::Data && run.range.contains(address)) else {
+        let Some(run) = self
+            .runs
+            .iter()
+            .find(|run| run.kind == PageKind::Data && run.range.contains(address))
+        else {
             return Ok(None);
         };
         let start = PageRange::page_of(address).start;
-        let index = run.data_index + usize::try_from((start - run.range.start) / PAGE_SIZE).expect("a batch is small");
+        let index = run.data_index
+            + usize::try_from((start - run.range.start) / PAGE_SIZE).expect("a batch is small");
         self.verify_at(start, index)?;
         Ok(Some(self.data.slice(byte_range(index))))
     }
@@ -128,46 +143,90 @@ impl PageBatch {
     fn verify_at(&self, address: u64, index: usize) -> Result<()> {
         let at = BATCH_HEADER_LEN + self.runs.len() * RUN_LEN + index * CHECKSUM_LEN;
         let expected = (&self.head[at..at + CHECKSUM_LEN]).get_u32_le();
-        if page_checksum(address, &self.data[byte_range(index)]) == expected { Ok(()) } else { Err(Error::Page { address }) }
+        if page_checksum(address, &self.data[byte_range(index)]) == expected {
+            Ok(())
+        } else {
+            Err(Error::Page { address })
+        }
     }
 
     /// Every rule of a batch but the page checksums: asserted by the builder, an error from the decoder.
-    fn validate(request: u64, address: u64, page_count: u32, runs: &[(u32, u32)], data_len: usize) -> Result<Self> {
+    fn validate(
+        request: u64,
+        address: u64,
+        page_count: u32,
+        runs: &[(u32, u32)],
+        data_len: usize,
+    ) -> Result<Self> {
         let bad = |object: &str, rule: String| Err(Error::rule(Tag::Pages, object, rule));
         let end = address.checked_add(u64::from(page_count) * PAGE_SIZE);
         let range = match end.and_then(|end| PageRange::new(address, end)) {
             Some(range) if range.end <= limits::USER_ADDRESS_END => range,
-            _ => return bad("range", format!("of {page_count} pages at {address:#x} is not one of user pages")),
+            _ => {
+                return bad(
+                    "range",
+                    format!("of {page_count} pages at {address:#x} is not one of user pages"),
+                );
+            }
         };
         if page_count == 0 || page_count > limits::BATCH_PAGES_MAX {
-            return bad("page count", format!("{page_count} is not in 1..={}", limits::BATCH_PAGES_MAX));
+            return bad(
+                "page count",
+                format!("{page_count} is not in 1..={}", limits::BATCH_PAGES_MAX),
+            );
         }
         let mut built = Vec::with_capacity(runs.len());
         let (mut at, mut data_index) = (range.start, 0);
         for &(kind, count) in runs {
-            let Some(kind) = PageKind::from_number(kind) else { return bad("run kind", format!("{kind} is unknown")) };
+            let Some(kind) = PageKind::from_number(kind) else {
+                return bad("run kind", format!("{kind} is unknown"));
+            };
             let run_end = at + u64::from(count) * PAGE_SIZE;
             if count == 0 || run_end > range.end {
-                return bad("run", format!("of {count} pages at {at:#x} does not fit its batch"));
+                return bad(
+                    "run",
+                    format!("of {count} pages at {at:#x} does not fit its batch"),
+                );
             }
-            built.push(Run { kind, range: PageRange { start: at, end: run_end }, data_index });
+            built.push(Run {
+                kind,
+                range: PageRange {
+                    start: at,
+                    end: run_end,
+                },
+                data_index,
+            });
             if kind == PageKind::Data {
                 data_index += count as usize;
             }
             at = run_end;
         }
         if at != range.end {
-            return bad("run list", format!("ends at {at:#x}, before its batch does"));
+            return bad(
+                "run list",
+                format!("ends at {at:#x}, before its batch does"),
+            );
         }
         if data_index * PAGE_LEN != data_len {
-            return bad("data", format!("has {data_len} bytes for {data_index} pages"));
+            return bad(
+                "data",
+                format!("has {data_len} bytes for {data_index} pages"),
+            );
         }
-        Ok(Self { request, range, runs: built, head: Bytes::new(), data: Bytes::new() })
+        Ok(Self {
+            request,
+            range,
+            runs: built,
+            head: Bytes::new(),
+            data: Bytes::new(),
+        })
     }
 
     /// The part of an encoded batch that the frame's checksum covers. For a body that is no batch: all of it.
     pub(crate) fn head_len(body: &[u8]) -> usize {
-        let Some(mut counts) = body.get(20..BATCH_HEADER_LEN) else { return body.len() };
+        let Some(mut counts) = body.get(20..BATCH_HEADER_LEN) else {
+            return body.len();
+        };
         let (runs, data) = (counts.get_u32_le(), counts.get_u32_le());
         if runs > limits::BATCH_RUNS_MAX || data > limits::BATCH_DATA_PAGES_MAX {
             return body.len();
@@ -195,15 +254,22 @@ impl PageBatch {
         if reserved != 0 {
             return Err(bad("reserved field", "is not zero"));
         }
-        let head_len = BATCH_HEADER_LEN + run_count as usize * RUN_LEN + data_count as usize * CHECKSUM_LEN;
+        let head_len =
+            BATCH_HEADER_LEN + run_count as usize * RUN_LEN + data_count as usize * CHECKSUM_LEN;
         if body.len() != head_len + data_count as usize * PAGE_LEN {
             return Err(bad("batch", "is not as long as its counts say"));
         }
         let head = body.split_to(head_len);
         let mut encoded = head.slice(BATCH_HEADER_LEN..);
-        let runs: Vec<_> = (0..run_count).map(|_| (encoded.get_u32_le(), encoded.get_u32_le())).collect();
+        let runs: Vec<_> = (0..run_count)
+            .map(|_| (encoded.get_u32_le(), encoded.get_u32_le()))
+            .collect();
         let batch = Self::validate(request, address, page_count, &runs, body.len())?;
-        Ok(Self { head, data: body, ..batch })
+        Ok(Self {
+            head,
+            data: body,
+            ..batch
+        })
     }
 }
 
@@ -229,9 +295,19 @@ impl PageBatchBuilder {
     /// If `address` is not page aligned or `data_pages` is over [`limits::BATCH_DATA_PAGES_MAX`].
     pub fn new(request: u64, address: u64, data_pages: usize) -> Self {
         assert!(address % PAGE_SIZE == 0, "a batch begins at a page");
-        assert!(data_pages <= limits::BATCH_DATA_PAGES_MAX as usize, "a batch is small");
+        assert!(
+            data_pages <= limits::BATCH_DATA_PAGES_MAX as usize,
+            "a batch is small"
+        );
         let data = BytesMut::zeroed(data_pages * PAGE_LEN);
-        Self { request, address, page_count: 0, runs: Vec::new(), data, data_filled: 0 }
+        Self {
+            request,
+            address,
+            page_count: 0,
+            runs: Vec::new(),
+            data,
+            data_filled: 0,
+        }
     }
 
     /// The address of the next page.
@@ -246,7 +322,8 @@ impl PageBatchBuilder {
 
     /// False once another run might not fit: finish the batch and begin the next at [`PageBatchBuilder::next_address`].
     pub fn has_room(&self) -> bool {
-        self.runs.len() < limits::BATCH_RUNS_MAX as usize && self.page_count < limits::BATCH_PAGES_MAX
+        self.runs.len() < limits::BATCH_RUNS_MAX as usize
+            && self.page_count < limits::BATCH_PAGES_MAX
     }
 
     /// True until the first page.
@@ -259,10 +336,16 @@ impl PageBatchBuilder {
     /// # Panics
     /// If they do not fit.
     pub fn data(&mut self, page_count: usize) -> &mut [u8] {
-        assert!(page_count <= self.data_pages_left(), "{page_count} pages fit the batch");
+        assert!(
+            page_count <= self.data_pages_left(),
+            "{page_count} pages fit the batch"
+        );
         let filled = self.data_filled;
         self.data_filled += page_count;
-        self.append(PageKind::Data, u32::try_from(page_count).expect("a batch is small"));
+        self.append(
+            PageKind::Data,
+            u32::try_from(page_count).expect("a batch is small"),
+        );
         &mut self.data[filled * PAGE_LEN..(filled + page_count) * PAGE_LEN]
     }
 
@@ -289,15 +372,25 @@ impl PageBatchBuilder {
     /// # Panics
     /// If it breaks a rule of batches (it is empty, over a limit or leaves the address space): the builder's own mistake.
     pub fn finish(self) -> PageBatch {
-        let runs: Vec<_> = self.runs.iter().map(|&(kind, count)| (kind as u32, count)).collect();
-        assert!(runs.len() <= limits::BATCH_RUNS_MAX as usize, "the caller asks has_room before each run");
+        let runs: Vec<_> = self
+            .runs
+            .iter()
+            .map(|&(kind, count)| (kind as u32, count))
+            .collect();
+        assert!(
+            runs.len() <= limits::BATCH_RUNS_MAX as usize,
+            "the caller asks has_room before each run"
+        );
         let data_len = self.data_filled * PAGE_LEN;
         let mut data = self.data;
         data.truncate(data_len);
         let data = data.freeze();
-        let mut batch = PageBatch::validate(self.request, self.address, self.page_count, &runs, data_len)
-            .unwrap_or_else(|error| panic!("a batch built here is a batch: {error:?}"));
-        let mut head = BytesMut::with_capacity(BATCH_HEADER_LEN + runs.len() * RUN_LEN + self.data_filled * CHECKSUM_LEN);
+        let mut batch =
+            PageBatch::validate(self.request, self.address, self.page_count, &runs, data_len)
+                .unwrap_or_else(|error| panic!("a batch built here is a batch: {error:?}"));
+        let mut head = BytesMut::with_capacity(
+            BATCH_HEADER_LEN + runs.len() * RUN_LEN + self.data_filled * CHECKSUM_LEN,
+        );
         head.put_u64_le(self.request);
         head.put_u64_le(self.address);
         head.put_u32_le(self.page_count);
@@ -311,7 +404,10 @@ impl PageBatchBuilder {
         for run in batch.runs.iter().filter(|run| run.kind == PageKind::Data) {
             for page in 0..usize::try_from(run.range.page_count()).expect("a batch is small") {
                 let bytes = &data[byte_range(run.data_index + page)];
-                head.put_u32_le(page_checksum(run.range.start + page as u64 * PAGE_SIZE, bytes));
+                head.put_u32_le(page_checksum(
+                    run.range.start + page as u64 * PAGE_SIZE,
+                    bytes,
+                ));
             }
         }
         batch.head = head.freeze();
@@ -336,7 +432,11 @@ mod tests {
 
     /// A batch over the wire.
     fn carried(batch: &PageBatch, spoil: impl Fn(&mut [u8])) -> Result<Option<Frame>> {
-        let mut bytes = Frame::from(batch.clone()).encode().expect("within its limits").into_parts().concat();
+        let mut bytes = Frame::from(batch.clone())
+            .encode()
+            .expect("within its limits")
+            .into_parts()
+            .concat();
         spoil(&mut bytes);
         let mut decoder = Decoder::new();
         decoder.push(&bytes);
@@ -351,14 +451,27 @@ mod tests {
         }
         assert_eq!(builder.data_pages_left(), 0);
         let batch = builder.finish();
-        let Ok(Some(Frame::Pages(back))) = carried(&batch, |_| ()) else { panic!("it is a batch") };
+        let Ok(Some(Frame::Pages(back))) = carried(&batch, |_| ()) else {
+            panic!("it is a batch")
+        };
         assert_eq!(back, batch);
-        assert_eq!((back.request(), back.data_page_count(), back.runs().len()), (3, 256, 1));
-        assert_eq!(back.verify_run(&back.runs()[0]).expect("good pages"), *batch.data());
+        assert_eq!(
+            (back.request(), back.data_page_count(), back.runs().len()),
+            (3, 256, 1)
+        );
+        assert_eq!(
+            back.verify_run(&back.runs()[0]).expect("good pages"),
+            *batch.data()
+        );
         let mut page = vec![0; PAGE_LEN];
         fill(&mut page, 200);
         let address = AT + 200 * PAGE_SIZE;
-        assert_eq!(back.verify_page(address + 5).expect("a good page").expect("it has data"), page);
+        assert_eq!(
+            back.verify_page(address + 5)
+                .expect("a good page")
+                .expect("it has data"),
+            page
+        );
         assert_eq!(back.verify_page(AT - 1).expect("not asked"), None);
     }
 
@@ -369,19 +482,32 @@ mod tests {
         builder.data(3).fill(1);
         let batch = builder.finish();
         let length = batch.head().len() + crate::limits::FRAME_HEADER_LEN;
-        let Ok(Some(Frame::Pages(back))) = carried(&batch, |bytes| bytes[length + PAGE_LEN + 9] ^= 1) else {
+        let Ok(Some(Frame::Pages(back))) =
+            carried(&batch, |bytes| bytes[length + PAGE_LEN + 9] ^= 1)
+        else {
             panic!("page bytes are not the frame's to check")
         };
         let bad = AT + 3 * PAGE_SIZE;
-        assert!(matches!(back.verify_run(&back.runs()[1]), Err(Error::Page { address }) if address == bad));
+        assert!(
+            matches!(back.verify_run(&back.runs()[1]), Err(Error::Page { address }) if address == bad)
+        );
         assert!(matches!(back.verify_page(bad), Err(Error::Page { address }) if address == bad));
-        assert!(back.verify_page(AT + 2 * PAGE_SIZE).is_ok_and(|page| page.is_some()));
-        assert!(back.verify_page(AT).is_ok_and(|page| page.is_none()), "a guard has no data");
+        assert!(
+            back.verify_page(AT + 2 * PAGE_SIZE)
+                .is_ok_and(|page| page.is_some())
+        );
+        assert!(
+            back.verify_page(AT).is_ok_and(|page| page.is_none()),
+            "a guard has no data"
+        );
     }
 
     #[test]
     fn a_page_at_another_address_has_another_checksum() {
-        assert_ne!(page_checksum(AT, &[0; PAGE_LEN]), page_checksum(AT + PAGE_SIZE, &[0; PAGE_LEN]));
+        assert_ne!(
+            page_checksum(AT, &[0; PAGE_LEN]),
+            page_checksum(AT + PAGE_SIZE, &[0; PAGE_LEN])
+        );
     }
 
     #[test]
@@ -390,19 +516,51 @@ mod tests {
             PageBatch::validate(1, address, page_count, runs, data_pages * PAGE_LEN).is_ok()
         };
         assert!(validate(AT, 3, &[(1, 1), (2, 2)], 1));
-        assert!(!validate(AT + 1, 3, &[(1, 1), (2, 2)], 1), "an address inside a page");
-        assert!(!validate(u64::MAX - 4095, 3, &[(1, 1), (2, 2)], 1), "a range past the end");
-        assert!(!validate(limits::USER_ADDRESS_END - PAGE_SIZE, 2, &[(2, 2)], 0), "kernel addresses");
+        assert!(
+            !validate(AT + 1, 3, &[(1, 1), (2, 2)], 1),
+            "an address inside a page"
+        );
+        assert!(
+            !validate(u64::MAX - 4095, 3, &[(1, 1), (2, 2)], 1),
+            "a range past the end"
+        );
+        assert!(
+            !validate(limits::USER_ADDRESS_END - PAGE_SIZE, 2, &[(2, 2)], 0),
+            "kernel addresses"
+        );
         assert!(!validate(AT, 0, &[], 0), "no pages");
-        assert!(!validate(AT, limits::BATCH_PAGES_MAX + 1, &[(2, limits::BATCH_PAGES_MAX + 1)], 0), "too many pages");
-        assert!(!validate(AT, 3, &[(1, 1), (2, 1)], 1), "runs that end early");
+        assert!(
+            !validate(
+                AT,
+                limits::BATCH_PAGES_MAX + 1,
+                &[(2, limits::BATCH_PAGES_MAX + 1)],
+                0
+            ),
+            "too many pages"
+        );
+        assert!(
+            !validate(AT, 3, &[(1, 1), (2, 1)], 1),
+            "runs that end early"
+        );
         assert!(!validate(AT, 3, &[(1, 1), (2, 3)], 1), "runs that end late");
-        assert!(!validate(AT, 3, &[(1, 1), (2, u32::MAX)], 1), "a run that wraps");
-        assert!(!validate(AT, 3, &[(1, 1), (2, 0), (2, 2)], 1), "an empty run");
+        assert!(
+            !validate(AT, 3, &[(1, 1), (2, u32::MAX)], 1),
+            "a run that wraps"
+        );
+        assert!(
+            !validate(AT, 3, &[(1, 1), (2, 0), (2, 2)], 1),
+            "an empty run"
+        );
         assert!(!validate(AT, 3, &[(0, 1), (2, 2)], 0), "kind zero");
         assert!(!validate(AT, 3, &[(5, 1), (2, 2)], 0), "an unknown kind");
-        assert!(!validate(AT, 3, &[(1, 2), (2, 1)], 1), "less data than said");
-        assert!(!validate(AT, 3, &[(1, 1), (2, 2)], 2), "more data than said");
+        assert!(
+            !validate(AT, 3, &[(1, 2), (2, 1)], 1),
+            "less data than said"
+        );
+        assert!(
+            !validate(AT, 3, &[(1, 1), (2, 2)], 2),
+            "more data than said"
+        );
     }
 
     #[test]

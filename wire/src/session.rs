@@ -24,7 +24,10 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use crate::message::{Abort, AbortCode, Commit, Done, Hello, Map, MapEnd, Plan, Ready, Refused, Resident, Running, State, StateEnd, Verdict, Welcome};
+use crate::message::{
+    Abort, AbortCode, Commit, Done, Hello, Map, MapEnd, Plan, Ready, Refused, Resident, Running,
+    State, StateEnd, Verdict, Welcome,
+};
 use crate::{Error, Frame, Phase, Result};
 
 /// What the journals of both hosts record about one migration, in the order in which it can happen.
@@ -49,8 +52,15 @@ pub enum Record {
 
 impl Record {
     /// Every record.
-    pub const ALL: [Self; 7] =
-        [Self::Park, Self::Commit, Self::Run, Self::Releasing, Self::Refused, Self::Resident, Self::Done];
+    pub const ALL: [Self; 7] = [
+        Self::Park,
+        Self::Commit,
+        Self::Run,
+        Self::Releasing,
+        Self::Refused,
+        Self::Resident,
+        Self::Done,
+    ];
 
     /// The word in the journal.
     pub const fn name(self) -> &'static str {
@@ -258,16 +268,23 @@ impl Source {
                 self.actions.push_back(SourceAction::Serve(running));
             }
             (
-                SourceStage::Rebuild | SourceStage::Parking | SourceStage::Committing | SourceStage::Answer,
+                SourceStage::Rebuild
+                | SourceStage::Parking
+                | SourceStage::Committing
+                | SourceStage::Answer,
                 Frame::Refused(refused),
             ) => self.refused(&refused),
             (SourceStage::Drain, Frame::Resident(resident)) => {
                 self.stage = SourceStage::Killing;
                 self.resident = Some(resident);
-                self.actions.push_back(SourceAction::Record(Record::Resident));
+                self.actions
+                    .push_back(SourceAction::Record(Record::Resident));
             }
             // Answers to a COMMIT repeated after a lost link, of which the first was answered after all.
-            (SourceStage::Drain | SourceStage::Killing | SourceStage::Ending, Frame::Running(_) | Frame::Resident(_))
+            (
+                SourceStage::Drain | SourceStage::Killing | SourceStage::Ending,
+                Frame::Running(_) | Frame::Resident(_),
+            )
             | (SourceStage::Returning, Frame::Refused(_)) => {}
             // It has not heard yet that this side is done with it.
             (SourceStage::Over, _) => {}
@@ -381,10 +398,16 @@ impl Source {
             return;
         }
         // What waits for the link would be sent too late.
-        self.actions.retain(|action| !matches!(action, SourceAction::Send(_)));
+        self.actions
+            .retain(|action| !matches!(action, SourceAction::Send(_)));
         match self.stage {
-            SourceStage::Answer | SourceStage::Drain => self.actions.push_back(SourceAction::Reconnect),
-            SourceStage::Returning | SourceStage::Killing | SourceStage::Ending | SourceStage::Over => {}
+            SourceStage::Answer | SourceStage::Drain => {
+                self.actions.push_back(SourceAction::Reconnect)
+            }
+            SourceStage::Returning
+            | SourceStage::Killing
+            | SourceStage::Ending
+            | SourceStage::Over => {}
             _ => self.fail(AbortCode::Failed, text),
         }
     }
@@ -392,7 +415,8 @@ impl Source {
     /// There is a new control stream, on which both have greeted.
     pub fn handle_link_restored(&mut self) {
         self.linked = true;
-        self.actions.retain(|action| *action != SourceAction::Reconnect);
+        self.actions
+            .retain(|action| *action != SourceAction::Reconnect);
         if self.stage == SourceStage::Answer {
             self.send(Commit {});
         }
@@ -401,7 +425,9 @@ impl Source {
     /// A lost link will not be made again: the operator, or the shell's patience.
     pub fn handle_abandoned(&mut self, text: &str) {
         if matches!(self.stage, SourceStage::Answer | SourceStage::Drain) {
-            self.over(SourceEnd::Lost { text: text.to_owned() });
+            self.over(SourceEnd::Lost {
+                text: text.to_owned(),
+            });
         }
     }
 
@@ -422,11 +448,17 @@ impl Source {
     }
 
     fn aborted(&mut self, abort: &Abort) {
-        let text = format!("the target gave up in phase {}: {}", abort.phase, abort.text);
+        let text = format!(
+            "the target gave up in phase {}: {}",
+            abort.phase, abort.text
+        );
         match self.stage {
             // No answer to COMMIT: the target may have run it. The copy stays stopped.
             SourceStage::Answer | SourceStage::Drain => self.over(SourceEnd::Lost { text }),
-            SourceStage::Returning | SourceStage::Killing | SourceStage::Ending | SourceStage::Over => {}
+            SourceStage::Returning
+            | SourceStage::Killing
+            | SourceStage::Ending
+            | SourceStage::Over => {}
             SourceStage::Committing if self.gave_right => _ = self.failure.get_or_insert(text),
             _ => self.end_before_commit(text),
         }
@@ -437,11 +469,15 @@ impl Source {
             SourceStage::Answer | SourceStage::Returning | SourceStage::Over => {}
             SourceStage::Drain if code == AbortCode::Failed => {
                 self.send(Abort::new(Phase::Drain, code, text));
-                self.over(SourceEnd::Lost { text: text.to_owned() });
+                self.over(SourceEnd::Lost {
+                    text: text.to_owned(),
+                });
             }
             SourceStage::Drain => {}
             // The target has everything: what failed concerns this host alone.
-            SourceStage::Killing | SourceStage::Ending => self.over(SourceEnd::Lost { text: text.to_owned() }),
+            SourceStage::Killing | SourceStage::Ending => self.over(SourceEnd::Lost {
+                text: text.to_owned(),
+            }),
             // COMMIT is being recorded: what may be on disk is taken back by a record after it.
             SourceStage::Committing if self.gave_right => {
                 if self.failure.is_none() {
@@ -457,9 +493,13 @@ impl Source {
     }
 
     fn end_before_commit(&mut self, text: String) {
-        let end = SourceEnd::Failed { phase: self.phase(), text };
+        let end = SourceEnd::Failed {
+            phase: self.phase(),
+            text,
+        };
         // Undone, not done: what was still to do is dropped, but not what is to be said.
-        self.actions.retain(|action| matches!(action, SourceAction::Send(Frame::Abort(_))));
+        self.actions
+            .retain(|action| matches!(action, SourceAction::Send(Frame::Abort(_))));
         if self.stage >= SourceStage::Freeze {
             self.actions.push_back(SourceAction::Thaw);
         }
@@ -470,13 +510,17 @@ impl Source {
     fn take_back(&mut self, text: String) {
         self.stage = SourceStage::Returning;
         self.failure = Some(text);
-        self.actions.push_back(SourceAction::Record(Record::Refused));
+        self.actions
+            .push_back(SourceAction::Record(Record::Refused));
     }
 
     fn thaw(&mut self) {
         let text = self.failure.take().unwrap_or_default();
         self.actions.push_back(SourceAction::Thaw);
-        self.over(SourceEnd::Failed { phase: Phase::Commit, text });
+        self.over(SourceEnd::Failed {
+            phase: Phase::Commit,
+            text,
+        });
     }
 
     fn done(&mut self) {
@@ -681,9 +725,14 @@ impl Target {
             // Repeated over a new link: the answer stays the same, and comes by itself where it is not yet given.
             (_, Frame::Commit(Commit {})) if self.stage > TargetStage::Ready => self.answer(),
             (TargetStage::Drain, Frame::Map(map)) => self.actions.push_back(TargetAction::Map(map)),
-            (TargetStage::Drain, Frame::MapEnd(end)) => self.actions.push_back(TargetAction::MapEnd(end)),
+            (TargetStage::Drain, Frame::MapEnd(end)) => {
+                self.actions.push_back(TargetAction::MapEnd(end))
+            }
             // The program may end, and so be resident, while the map is still coming.
-            (TargetStage::RecordingResident | TargetStage::Resident, Frame::Map(_) | Frame::MapEnd(_)) => {}
+            (
+                TargetStage::RecordingResident | TargetStage::Resident,
+                Frame::Map(_) | Frame::MapEnd(_),
+            ) => {}
             (TargetStage::Resident, Frame::Done(_)) => self.done(true),
             (TargetStage::Over, _) => {}
             _ => {
@@ -720,7 +769,9 @@ impl Target {
     /// A record is written.
     pub fn handle_recorded(&mut self, record: Record) {
         match (self.stage, record) {
-            (TargetStage::Taking, Record::Run) => self.actions.push_back(TargetAction::ClearExitKill),
+            (TargetStage::Taking, Record::Run) => {
+                self.actions.push_back(TargetAction::ClearExitKill)
+            }
             (TargetStage::Taking, Record::Releasing) => {
                 self.stage = TargetStage::Releasing;
                 self.actions.push_back(TargetAction::Release);
@@ -747,7 +798,8 @@ impl Target {
     /// The process outlives us.
     pub fn handle_exit_kill_cleared(&mut self) {
         if self.stage == TargetStage::Taking {
-            self.actions.push_back(TargetAction::Record(Record::Releasing));
+            self.actions
+                .push_back(TargetAction::Record(Record::Releasing));
         }
     }
 
@@ -770,14 +822,20 @@ impl Target {
         }
         self.stage = TargetStage::Refused;
         self.answer();
-        let (phase, text) = self.failure.clone().unwrap_or((Phase::Commit, String::new()));
-        self.actions.push_back(TargetAction::Finish(TargetEnd::Failed { phase, text }));
+        let (phase, text) = self
+            .failure
+            .clone()
+            .unwrap_or((Phase::Commit, String::new()));
+        self.actions
+            .push_back(TargetAction::Finish(TargetEnd::Failed { phase, text }));
     }
 
     /// Something may be left of it: the source must not hear that nothing is.
     pub fn handle_destroy_failed(&mut self, text: &str) {
         if self.stage == TargetStage::Destroying {
-            self.over(TargetEnd::Lost { text: text.to_owned() });
+            self.over(TargetEnd::Lost {
+                text: text.to_owned(),
+            });
         }
     }
 
@@ -786,7 +844,8 @@ impl Target {
         if self.stage == TargetStage::Drain {
             self.stage = TargetStage::RecordingResident;
             self.resident = Some(resident);
-            self.actions.push_back(TargetAction::Record(Record::Resident));
+            self.actions
+                .push_back(TargetAction::Record(Record::Resident));
         }
     }
 
@@ -809,7 +868,8 @@ impl Target {
         if !std::mem::replace(&mut self.linked, false) {
             return;
         }
-        self.actions.retain(|action| !matches!(action, TargetAction::Send(_)));
+        self.actions
+            .retain(|action| !matches!(action, TargetAction::Send(_)));
         match self.stage {
             // COMMIT may be on its way: the answer must be there when the source asks again.
             TargetStage::Ready => self.refuse(text),
@@ -827,7 +887,9 @@ impl Target {
         self.actions.retain(|action| *action != TargetAction::Wait);
         // Whatever was said last may have been lost with the link.
         self.answer();
-        if let (TargetStage::Resident | TargetStage::Over, Some(resident)) = (self.stage, self.resident) {
+        if let (TargetStage::Resident | TargetStage::Over, Some(resident)) =
+            (self.stage, self.resident)
+        {
             self.send(resident);
         }
     }
@@ -835,7 +897,11 @@ impl Target {
     /// A lost link will not be made again: the operator, or the shell's patience.
     pub fn handle_abandoned(&mut self, text: &str) {
         if self.stage == TargetStage::Drain {
-            self.actions.push_back(TargetAction::SourceLost(Abort::new(Phase::Drain, AbortCode::Timeout, text)));
+            self.actions.push_back(TargetAction::SourceLost(Abort::new(
+                Phase::Drain,
+                AbortCode::Timeout,
+                text,
+            )));
         }
     }
 
@@ -857,10 +923,15 @@ impl Target {
 
     fn aborted(&mut self, abort: Abort) {
         match self.stage {
-            TargetStage::Drain | TargetStage::Releasing => self.actions.push_back(TargetAction::SourceLost(abort)),
+            TargetStage::Drain | TargetStage::Releasing => {
+                self.actions.push_back(TargetAction::SourceLost(abort))
+            }
             // The source has not sent COMMIT, and never will: it says so by aborting.
             stage if stage <= TargetStage::Ready => {
-                self.end_before_commit(&format!("the source gave up in phase {}: {}", abort.phase, abort.text));
+                self.end_before_commit(&format!(
+                    "the source gave up in phase {}: {}",
+                    abort.phase, abort.text
+                ));
             }
             _ => {}
         }
@@ -873,7 +944,9 @@ impl Target {
             // Recorded, but not yet told to do: nothing has run.
             TargetStage::Releasing if !self.has_right => self.refuse(text),
             // Some of it may have run: it can never be refused, only lost.
-            TargetStage::Releasing | TargetStage::Drain | TargetStage::RecordingResident if code == AbortCode::Failed => {
+            TargetStage::Releasing | TargetStage::Drain | TargetStage::RecordingResident
+                if code == AbortCode::Failed =>
+            {
                 self.lose(text);
             }
             stage if stage < TargetStage::Ready => {
@@ -886,8 +959,12 @@ impl Target {
 
     /// Nobody has sent COMMIT: READY was not sent, or the source has aborted.
     fn end_before_commit(&mut self, text: &str) {
-        let end = TargetEnd::Failed { phase: self.phase(), text: text.to_owned() };
-        self.actions.retain(|action| matches!(action, TargetAction::Send(Frame::Abort(_))));
+        let end = TargetEnd::Failed {
+            phase: self.phase(),
+            text: text.to_owned(),
+        };
+        self.actions
+            .retain(|action| matches!(action, TargetAction::Send(Frame::Abort(_))));
         if self.stage >= TargetStage::State {
             self.actions.push_back(TargetAction::Destroy);
         }
@@ -901,14 +978,17 @@ impl Target {
         self.actions.clear();
         self.actions.push_back(TargetAction::Destroy);
         self.send(Abort::new(self.phase(), AbortCode::Failed, text));
-        self.over(TargetEnd::Lost { text: text.to_owned() });
+        self.over(TargetEnd::Lost {
+            text: text.to_owned(),
+        });
     }
 
     fn refuse(&mut self, text: &str) {
         self.failure = Some((self.phase(), text.to_owned()));
         self.stage = TargetStage::Refusing;
         self.actions.clear();
-        self.actions.push_back(TargetAction::Record(Record::Refused));
+        self.actions
+            .push_back(TargetAction::Record(Record::Refused));
     }
 
     fn resident(&mut self) {
@@ -926,7 +1006,10 @@ impl Target {
         if confirmed {
             self.actions.push_back(TargetAction::Record(Record::Done));
         }
-        self.over(TargetEnd::Done { resident, confirmed });
+        self.over(TargetEnd::Done {
+            resident,
+            confirmed,
+        });
     }
 
     fn over(&mut self, end: TargetEnd) {

@@ -121,7 +121,12 @@ enum Event {
 }
 
 fn plan() -> Plan {
-    Plan { pid: 4711, tids: vec![4711], page_size: 4096, ..Plan::default() }
+    Plan {
+        pid: 4711,
+        tids: vec![4711],
+        page_size: 4096,
+        ..Plan::default()
+    }
 }
 
 impl Pair {
@@ -154,18 +159,50 @@ impl Pair {
 
     fn enabled(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
-        let mut add = |event, enabled: bool| if enabled { events.push(event) };
-        add(Event::SourceActs, !self.source_crashed && self.source_report.is_none() && !self.source.actions.is_empty());
-        add(Event::TargetActs, !self.target_crashed && self.target_report.is_none() && !self.target.actions.is_empty());
-        add(Event::SourceReports, !self.source_crashed && self.source_report.is_some());
-        add(Event::TargetReports, !self.target_crashed && self.target_report.is_some());
-        add(Event::SourceReceives, self.linked && !self.source_crashed && !self.to_source.is_empty());
-        add(Event::TargetReceives, self.linked && !self.target_crashed && !self.to_target.is_empty());
-        add(Event::SourceNotices, !self.linked && !self.source_noticed && !self.source_crashed);
-        add(Event::TargetNotices, !self.linked && !self.target_noticed && !self.target_crashed);
+        let mut add = |event, enabled: bool| {
+            if enabled {
+                events.push(event)
+            }
+        };
+        add(
+            Event::SourceActs,
+            !self.source_crashed && self.source_report.is_none() && !self.source.actions.is_empty(),
+        );
+        add(
+            Event::TargetActs,
+            !self.target_crashed && self.target_report.is_none() && !self.target.actions.is_empty(),
+        );
+        add(
+            Event::SourceReports,
+            !self.source_crashed && self.source_report.is_some(),
+        );
+        add(
+            Event::TargetReports,
+            !self.target_crashed && self.target_report.is_some(),
+        );
+        add(
+            Event::SourceReceives,
+            self.linked && !self.source_crashed && !self.to_source.is_empty(),
+        );
+        add(
+            Event::TargetReceives,
+            self.linked && !self.target_crashed && !self.to_target.is_empty(),
+        );
+        add(
+            Event::SourceNotices,
+            !self.linked && !self.source_noticed && !self.source_crashed,
+        );
+        add(
+            Event::TargetNotices,
+            !self.linked && !self.target_noticed && !self.target_crashed,
+        );
         let both_know = self.source_noticed && self.target_noticed;
-        add(Event::Reconnected, self.reconnecting && both_know && !self.source_crashed && !self.target_crashed);
-        let frozen = matches!(self.source_copy, SourceCopy::Stopped | SourceCopy::Parked) && !self.source_crashed;
+        add(
+            Event::Reconnected,
+            self.reconnecting && both_know && !self.source_crashed && !self.target_crashed,
+        );
+        let frozen = matches!(self.source_copy, SourceCopy::Stopped | SourceCopy::Parked)
+            && !self.source_crashed;
         let draining = self.target.stage == TargetStage::Drain && !self.target_crashed;
         add(Event::PagesArrived, draining && frozen && self.linked);
         // A fault is rare, so that runs get far; and there are only so many of them, so that they end.
@@ -174,8 +211,16 @@ impl Pair {
             add(Event::LinkDies, faults.links && self.linked);
             add(Event::SourceCancels, faults.cancels && !self.source_crashed);
             add(Event::TargetCancels, faults.cancels && !self.target_crashed);
-            add(Event::PreparedDies, faults.prepared_dies && self.target_copy == TargetCopy::Prepared && !self.target_crashed);
-            add(Event::DrainFails, faults.actions && self.target_copy == TargetCopy::Runs && !self.target_crashed);
+            add(
+                Event::PreparedDies,
+                faults.prepared_dies
+                    && self.target_copy == TargetCopy::Prepared
+                    && !self.target_crashed,
+            );
+            add(
+                Event::DrainFails,
+                faults.actions && self.target_copy == TargetCopy::Runs && !self.target_crashed,
+            );
             add(Event::SourceCrashes, faults.crashes && !self.source_crashed);
             add(Event::TargetCrashes, faults.crashes && !self.target_crashed);
         }
@@ -191,12 +236,16 @@ impl Pair {
             Event::SourceReceives => {
                 let frame = self.to_source.pop_front().expect("enabled");
                 self.rows.push(format!("  <- {}", frame.tag()));
-                self.source.handle_frame(frame).expect("the peer keeps the order");
+                self.source
+                    .handle_frame(frame)
+                    .expect("the peer keeps the order");
             }
             Event::TargetReceives => {
                 let frame = self.to_target.pop_front().expect("enabled");
                 self.rows.push(format!("  -> {}", frame.tag()));
-                self.target.handle_frame(frame).expect("the peer keeps the order");
+                self.target
+                    .handle_frame(frame)
+                    .expect("the peer keeps the order");
             }
             Event::LinkDies => self.cut(),
             Event::SourceNotices => {
@@ -208,7 +257,12 @@ impl Pair {
                 self.target.handle_link_lost("link");
             }
             Event::Reconnected => {
-                (self.linked, self.source_noticed, self.target_noticed, self.reconnecting) = (true, false, false, false);
+                (
+                    self.linked,
+                    self.source_noticed,
+                    self.target_noticed,
+                    self.reconnecting,
+                ) = (true, false, false, false);
                 self.source.handle_link_restored();
                 self.target.handle_link_restored();
             }
@@ -230,7 +284,9 @@ impl Pair {
                 // A tracer's death lets the stopped go on; the keeper decides about the parked.
                 match self.source_copy {
                     SourceCopy::Stopped => self.source_copy = SourceCopy::Runs,
-                    SourceCopy::Parked if source_may_run(&self.source_journal) => self.source_copy = SourceCopy::Runs,
+                    SourceCopy::Parked if source_may_run(&self.source_journal) => {
+                        self.source_copy = SourceCopy::Runs
+                    }
                     _ => {}
                 }
                 self.cut();
@@ -264,7 +320,9 @@ impl Pair {
     }
 
     fn source_acts(&mut self) {
-        let Some(action) = self.source.poll() else { return };
+        let Some(action) = self.source.poll() else {
+            return;
+        };
         self.rows.push(format!("S {action:?}"));
         let fails = self.faults.actions && self.dice.one_in(16);
         self.source_report = Some(match action {
@@ -274,7 +332,14 @@ impl Pair {
                 }
                 Report::None
             }
-            SourceAction::Freeze | SourceAction::Capture | SourceAction::Park | SourceAction::Kill if fails => Report::Failed,
+            SourceAction::Freeze
+            | SourceAction::Capture
+            | SourceAction::Park
+            | SourceAction::Kill
+                if fails =>
+            {
+                Report::Failed
+            }
             SourceAction::Freeze => {
                 self.source_copy = SourceCopy::Stopped;
                 Report::Frozen
@@ -284,15 +349,27 @@ impl Pair {
                 self.source_copy = SourceCopy::Parked;
                 Report::Parked
             }
-            SourceAction::Record(record) => write(&mut self.dice, self.faults, &mut self.source_journal, record),
+            SourceAction::Record(record) => write(
+                &mut self.dice,
+                self.faults,
+                &mut self.source_journal,
+                record,
+            ),
             SourceAction::Thaw => {
-                assert_ne!(self.source_copy, SourceCopy::Dead, "a dead copy is not thawed");
+                assert_ne!(
+                    self.source_copy,
+                    SourceCopy::Dead,
+                    "a dead copy is not thawed"
+                );
                 self.source_copy = SourceCopy::Runs;
                 Report::None
             }
             SourceAction::Kill => {
                 let there = self.target_copy == TargetCopy::Runs || self.target_crashed;
-                assert!(self.target.resident.is_some() && there, "killed only when wholly there");
+                assert!(
+                    self.target.resident.is_some() && there,
+                    "killed only when wholly there"
+                );
                 self.source_copy = SourceCopy::Dead;
                 Report::Killed
             }
@@ -302,7 +379,10 @@ impl Pair {
                 Report::None
             }
             SourceAction::Finish(end) => {
-                assert!(self.source_end.replace(end).is_none(), "the source finishes once");
+                assert!(
+                    self.source_end.replace(end).is_none(),
+                    "the source finishes once"
+                );
                 Report::None
             }
         });
@@ -312,7 +392,9 @@ impl Pair {
         match self.source_report.take().expect("enabled") {
             Report::Frozen => self.source.handle_frozen(),
             Report::Captured => {
-                self.source.handle_captured(State { tree: bytes::Bytes::new() });
+                self.source.handle_captured(State {
+                    tree: bytes::Bytes::new(),
+                });
                 self.source_report = Some(Report::EagerSent);
             }
             Report::EagerSent => self.source.handle_eager_sent(3),
@@ -326,13 +408,19 @@ impl Pair {
     }
 
     fn target_acts(&mut self) {
-        let Some(action) = self.target.poll() else { return };
-        self.rows.push(format!("                         T {action:?}"));
+        let Some(action) = self.target.poll() else {
+            return;
+        };
+        self.rows
+            .push(format!("                         T {action:?}"));
         let fails = self.faults.actions && self.dice.one_in(16);
         self.target_report = Some(match action {
             TargetAction::Send(frame) => {
                 let refuses = matches!(frame, Frame::Refused(_));
-                assert!(!refuses || self.target_copy != TargetCopy::Prepared, "refused while something is left");
+                assert!(
+                    !refuses || self.target_copy != TargetCopy::Prepared,
+                    "refused while something is left"
+                );
                 if self.linked {
                     self.to_source.push_back(frame);
                 }
@@ -354,10 +442,18 @@ impl Pair {
             }
             TargetAction::Rebuild(_) => Report::None,
             TargetAction::EagerPages(_) => Report::Rebuilt,
-            TargetAction::Record(record) => write(&mut self.dice, self.faults, &mut self.target_journal, record),
+            TargetAction::Record(record) => write(
+                &mut self.dice,
+                self.faults,
+                &mut self.target_journal,
+                record,
+            ),
             TargetAction::ClearExitKill => Report::ExitKillCleared,
             TargetAction::Release => {
-                assert!(target_may_have_run(&self.target_journal), "nothing runs that is not recorded");
+                assert!(
+                    target_may_have_run(&self.target_journal),
+                    "nothing runs that is not recorded"
+                );
                 if self.target_copy == TargetCopy::Prepared {
                     self.target_copy = TargetCopy::Runs;
                 }
@@ -368,10 +464,16 @@ impl Pair {
                 Report::Destroyed
             }
             TargetAction::Finish(end) => {
-                assert!(self.target_end.replace(end).is_none(), "the target finishes once");
+                assert!(
+                    self.target_end.replace(end).is_none(),
+                    "the target finishes once"
+                );
                 Report::None
             }
-            TargetAction::Map(_) | TargetAction::MapEnd(_) | TargetAction::Wait | TargetAction::SourceLost(_) => Report::None,
+            TargetAction::Map(_)
+            | TargetAction::MapEnd(_)
+            | TargetAction::Wait
+            | TargetAction::SourceLost(_) => Report::None,
         });
     }
 
@@ -391,15 +493,28 @@ impl Pair {
     }
 
     fn check(&self) {
-        let (here, there) = (self.source_copy == SourceCopy::Runs, self.target_copy == TargetCopy::Runs);
+        let (here, there) = (
+            self.source_copy == SourceCopy::Runs,
+            self.target_copy == TargetCopy::Runs,
+        );
         assert!(!(here && there), "two copies run");
-        assert!(!(self.source.may_run() && self.target.may_run()), "both believe that they may run");
-        assert!(self.source_crashed || !here || self.source.may_run(), "the source runs without the right");
-        assert!(self.target_crashed || !there || self.target.may_run(), "the target runs without the right");
+        assert!(
+            !(self.source.may_run() && self.target.may_run()),
+            "both believe that they may run"
+        );
+        assert!(
+            self.source_crashed || !here || self.source.may_run(),
+            "the source runs without the right"
+        );
+        assert!(
+            self.target_crashed || !there || self.target.may_run(),
+            "the target runs without the right"
+        );
     }
 
     fn running(&self) -> u32 {
-        u32::from(self.source_copy == SourceCopy::Runs) + u32::from(self.target_copy == TargetCopy::Runs)
+        u32::from(self.source_copy == SourceCopy::Runs)
+            + u32::from(self.target_copy == TargetCopy::Runs)
     }
 
     /// Runs until nothing can happen any more; returns the number of steps.
@@ -409,10 +524,15 @@ impl Pair {
             if events.is_empty() {
                 return step;
             }
-            let event = events[usize::try_from(self.dice.below(events.len() as u64)).expect("small")];
+            let event =
+                events[usize::try_from(self.dice.below(events.len() as u64)).expect("small")];
             self.rows.push(format!(
                 "{step:4} {event:?}: {:?} {:?} | {:?} {:?} | link {}",
-                self.source.stage, self.source_copy, self.target.stage, self.target_copy, self.linked
+                self.source.stage,
+                self.source_copy,
+                self.target.stage,
+                self.target_copy,
+                self.linked
             ));
             self.happen(event);
             self.check();
@@ -427,7 +547,11 @@ fn write(dice: &mut Dice, faults: Faults, journal: &mut Vec<Record>, record: Rec
     if !fails || dice.one_in(2) {
         journal.push(record);
     }
-    if fails { Report::RecordFailed(record) } else { Report::Recorded(record) }
+    if fails {
+        Report::RecordFailed(record)
+    } else {
+        Report::Recorded(record)
+    }
 }
 
 /// Runs `check` after every run of `seeds`, and tells the story of the one that fails.
@@ -442,7 +566,10 @@ fn simulate(seeds: u64, faults: Faults, check: impl Fn(&Pair)) {
             for row in &pair.rows {
                 println!("{row}");
             }
-            println!("seed {seed}, {faults:?}, ends: {:?} {:?}", pair.source_end, pair.target_end);
+            println!(
+                "seed {seed}, {faults:?}, ends: {:?} {:?}",
+                pair.source_end, pair.target_end
+            );
             std::panic::resume_unwind(panic);
         }
     }
@@ -451,9 +578,18 @@ fn simulate(seeds: u64, faults: Faults, check: impl Fn(&Pair)) {
 #[test]
 fn where_nothing_fails_the_process_crosses() {
     simulate(500, Faults::default(), |pair| {
-        assert_eq!((pair.source_copy, pair.target_copy), (SourceCopy::Dead, TargetCopy::Runs));
+        assert_eq!(
+            (pair.source_copy, pair.target_copy),
+            (SourceCopy::Dead, TargetCopy::Runs)
+        );
         assert!(matches!(pair.source_end, Some(SourceEnd::Done(_))));
-        assert!(matches!(pair.target_end, Some(TargetEnd::Done { confirmed: true, .. })));
+        assert!(matches!(
+            pair.target_end,
+            Some(TargetEnd::Done {
+                confirmed: true,
+                ..
+            })
+        ));
         use Record::{Commit, Done, Park, Releasing, Resident, Run};
         assert_eq!(pair.source_journal, [Park, Commit, Resident, Done]);
         assert_eq!(pair.target_journal, [Run, Releasing, Resident, Done]);
@@ -462,23 +598,42 @@ fn where_nothing_fails_the_process_crosses() {
 
 #[test]
 fn whatever_links_operators_and_prepared_processes_do_exactly_one_copy_runs_in_the_end() {
-    let faults = Faults { links: true, cancels: true, prepared_dies: true, ..Faults::default() };
+    let faults = Faults {
+        links: true,
+        cancels: true,
+        prepared_dies: true,
+        ..Faults::default()
+    };
     simulate(20_000, faults, |pair| assert_eq!(pair.running(), 1));
 }
 
 #[test]
 fn failing_actions_never_make_two_and_cost_the_process_only_after_release() {
-    let faults = Faults { links: true, cancels: true, prepared_dies: true, actions: true, ..Faults::default() };
+    let faults = Faults {
+        links: true,
+        cancels: true,
+        prepared_dies: true,
+        actions: true,
+        ..Faults::default()
+    };
     simulate(20_000, faults, |pair| {
         // Zero only where the release, or the destruction that a refusal rests on, failed.
         let lost = matches!(pair.target_end, Some(TargetEnd::Lost { .. }));
-        assert!(pair.running() == 1 || lost, "nobody runs, and nobody failed to release or to destroy");
+        assert!(
+            pair.running() == 1 || lost,
+            "nobody runs, and nobody failed to release or to destroy"
+        );
     });
 }
 
 #[test]
 fn full_disks_never_make_two() {
-    let faults = Faults { links: true, cancels: true, journals: true, ..Faults::default() };
+    let faults = Faults {
+        links: true,
+        cancels: true,
+        journals: true,
+        ..Faults::default()
+    };
     simulate(20_000, faults, |pair| {
         let lost = matches!(pair.target_end, Some(TargetEnd::Lost { .. }));
         assert!(pair.running() == 1 || lost);
@@ -487,13 +642,23 @@ fn full_disks_never_make_two() {
 
 #[test]
 fn killed_engines_never_make_two() {
-    let faults = Faults { links: true, cancels: true, prepared_dies: true, actions: true, journals: true, crashes: true };
+    let faults = Faults {
+        links: true,
+        cancels: true,
+        prepared_dies: true,
+        actions: true,
+        journals: true,
+        crashes: true,
+    };
     simulate(50_000, faults, |_| ());
 }
 
 #[test]
 fn a_source_engine_killed_before_commit_leaves_a_running_process() {
-    let faults = Faults { crashes: true, ..Faults::default() };
+    let faults = Faults {
+        crashes: true,
+        ..Faults::default()
+    };
     simulate(20_000, faults, |pair| {
         if pair.source_crashed && source_may_run(&pair.source_journal) {
             assert_eq!(pair.source_copy, SourceCopy::Runs);
@@ -510,7 +675,9 @@ fn an_abort_after_commit_does_not_thaw() {
         pair.happen(events[0]);
     }
     let abort = Abort::new(Phase::Commit, AbortCode::Failed, "a lie");
-    pair.source.handle_frame(abort.into()).expect("an abort may always come");
+    pair.source
+        .handle_frame(abort.into())
+        .expect("an abort may always come");
     assert!(!pair.source.may_run());
     while let Some(action) = pair.source.poll() {
         assert_ne!(action, SourceAction::Thaw);
@@ -520,29 +687,80 @@ fn an_abort_after_commit_does_not_thaw() {
 #[test]
 fn refusals_of_the_plan_touch_nothing() {
     let mut source = Source::new(Hello::new([7; 16], Role::Control, "alpha"), plan());
-    source.handle_frame(Welcome { version: 1, host_name: "beta".into() }.into()).expect("in order");
-    let refusal = Refusal { object: "pid 4711".into(), text: "is taken".into() };
-    source.handle_frame(Verdict { refusals: vec![refusal], ..Verdict::default() }.into()).expect("in order");
+    source
+        .handle_frame(
+            Welcome {
+                version: 1,
+                host_name: "beta".into(),
+            }
+            .into(),
+        )
+        .expect("in order");
+    let refusal = Refusal {
+        object: "pid 4711".into(),
+        text: "is taken".into(),
+    };
+    source
+        .handle_frame(
+            Verdict {
+                refusals: vec![refusal],
+                ..Verdict::default()
+            }
+            .into(),
+        )
+        .expect("in order");
     let actions: Vec<_> = std::iter::from_fn(|| source.poll()).collect();
     assert!(matches!(
         actions.as_slice(),
-        [SourceAction::Send(Frame::Hello(_)), SourceAction::Send(Frame::Plan(_)), SourceAction::Finish(SourceEnd::Refused(_))]
+        [
+            SourceAction::Send(Frame::Hello(_)),
+            SourceAction::Send(Frame::Plan(_)),
+            SourceAction::Finish(SourceEnd::Refused(_))
+        ]
     ));
 }
 
 #[test]
 fn a_frame_out_of_order_ends_the_crossing_before_commit() {
-    for frame in [Frame::from(Running::default()), Ready::default().into(), Resident::default().into(), Commit {}.into()] {
+    for frame in [
+        Frame::from(Running::default()),
+        Ready::default().into(),
+        Resident::default().into(),
+        Commit {}.into(),
+    ] {
         let mut source = Source::new(Hello::new([7; 16], Role::Control, "alpha"), plan());
-        assert!(matches!(source.handle_frame(frame), Err(Error::Order { phase: Phase::Hello, .. })));
+        assert!(matches!(
+            source.handle_frame(frame),
+            Err(Error::Order {
+                phase: Phase::Hello,
+                ..
+            })
+        ));
         let last = std::iter::from_fn(|| source.poll()).last();
-        assert!(matches!(last, Some(SourceAction::Finish(SourceEnd::Failed { .. }))));
+        assert!(matches!(
+            last,
+            Some(SourceAction::Finish(SourceEnd::Failed { .. }))
+        ));
     }
-    for frame in [Frame::from(Commit {}), plan().into(), Done::default().into(), Ready::default().into()] {
+    for frame in [
+        Frame::from(Commit {}),
+        plan().into(),
+        Done::default().into(),
+        Ready::default().into(),
+    ] {
         let mut target = Target::new("beta");
-        assert!(matches!(target.handle_frame(frame), Err(Error::Order { phase: Phase::Hello, .. })));
+        assert!(matches!(
+            target.handle_frame(frame),
+            Err(Error::Order {
+                phase: Phase::Hello,
+                ..
+            })
+        ));
         let last = std::iter::from_fn(|| target.poll()).last();
-        assert!(matches!(last, Some(TargetAction::Finish(TargetEnd::Failed { .. }))));
+        assert!(matches!(
+            last,
+            Some(TargetAction::Finish(TargetEnd::Failed { .. }))
+        ));
     }
 }
 
@@ -551,8 +769,16 @@ fn hosts_without_a_common_version_say_so() {
     let mut target = Target::new("beta");
     let mut hello = Hello::new([7; 16], Role::Control, "alpha");
     (hello.version_min, hello.version_max) = (98, 99);
-    assert!(matches!(target.handle_frame(hello.into()), Err(Error::Version { peer_min: 98, peer_max: 99 })));
-    assert!(matches!(target.poll(), Some(TargetAction::Send(Frame::Abort(abort))) if abort.code() == AbortCode::Version));
+    assert!(matches!(
+        target.handle_frame(hello.into()),
+        Err(Error::Version {
+            peer_min: 98,
+            peer_max: 99
+        })
+    ));
+    assert!(
+        matches!(target.poll(), Some(TargetAction::Send(Frame::Abort(abort))) if abort.code() == AbortCode::Version)
+    );
 }
 
 #[test]
