@@ -6,7 +6,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -114,8 +114,40 @@ impl Identity {
 pub(crate) struct Running {
     what: String,
     child: Child,
-    stdout: Option<JoinHandle<String>>,
-    stderr: Option<JoinHandle<String>>,
+    stdout: Stream,
+    stderr: Stream,
+}
+
+/// What one of its streams has carried so far, collected by a thread that ends with the stream.
+#[derive(Debug)]
+struct Stream {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Stream {
+    fn collect(mut from: impl Read + Send + 'static) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let into = Arc::clone(&bytes);
+        let reader = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = from.read(&mut buffer) {
+                into.lock().expect("nobody panics with it").extend_from_slice(&buffer[..length]);
+            }
+        });
+        Self { bytes, reader: Some(reader) }
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().expect("nobody panics with it")).into_owned()
+    }
+
+    fn all(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("it only reads");
+        }
+        self.so_far()
+    }
 }
 
 /// What became of it.
@@ -166,14 +198,9 @@ impl Running {
             command.env(name, value);
         }
         let mut child = command.spawn().expect("nsenter was found");
-        let mut stdout = child.stdout.take().expect("it is piped");
-        let mut stderr = child.stderr.take().expect("it is piped");
-        Self {
-            what: format!("pageferry {} on {}", arguments.first().unwrap_or(&""), host.name),
-            stdout: Some(std::thread::spawn(move || read_all(&mut stdout))),
-            stderr: Some(std::thread::spawn(move || read_all(&mut stderr))),
-            child,
-        }
+        let stdout = Stream::collect(child.stdout.take().expect("it is piped"));
+        let stderr = Stream::collect(child.stderr.take().expect("it is piped"));
+        Self { what: format!("pageferry {} on {}", arguments.first().unwrap_or(&""), host.name), child, stdout, stderr }
     }
 
     /// True while it has not ended.
@@ -188,8 +215,13 @@ impl Running {
     #[track_caller]
     pub(crate) fn wait(mut self) -> Finished {
         let status = self.wait_status();
-        let stdout = self.stdout.take().map(|reader| reader.join().expect("it only reads")).unwrap_or_default();
-        let stderr = self.stderr.take().map(|reader| reader.join().expect("it only reads")).unwrap_or_default();
+        // Whatever still holds the stream (a keeper, a cradle) does so without a word; it must not be waited for.
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while [&self.stdout, &self.stderr].iter().any(|stream| stream.reader.as_ref().is_some_and(|reader| !reader.is_finished())) {
+            assert!(Instant::now() < deadline, "{} has ended, but something of it holds its output open", self.what);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let (stdout, stderr) = (self.stdout.all(), self.stderr.all());
         let events = stdout
             .lines()
             .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{}: {line:?} on stdout: {error}", self.what)))
@@ -211,7 +243,7 @@ impl Running {
 
     /// Signals the process that the operator started (not the engine or keeper it made).
     pub(crate) fn signal(&self, host: &Host, signal: Signal) {
-        let front = self.child.id().cast_signed();
+        let front = i32::try_from(self.child.id()).expect("pids are small");
         for process in host.processes() {
             if parent(&process) == Some(front) {
                 process.signal(signal);
@@ -222,6 +254,9 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{} has said so far:\n{}{}", self.what, self.stdout.so_far(), self.stderr.so_far());
+        }
         // Only nsenter; what runs inside ends with the host.
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -231,12 +266,6 @@ impl Drop for Running {
 fn parent(process: &Process) -> Option<i32> {
     let stat = std::fs::read_to_string(process.proc("stat")).ok()?;
     stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
-}
-
-fn read_all(from: &mut impl Read) -> String {
-    let mut bytes = Vec::new();
-    let _ = from.read_to_end(&mut bytes);
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Whether the target fetches what nobody touches.
@@ -329,7 +358,19 @@ impl<'a> Ferry<'a> {
     pub(crate) fn cross(&self, pid: i32) -> (Finished, Finished) {
         let receive = self.receive(Drain::On);
         let migrate = self.migrate(pid);
-        let (source, target) = (migrate.wait(), receive.wait());
+        self.must_succeed(migrate, receive)
+    }
+
+    /// Waits for both ends of a crossing that must succeed.
+    #[track_caller]
+    pub(crate) fn must_succeed(&self, migrate: Running, mut receive: Running) -> (Finished, Finished) {
+        let source = migrate.wait();
+        if source.code != Some(0) && receive.runs() {
+            receive.signal(self.target, Signal::SIGTERM);
+            drop(receive);
+            panic!("source: {source:#?}");
+        }
+        let target = receive.wait();
         check_success(&source, &target);
         (source, target)
     }

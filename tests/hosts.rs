@@ -246,7 +246,7 @@ impl Host {
         let mut holder = Command::new("unshare")
             .args(["--pid", "--fork", "--kill-child", "--net", "--mount", "--uts", "--ipc", "--time", "--mount-proc"])
             .args(["--monotonic", &offset, "--boottime", &offset])
-            .arg(init_program())
+            .arg(host_program("init"))
             .arg(&hostname)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -297,8 +297,8 @@ impl Host {
     /// service manager would. `privileges` are arguments of setpriv(1).
     pub(crate) fn start(&self, privileges: &[&str], program: &[&str]) {
         let status = self
-            .command("setsid")
-            .args(["--fork", "setpriv"])
+            .command(host_program("start"))
+            .arg("setpriv")
             .args(privileges)
             .arg("--")
             .args(program)
@@ -487,10 +487,9 @@ fn list_files(outside: &Path, inside: &str, lines: &mut BTreeSet<String>) {
     }
 }
 
-/// The program that is process 1 of a host, compiled once.
-fn init_program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hosts/init.c"), "host-init", &[]))
+/// A program of `tests/hosts`, compiled where that is still to be done.
+fn host_program(name: &str) -> PathBuf {
+    compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/hosts/{name}.c")), &format!("host-{name}"), &[])
 }
 
 /// Where what this test run compiles lies: readable by every user, unlike perhaps the checkout. Removed by nobody but the

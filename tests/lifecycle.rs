@@ -4,7 +4,7 @@
 
 use nix::sys::signal::Signal;
 
-use crate::ferry::{Drain, Ferry, check_success};
+use crate::ferry::{Drain, Ferry};
 use crate::hosts::{Before, Clocks, Pair, eventually, skip};
 use crate::subject::{ORDINARY, ROOT, Subject};
 
@@ -53,7 +53,7 @@ pub(crate) fn lifecycle(name: &str, privileges: &[&str], arguments: &[&str], clo
                 });
                 subject.must_pass(&format!("with its drain off, {when}"));
                 receive.signal(ferry.target, Signal::SIGTERM);
-                check_success(&migrate.wait(), &receive.wait());
+                ferry.must_succeed(migrate, receive);
                 at_home = !at_home;
             }
         }

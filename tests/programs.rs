@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::ferry::{Drain, Ferry, check_success};
+use crate::ferry::{Drain, Ferry};
 use crate::hosts::{Before, Clocks, Host, Pair, Process, eventually, find_program, skip};
 use crate::subject::Subject;
 
@@ -110,7 +110,7 @@ fn server_crosses(kind: &str, user: u32, port: u16, records: u32, program: &str,
                 source_pages = pages(&copy);
             }
             receive.signal(ferry.target, Signal::SIGTERM);
-            check_success(&migrate.wait(), &receive.wait());
+            ferry.must_succeed(migrate, receive);
             let arrived = pages(&ferry.target.process(pid).expect("it runs on B"));
             let differing = source_pages.iter().filter(|(address, hash)| arrived.get(address) != Some(hash)).count();
             // An idle server touches its stacks and a few words of its own bookkeeping, nothing else.

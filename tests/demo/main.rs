@@ -20,7 +20,7 @@ mod hosts;
 #[allow(dead_code, reason = "shared with the tests, which use the rest")]
 mod subject;
 
-use ferry::{Drain, Ferry, check_success};
+use ferry::{Drain, Ferry};
 use hosts::{Clocks, Pair, eventually};
 use subject::{Answer, ORDINARY, Subject};
 
@@ -95,8 +95,7 @@ fn demonstrate(memory: u64, as_json: bool) -> bool {
     right &= workload.ask() == Answer::Pass;
     let after = told(&workload, "after");
     show(&format!("it runs on {}, step {}", text(&after, "host"), after["step"]));
-    let (source, target) = (migrate.wait(), receive.wait());
-    check_success(&source, &target);
+    let (source, target) = ferry.must_succeed(migrate, receive);
     let ledger = target.ledger().clone();
     let source_ledger = source.ledger();
     show(&format!(
