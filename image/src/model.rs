@@ -22,7 +22,10 @@ pub struct Invalid {
 impl Invalid {
     /// `object` breaks `rule`.
     pub fn new(object: impl Into<String>, rule: impl Into<String>) -> Self {
-        Self { object: object.into(), rule: rule.into() }
+        Self {
+            object: object.into(),
+            rule: rule.into(),
+        }
     }
 }
 
@@ -92,20 +95,37 @@ pub mod limits {
 
 /// `Err` naming `object` unless `holds`.
 fn ensure(holds: bool, object: impl FnOnce() -> String, rule: &str) -> Result<(), Invalid> {
-    if holds { Ok(()) } else { Err(Invalid::new(object(), rule)) }
+    if holds {
+        Ok(())
+    } else {
+        Err(Invalid::new(object(), rule))
+    }
 }
 
 /// `Err` if there are more than `limit`.
 fn at_most(count: usize, limit: usize, object: impl FnOnce() -> String) -> Result<(), Invalid> {
-    if count <= limit { Ok(()) } else { Err(Invalid::new(object(), format!("has {count}, more than the limit of {limit}"))) }
+    if count <= limit {
+        Ok(())
+    } else {
+        Err(Invalid::new(
+            object(),
+            format!("has {count}, more than the limit of {limit}"),
+        ))
+    }
 }
 
 /// `Err` unless each element's key is above the one before: in order and without duplicates.
 fn ascending<K: Ord>(keys: impl IntoIterator<Item = K>, object: &str) -> Result<(), Invalid> {
     let mut keys = keys.into_iter();
-    let Some(mut last) = keys.next() else { return Ok(()) };
+    let Some(mut last) = keys.next() else {
+        return Ok(());
+    };
     for key in keys {
-        ensure(last < key, || object.to_owned(), "are not in ascending order without duplicates")?;
+        ensure(
+            last < key,
+            || object.to_owned(),
+            "are not in ascending order without duplicates",
+        )?;
         last = key;
     }
     Ok(())

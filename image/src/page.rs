@@ -17,13 +17,17 @@ pub struct PageRange {
 impl PageRange {
     /// `None` unless both ends are page aligned and in order.
     pub fn new(start: u64, end: u64) -> Option<Self> {
-        (start % PAGE_SIZE == 0 && end % PAGE_SIZE == 0 && start <= end).then_some(Self { start, end })
+        (start % PAGE_SIZE == 0 && end % PAGE_SIZE == 0 && start <= end)
+            .then_some(Self { start, end })
     }
 
     /// The page that holds `address`.
     pub fn page_of(address: u64) -> Self {
         let start = address & !(PAGE_SIZE - 1);
-        Self { start, end: start.saturating_add(PAGE_SIZE) }
+        Self {
+            start,
+            end: start.saturating_add(PAGE_SIZE),
+        }
     }
 
     /// Length in pages.

@@ -23,7 +23,9 @@ use pageferry_tracee::{Injection, Tracee};
 use self::files::{Depth, Look};
 use self::memory::FirstTouch;
 use self::task::{Answered, Cpus};
-use crate::survey::{Object, Pids, Refusal, RefusalKind, Survey, SurveyOptions, executable, working_directory};
+use crate::survey::{
+    Object, Pids, Refusal, RefusalKind, Survey, SurveyOptions, executable, working_directory,
+};
 use crate::{Error, Result};
 
 /// What one freeze yields.
@@ -54,12 +56,19 @@ impl Answers {
     /// The answer to a question that every process can answer.
     pub(crate) fn expect(&self, index: usize, what: &'static str) -> Result<u64> {
         let answer = self.results.get(index).copied().unwrap_or(Err(Errno::EIO));
-        answer.map_err(|errno| Error::Asked { what, tid: self.tid, errno })
+        answer.map_err(|errno| Error::Asked {
+            what,
+            tid: self.tid,
+            errno,
+        })
     }
 
     /// The answer to a question that not every kernel understands.
     pub(crate) fn get(&self, index: usize) -> Option<u64> {
-        self.results.get(index).copied().and_then(std::result::Result::ok)
+        self.results
+            .get(index)
+            .copied()
+            .and_then(std::result::Result::ok)
     }
 }
 
@@ -70,7 +79,11 @@ impl Answers {
 /// the process is as it was, still frozen.
 pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) -> Result<Captured> {
     let pid = tracee.pid();
-    let mut look = Look { pid, options, known: survey.known.clone() };
+    let mut look = Look {
+        pid,
+        options,
+        known: survey.known.clone(),
+    };
 
     let entries = procfs::descriptors(pid)?;
     let mut table = files::table(&mut look, &entries, Depth::Capture)?;
@@ -84,7 +97,13 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     refusals.extend(timers::refusals(pid)?);
     let children = procfs::children(pid)?;
     if !children.is_empty() {
-        refusals.push(Refusal { pid, object: Object::Process, what: RefusalKind::Children { pids: Pids(children) } });
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what: RefusalKind::Children {
+                pids: Pids(children),
+            },
+        });
     }
     let tids = tracee.tids().to_vec();
     let mut seen = Vec::with_capacity(tids.len());
@@ -95,17 +114,29 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     }
     // The leader is first, and its status has the process' memory counters.
     if let Some(kib @ 1..) = seen.first().map(|leader| leader.status().vm_pin_kib) {
-        refusals.push(Refusal { pid, object: Object::Process, what: RefusalKind::Pinned { kib } });
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what: RefusalKind::Pinned { kib },
+        });
     }
     let exe = match executable(&mut look)? {
         Ok(exe) => exe,
         Err(what) => {
-            refusals.push(Refusal { pid, object: Object::Process, what });
+            refusals.push(Refusal {
+                pid,
+                object: Object::Process,
+                what,
+            });
             return Err(Error::Refused(refusals));
         }
     };
     let cwd = working_directory(&mut look)?.unwrap_or_else(|what| {
-        refusals.push(Refusal { pid, object: Object::Process, what });
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        });
         String::new()
     });
     if !refusals.is_empty() {
@@ -118,7 +149,11 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     let posix_timers = procfs::posix_timers(pid)?;
     let pending = signals::pending(tracee, pid, true)?;
     let umask = seen.first().map_or(0, |leader| leader.status().umask);
-    let locked_bytes: u64 = vmas.iter().filter(|vma| vma.flags.has("lo")).map(Vma::len).sum();
+    let locked_bytes: u64 = vmas
+        .iter()
+        .filter(|vma| vma.flags.has("lo"))
+        .map(Vma::len)
+        .sum();
     let mut process = Process {
         pid,
         ppid: stat.ppid,
@@ -145,7 +180,11 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     injection.cure()?;
     let (answered, first_touch) = asked?;
 
-    let asked = memory::Asked { brk: answered.brk, thp_disabled: answered.thp_disabled, lock_future };
+    let asked = memory::Asked {
+        brk: answered.brk,
+        thp_disabled: answered.thp_disabled,
+        lock_future,
+    };
     process.space = Some(memory::space(&mut look, &vmas, &guards, &stat, asked, exe)?);
     process.dumpable = answered.dumpable;
     process.child_subreaper = answered.child_subreaper;
@@ -155,7 +194,10 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     let lazy = vmas
         .iter()
         .filter(|vma| memory::is_lazy(memory::classify(vma).ok().flatten()))
-        .map(|vma| PageRange { start: vma.start, end: vma.end })
+        .map(|vma| PageRange {
+            start: vma.start,
+            end: vma.end,
+        })
         .collect();
     let lazy = memory::without(memory::merge(lazy), &guards);
     Ok(Captured {
@@ -179,8 +221,13 @@ fn frozen_guards(pid: i32, vmas: &[Vma], surveyed: &[PageRange]) -> Result<Vec<P
         return Ok(Vec::new());
     }
     memory::guards(pid, vmas, |vma| {
-        let whole = PageRange { start: vma.start, end: vma.end };
-        surveyed.iter().any(|guard| guard.intersect(whole).is_some())
+        let whole = PageRange {
+            start: vma.start,
+            end: vma.end,
+        };
+        surveyed
+            .iter()
+            .any(|guard| guard.intersect(whole).is_some())
     })
 }
 
@@ -199,13 +246,22 @@ fn ask(
     let mut answered = task::ask_process(injection, pid)?;
     let mut refusals = std::mem::take(&mut answered.refusals);
 
-    let work: Vec<_> = seen.iter().map(|thread| (thread.tid(), task::questions(injection.scratch_address(thread.tid())))).collect();
+    let work: Vec<_> = seen
+        .iter()
+        .map(|thread| {
+            (
+                thread.tid(),
+                task::questions(injection.scratch_address(thread.tid())),
+            )
+        })
+        .collect();
     let all = injection.run_all(&work)?;
     let mut first_touch = Vec::with_capacity(seen.len());
     for (thread, results) in seen.into_iter().zip(all) {
         let tid = thread.tid();
         let answers = Answers::new(tid, results);
-        let (thread, touched, refused) = task::thread(pid, thread, &answers, injection.scratch(tid), cpus)?;
+        let (thread, touched, refused) =
+            task::thread(pid, thread, &answers, injection.scratch(tid), cpus)?;
         process.threads.push(thread);
         first_touch.push(touched);
         refusals.extend(refused);

@@ -39,13 +39,23 @@ const NT_GNU_BUILD_ID: u32 = 3;
 /// # Errors
 /// [`Error::File`] if it cannot be read as far as `check` asks.
 pub fn identify(path: &str, check: FileCheck, must_be_shared: bool) -> Result<FileIdentity> {
-    let failed = |source| Error::File { path: path.to_owned(), source };
+    let failed = |source| Error::File {
+        path: path.to_owned(),
+        source,
+    };
     let metadata = std::fs::metadata(path).map_err(failed)?;
     let mut identity = outline(path, &metadata, must_be_shared);
     if metadata.is_file() && !must_be_shared {
         match check {
-            FileCheck::BuildId => identity.build_id = build_id(&File::open(path).map_err(failed)?).map_err(failed)?.unwrap_or_default(),
-            FileCheck::Content => identity.content_sha256 = content_sha256(&File::open(path).map_err(failed)?).map_err(failed)?,
+            FileCheck::BuildId => {
+                identity.build_id = build_id(&File::open(path).map_err(failed)?)
+                    .map_err(failed)?
+                    .unwrap_or_default()
+            }
+            FileCheck::Content => {
+                identity.content_sha256 =
+                    content_sha256(&File::open(path).map_err(failed)?).map_err(failed)?
+            }
             FileCheck::Size | FileCheck::Mtime => {}
         }
     }
@@ -56,8 +66,15 @@ pub fn identify(path: &str, check: FileCheck, must_be_shared: bool) -> Result<Fi
 pub(crate) fn outline(path: &str, metadata: &Metadata, must_be_shared: bool) -> FileIdentity {
     FileIdentity {
         path: path.to_owned(),
-        size: if metadata.is_file() { metadata.len() } else { 0 },
-        mtime_ns: metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()),
+        size: if metadata.is_file() {
+            metadata.len()
+        } else {
+            0
+        },
+        mtime_ns: metadata
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(metadata.mtime_nsec()),
         mode: metadata.mode(),
         build_id: Vec::new(),
         content_sha256: Vec::new(),
@@ -85,10 +102,17 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
         return None;
     }
     if metadata.len() != expected.size {
-        return Some(format!("has {} bytes instead of {}", metadata.len(), expected.size));
+        return Some(format!(
+            "has {} bytes instead of {}",
+            metadata.len(),
+            expected.size
+        ));
     }
     let same_time = || {
-        let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
+        let mtime_ns = metadata
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(metadata.mtime_nsec());
         (mtime_ns != expected.mtime_ns).then(|| "was modified at another time".to_owned())
     };
     let open = || File::open(path);
@@ -147,8 +171,14 @@ pub fn build_id(file: &File) -> io::Result<Option<Vec<u8>>> {
     if !header.starts_with(b"\x7fELF\x02\x01") {
         return Ok(None);
     }
-    let (table, entry_len, count) = (u64_at(&header, 32), u16_at(&header, 54), u16_at(&header, 56));
-    let (Some(table), Some(entry_len @ 56..), Some(count @ ..=PROGRAM_HEADERS_MAX)) = (table, entry_len, count) else {
+    let (table, entry_len, count) = (
+        u64_at(&header, 32),
+        u16_at(&header, 54),
+        u16_at(&header, 56),
+    );
+    let (Some(table), Some(entry_len @ 56..), Some(count @ ..=PROGRAM_HEADERS_MAX)) =
+        (table, entry_len, count)
+    else {
         return Ok(None);
     };
     let mut headers = vec![0; usize::from(entry_len) * usize::from(count)];
@@ -156,7 +186,9 @@ pub fn build_id(file: &File) -> io::Result<Option<Vec<u8>>> {
         return Ok(None);
     }
     for entry in headers.chunks_exact(usize::from(entry_len)) {
-        let (Some(PT_NOTE), Some(offset), Some(length)) = (u32_at(entry, 0), u64_at(entry, 8), u64_at(entry, 32)) else {
+        let (Some(PT_NOTE), Some(offset), Some(length)) =
+            (u32_at(entry, 0), u64_at(entry, 8), u64_at(entry, 32))
+        else {
             continue;
         };
         let mut notes = vec![0; length.min(NOTES_LEN_MAX) as usize];
@@ -171,10 +203,16 @@ pub fn build_id(file: &File) -> io::Result<Option<Vec<u8>>> {
 
 fn note_build_id(mut notes: &[u8]) -> Option<Vec<u8>> {
     loop {
-        let (name_len, id_len, kind) = (u32_at(notes, 0)? as usize, u32_at(notes, 4)? as usize, u32_at(notes, 8)?);
+        let (name_len, id_len, kind) = (
+            u32_at(notes, 0)? as usize,
+            u32_at(notes, 4)? as usize,
+            u32_at(notes, 8)?,
+        );
         let id_at = 12 + name_len.next_multiple_of(4);
         if kind == NT_GNU_BUILD_ID && notes.get(12..12 + name_len) == Some(b"GNU\0") {
-            return notes.get(id_at..id_at.checked_add(id_len)?).map(<[u8]>::to_vec);
+            return notes
+                .get(id_at..id_at.checked_add(id_len)?)
+                .map(<[u8]>::to_vec);
         }
         notes = notes.get(id_at.checked_add(id_len)?.next_multiple_of(4)..)?;
     }
@@ -189,7 +227,11 @@ mod tests {
     #[test]
     fn notes_before_the_build_id_are_passed_over() {
         let mut notes = Vec::new();
-        for (name, kind, id) in [(&b"stapsdt\0"[..], 3u32, &b"abc"[..]), (b"GNU\0", 1, b"1234"), (b"GNU\0", 3, b"\x01\x02\x03\x04\x05")] {
+        for (name, kind, id) in [
+            (&b"stapsdt\0"[..], 3u32, &b"abc"[..]),
+            (b"GNU\0", 1, b"1234"),
+            (b"GNU\0", 3, b"\x01\x02\x03\x04\x05"),
+        ] {
             notes.extend_from_slice(&(name.len() as u32).to_le_bytes());
             notes.extend_from_slice(&(id.len() as u32).to_le_bytes());
             notes.extend_from_slice(&kind.to_le_bytes());
@@ -213,15 +255,32 @@ mod tests {
         assert_eq!(difference(&mtime, FileCheck::Mtime), None);
         assert_eq!(difference(&content, FileCheck::Content), None);
         file.as_file().write_all_at(b"FIRST", 0).expect("written");
-        file.as_file().set_modified(std::time::SystemTime::UNIX_EPOCH).expect("modified");
+        file.as_file()
+            .set_modified(std::time::SystemTime::UNIX_EPOCH)
+            .expect("modified");
         assert_eq!(difference(&mtime, FileCheck::Size), None);
-        assert_eq!(difference(&mtime, FileCheck::Mtime).as_deref(), Some("was modified at another time"));
-        assert_eq!(difference(&mtime, FileCheck::BuildId).as_deref(), Some("was modified at another time"));
-        assert_eq!(difference(&content, FileCheck::Content).as_deref(), Some("has other content"));
+        assert_eq!(
+            difference(&mtime, FileCheck::Mtime).as_deref(),
+            Some("was modified at another time")
+        );
+        assert_eq!(
+            difference(&mtime, FileCheck::BuildId).as_deref(),
+            Some("was modified at another time")
+        );
+        assert_eq!(
+            difference(&content, FileCheck::Content).as_deref(),
+            Some("has other content")
+        );
         file.as_file().set_len(3).expect("cut");
-        assert_eq!(difference(&mtime, FileCheck::Size).as_deref(), Some("has 3 bytes instead of 5"));
+        assert_eq!(
+            difference(&mtime, FileCheck::Size).as_deref(),
+            Some("has 3 bytes instead of 5")
+        );
         drop(file);
-        assert_eq!(difference(&mtime, FileCheck::Size).as_deref(), Some("is missing"));
+        assert_eq!(
+            difference(&mtime, FileCheck::Size).as_deref(),
+            Some("is missing")
+        );
     }
 
     #[test]

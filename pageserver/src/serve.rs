@@ -51,7 +51,13 @@ impl PageReader {
                     Ok(Some(Kind::FilePrivate)) => Backing::File,
                     _ => return None,
                 };
-                Some((PageRange { start: vma.start, end: vma.end }, backing))
+                Some((
+                    PageRange {
+                        start: vma.start,
+                        end: vma.end,
+                    },
+                    backing,
+                ))
             })
             .collect();
         Ok(Self {
@@ -73,10 +79,18 @@ impl PageReader {
     pub fn batch(&mut self, request: u64, range: PageRange) -> Result<PageBatch> {
         assert!(!range.is_empty(), "pages are asked for");
         let page_count = range.page_count().min(u64::from(BATCH_PAGES_MAX));
-        let range = PageRange { start: range.start, end: range.start + page_count * PAGE_LEN as u64 };
+        let range = PageRange {
+            start: range.start,
+            end: range.start + page_count * PAGE_LEN as u64,
+        };
         let segments = self.segments(range)?;
-        let data_pages: u64 = segments.iter().filter(|(kind, _)| *kind == PageKind::Data).map(|(_, range)| range.page_count()).sum();
-        let data_pages = usize::try_from(data_pages.min(u64::from(BATCH_DATA_PAGES_MAX))).expect("a batch is small");
+        let data_pages: u64 = segments
+            .iter()
+            .filter(|(kind, _)| *kind == PageKind::Data)
+            .map(|(_, range)| range.page_count())
+            .sum();
+        let data_pages = usize::try_from(data_pages.min(u64::from(BATCH_DATA_PAGES_MAX)))
+            .expect("a batch is small");
         let mut builder = PageBatchBuilder::new(request, range.start, data_pages);
         for (kind, segment) in segments {
             if !builder.has_room() {
@@ -94,12 +108,15 @@ impl PageReader {
     /// What the pages of `range` are, as runs without gaps.
     fn segments(&self, range: PageRange) -> Result<Vec<(PageKind, PageRange)>> {
         let guard = if self.knows_guards { pagemap::GUARD } else { 0 };
-        let regions = pagemap::scan(&self.pagemap, &Scan {
-            range: range.start..range.end,
-            category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
-            return_mask: pagemap::FILE | pagemap::PFNZERO | guard,
-            ..Scan::default()
-        })?;
+        let regions = pagemap::scan(
+            &self.pagemap,
+            &Scan {
+                range: range.start..range.end,
+                category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
+                return_mask: pagemap::FILE | pagemap::PFNZERO | guard,
+                ..Scan::default()
+            },
+        )?;
         Ok(segments(range, &self.mappings, &regions))
     }
 
@@ -124,7 +141,10 @@ impl PageReader {
             let bytes = &mut self.buffer[page * PAGE_LEN..(page + 1) * PAGE_LEN];
             if !all {
                 // One of them failed: which one shows when each is read alone.
-                match self.memory.read(segment.start + (page * PAGE_LEN) as u64, bytes) {
+                match self
+                    .memory
+                    .read(segment.start + (page * PAGE_LEN) as u64, bytes)
+                {
                     Ok(()) => {}
                     Err(ProcessError::Unreadable { address, .. }) => {
                         tracing::warn!(address, "a page of the frozen process cannot be read");
@@ -145,24 +165,32 @@ impl PageReader {
 
     /// Which pages of `lazy` have data, or are guards that were not known before: one frame for each 64 MiB that has any, with
     /// the number of its pages. Ranges must be ascending and disjoint.
-    pub fn page_map<'r>(&'r self, lazy: &'r [PageRange]) -> impl Iterator<Item = Result<(Map, u64)>> + use<'r> {
+    pub fn page_map<'r>(
+        &'r self,
+        lazy: &'r [PageRange],
+    ) -> impl Iterator<Item = Result<(Map, u64)>> + use<'r> {
         let mut from = 0;
-        lazy.iter().flat_map(|&range| memory::pieces(range)).filter_map(move |piece| {
-            let regions = match self.mapped(piece) {
-                Ok(regions) if regions.is_empty() => return None,
-                Ok(regions) => regions,
-                Err(error) => return Some(Err(error)),
-            };
-            let mut map = Map { from, runs: Vec::with_capacity(regions.len() * 2) };
-            let mut page_count = 0;
-            for region in memory::merge(regions) {
-                map.runs.push(region.start / PAGE_LEN as u64 - from);
-                map.runs.push(region.page_count());
-                page_count += region.page_count();
-                from = region.end / PAGE_LEN as u64;
-            }
-            Some(Ok((map, page_count)))
-        })
+        lazy.iter()
+            .flat_map(|&range| memory::pieces(range))
+            .filter_map(move |piece| {
+                let regions = match self.mapped(piece) {
+                    Ok(regions) if regions.is_empty() => return None,
+                    Ok(regions) => regions,
+                    Err(error) => return Some(Err(error)),
+                };
+                let mut map = Map {
+                    from,
+                    runs: Vec::with_capacity(regions.len() * 2),
+                };
+                let mut page_count = 0;
+                for region in memory::merge(regions) {
+                    map.runs.push(region.start / PAGE_LEN as u64 - from);
+                    map.runs.push(region.page_count());
+                    page_count += region.page_count();
+                    from = region.end / PAGE_LEN as u64;
+                }
+                Some(Ok((map, page_count)))
+            })
     }
 
     fn mapped(&self, piece: PageRange) -> Result<Vec<PageRange>> {
@@ -173,7 +201,13 @@ impl PageReader {
             category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
             return_mask: 0,
         };
-        Ok(pagemap::scan(&self.pagemap, &scan)?.iter().map(|region| PageRange { start: region.start, end: region.end }).collect())
+        Ok(pagemap::scan(&self.pagemap, &scan)?
+            .iter()
+            .map(|region| PageRange {
+                start: region.start,
+                end: region.end,
+            })
+            .collect())
     }
 }
 
@@ -182,7 +216,11 @@ fn pages_of(range: PageRange) -> u32 {
 }
 
 /// What the pages of `range` are, from its mappings and what the page map says of it.
-fn segments(range: PageRange, mappings: &[(PageRange, Backing)], regions: &[Region]) -> Vec<(PageKind, PageRange)> {
+fn segments(
+    range: PageRange,
+    mappings: &[(PageRange, Backing)],
+    regions: &[Region],
+) -> Vec<(PageKind, PageRange)> {
     let mut found: Vec<(PageKind, PageRange)> = Vec::new();
     let mut push = |kind, start, end| match found.last_mut() {
         _ if start == end => {}
@@ -191,14 +229,24 @@ fn segments(range: PageRange, mappings: &[(PageRange, Backing)], regions: &[Regi
     };
     let mut at = range.start;
     let first = mappings.partition_point(|(mapping, _)| mapping.end <= range.start);
-    for (part, backing) in
-        mappings[first..].iter().map_while(|&(mapping, backing)| mapping.intersect(range).map(|part| (part, backing)))
+    for (part, backing) in mappings[first..]
+        .iter()
+        .map_while(|&(mapping, backing)| mapping.intersect(range).map(|part| (part, backing)))
     {
         push(PageKind::Gone, at, part.start);
         at = part.start;
-        let untold = if backing == Backing::Anonymous { PageKind::Zero } else { PageKind::Gone };
+        let untold = if backing == Backing::Anonymous {
+            PageKind::Zero
+        } else {
+            PageKind::Gone
+        };
         for region in regions {
-            let Some(told) = part.intersect(PageRange { start: region.start, end: region.end }) else { continue };
+            let Some(told) = part.intersect(PageRange {
+                start: region.start,
+                end: region.end,
+            }) else {
+                continue;
+            };
             let has = |category| region.categories & category != 0;
             let kind = if has(pagemap::GUARD) {
                 PageKind::Guard
@@ -227,16 +275,27 @@ mod tests {
     const PAGE: u64 = PAGE_LEN as u64;
 
     fn range(start: u64, end: u64) -> PageRange {
-        PageRange { start: start * PAGE, end: end * PAGE }
+        PageRange {
+            start: start * PAGE,
+            end: end * PAGE,
+        }
     }
 
     fn region(start: u64, end: u64, categories: u64) -> Region {
-        Region { start: start * PAGE, end: end * PAGE, categories }
+        Region {
+            start: start * PAGE,
+            end: end * PAGE,
+            categories,
+        }
     }
 
     #[test]
     fn what_is_not_known_to_be_zero_is_never_told_as_zero() {
-        let mappings = [(range(10, 20), Backing::Anonymous), (range(20, 30), Backing::File), (range(40, 50), Backing::Anonymous)];
+        let mappings = [
+            (range(10, 20), Backing::Anonymous),
+            (range(20, 30), Backing::File),
+            (range(40, 50), Backing::Anonymous),
+        ];
         let regions = [
             region(12, 14, 0),
             region(14, 15, pagemap::PFNZERO),
@@ -244,17 +303,23 @@ mod tests {
             region(18, 22, 0),
             region(25, 26, pagemap::FILE),
         ];
-        assert_eq!(segments(range(8, 45), &mappings, &regions), [
-            (PageKind::Gone, range(8, 10)),
-            (PageKind::Zero, range(10, 12)),
-            (PageKind::Data, range(12, 14)),
-            (PageKind::Zero, range(14, 16)),
-            (PageKind::Guard, range(16, 17)),
-            (PageKind::Zero, range(17, 18)),
-            (PageKind::Data, range(18, 22)),
-            (PageKind::Gone, range(22, 40)),
-            (PageKind::Zero, range(40, 45)),
-        ]);
-        assert_eq!(segments(range(1, 3), &mappings, &regions), [(PageKind::Gone, range(1, 3))]);
+        assert_eq!(
+            segments(range(8, 45), &mappings, &regions),
+            [
+                (PageKind::Gone, range(8, 10)),
+                (PageKind::Zero, range(10, 12)),
+                (PageKind::Data, range(12, 14)),
+                (PageKind::Zero, range(14, 16)),
+                (PageKind::Guard, range(16, 17)),
+                (PageKind::Zero, range(17, 18)),
+                (PageKind::Data, range(18, 22)),
+                (PageKind::Gone, range(22, 40)),
+                (PageKind::Zero, range(40, 45)),
+            ]
+        );
+        assert_eq!(
+            segments(range(1, 3), &mappings, &regions),
+            [(PageKind::Gone, range(1, 3))]
+        );
     }
 }

@@ -108,28 +108,49 @@ pub fn survey(pid: i32, options: &SurveyOptions) -> Result<Survey> {
     if !found.refusals.is_empty() {
         // Of a running process, two looks at different moments may contradict each other: what only one of them saw has passed.
         let again = look(pid, options)?;
-        let seen_twice = |refusal: &Refusal| again.refusals.iter().any(|other| other.object == refusal.object && other.what.key() == refusal.what.key());
+        let seen_twice = |refusal: &Refusal| {
+            again.refusals.iter().any(|other| {
+                other.object == refusal.object && other.what.key() == refusal.what.key()
+            })
+        };
         found.refusals.retain(seen_twice);
-        found = Survey { refusals: std::mem::take(&mut found.refusals), ..again };
+        found = Survey {
+            refusals: std::mem::take(&mut found.refusals),
+            ..again
+        };
     }
     Ok(found)
 }
 
 fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
-    let mut look = Look { pid, options, known: KnownFiles::default() };
+    let mut look = Look {
+        pid,
+        options,
+        known: KnownFiles::default(),
+    };
     let mut refusals = Vec::new();
     let mut notes = Vec::new();
     let stat = procfs::stat(pid, pid)?;
     // Nothing else can be asked about these.
     if let Some(what) = no_program(pid, &stat)? {
-        let refusals = vec![Refusal { pid, object: Object::Process, what }];
+        let refusals = vec![Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        }];
         return Ok(empty(pid, refusals));
     }
     let status = procfs::status(pid, pid)?;
     let tids = procfs::tids(pid)?;
     process(pid, options, &stat, &status, &mut refusals)?;
     threads(pid, &tids, &mut refusals)?;
-    let mut refuse = |what| refusals.push(Refusal { pid, object: Object::Process, what });
+    let mut refuse = |what| {
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        })
+    };
     if let Err(what) = executable(&mut look)? {
         refuse(what);
     }
@@ -150,10 +171,12 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
     notes.extend(identity_notes(pid, &stat));
     notes.extend(socket_notes(pid, &entries, &table)?);
     let mut files = look.known.identities();
-    files.dedup_by(|next, kept| next.path == kept.path && {
-        // The stricter of the two demands.
-        kept.must_be_shared |= next.must_be_shared;
-        true
+    files.dedup_by(|next, kept| {
+        next.path == kept.path && {
+            // The stricter of the two demands.
+            kept.must_be_shared |= next.must_be_shared;
+            true
+        }
     });
     Ok(Survey {
         pid,
@@ -165,7 +188,12 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
         tids,
         resident_bytes: (status.rss_anon_kib + status.vm_swap_kib) * 1024,
         locked_bytes: status.vm_lck_kib * 1024,
-        user_address_end: vmas.iter().filter(|vma| vma.path != "[vsyscall]").map(|vma| vma.end).max().unwrap_or(0),
+        user_address_end: vmas
+            .iter()
+            .filter(|vma| vma.path != "[vsyscall]")
+            .map(|vma| vma.end)
+            .max()
+            .unwrap_or(0),
         guards: memory::guards(pid, &vmas, |_| true)?,
         clock_offsets_ns: procfs::timens_offsets(pid)?,
         vmas,
@@ -202,22 +230,40 @@ fn no_program(pid: i32, stat: &procfs::Stat) -> Result<Option<RefusalKind>> {
     }
     if matches!(stat.state, 'Z' | 'X') {
         let others = procfs::tids(pid)?.len() > 1;
-        return Ok(Some(if others { RefusalKind::DeadLeader } else { RefusalKind::Zombie }));
+        return Ok(Some(if others {
+            RefusalKind::DeadLeader
+        } else {
+            RefusalKind::Zombie
+        }));
     }
-    if pid == std::process::id().cast_signed() {
+    if pid == (std::process::id() as i32) {
         return Ok(Some(RefusalKind::Itself));
     }
     let leader = procfs::status(pid, pid)?.tgid;
     Ok((leader != pid).then_some(RefusalKind::NotLeader { leader }))
 }
 
-fn process(pid: i32, options: &SurveyOptions, stat: &procfs::Stat, status: &procfs::Status, refusals: &mut Vec<Refusal>) -> Result<()> {
-    let mut refuse = |what| refusals.push(Refusal { pid, object: Object::Process, what });
+fn process(
+    pid: i32,
+    options: &SurveyOptions,
+    stat: &procfs::Stat,
+    status: &procfs::Status,
+    refusals: &mut Vec<Refusal>,
+) -> Result<()> {
+    let mut refuse = |what| {
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        })
+    };
     if status.ns_pid.last() == Some(&1) {
         refuse(RefusalKind::Init);
     }
     if status.tracer_pid != 0 {
-        refuse(RefusalKind::Traced { by: status.tracer_pid });
+        refuse(RefusalKind::Traced {
+            by: status.tracer_pid,
+        });
     } else if matches!(status.state, 'T' | 't') {
         refuse(RefusalKind::Stopped);
     }
@@ -225,16 +271,23 @@ fn process(pid: i32, options: &SurveyOptions, stat: &procfs::Stat, status: &proc
         refuse(RefusalKind::CoreDumping);
     }
     if status.vm_pin_kib > 0 {
-        refuse(RefusalKind::Pinned { kib: status.vm_pin_kib });
+        refuse(RefusalKind::Pinned {
+            kib: status.vm_pin_kib,
+        });
     }
     if stat.tty_nr != 0 {
-        let device = u64::from(stat.tty_nr.cast_unsigned());
+        let device = u64::from(stat.tty_nr as u32);
         // The kernel's own encoding: 12 bits of major from bit 8, the minor around them.
-        refuse(RefusalKind::ControllingTerminal { major: device >> 8 & 0xfff, minor: device & 0xff | device >> 12 & 0xf_ff00 });
+        refuse(RefusalKind::ControllingTerminal {
+            major: device >> 8 & 0xfff,
+            minor: device & 0xff | device >> 12 & 0xf_ff00,
+        });
     }
     let children = procfs::children(pid)?;
     if !children.is_empty() {
-        refuse(RefusalKind::Children { pids: Pids(children) });
+        refuse(RefusalKind::Children {
+            pids: Pids(children),
+        });
     }
     for kind in foreign_namespaces(&procfs::namespaces(pid)?)? {
         refuse(RefusalKind::Namespace { kind });
@@ -258,7 +311,7 @@ fn process(pid: i32, options: &SurveyOptions, stat: &procfs::Stat, status: &proc
 
 /// The kinds of namespaces in which the process, or its next child, is not where we are. Its clocks may differ.
 fn foreign_namespaces(its: &Namespaces) -> Result<Vec<&'static str>> {
-    let ours = procfs::namespaces(std::process::id().cast_signed())?;
+    let ours = procfs::namespaces(std::process::id() as i32)?;
     let children_stay = its.pid_for_children == 0 || its.pid_for_children == its.pid;
     Ok([
         (its.pid == ours.pid && children_stay, "pid"),
@@ -286,8 +339,11 @@ fn relatives(parent: i32, pid: i32) -> Result<Vec<i32>> {
         Err(error) if error.is_gone() => Vec::new(),
         Err(error) => return Err(error.into()),
     };
-    let own = std::process::id().cast_signed();
-    Ok(std::iter::once(parent).chain(siblings).filter(|&other| other != pid && other != own).collect())
+    let own = std::process::id() as i32;
+    Ok(std::iter::once(parent)
+        .chain(siblings)
+        .filter(|&other| other != pid && other != own)
+        .collect())
 }
 
 fn shared_context(pid: i32, other: i32) -> Result<Option<&'static str>> {
@@ -323,16 +379,28 @@ fn threads(pid: i32, tids: &[i32], refusals: &mut Vec<Refusal>) -> Result<()> {
 fn thread(pid: i32, tid: i32) -> Result<Vec<Refusal>> {
     let status = procfs::status(pid, tid)?;
     let mut found = task::thread_refusals(pid, tid, &status);
-    let mut refuse = |what| found.push(Refusal { pid, object: Object::Thread(tid), what });
+    let mut refuse = |what| {
+        found.push(Refusal {
+            pid,
+            object: Object::Thread(tid),
+            what,
+        })
+    };
     if tid != pid {
         if status.tracer_pid != 0 {
-            refuse(RefusalKind::Traced { by: status.tracer_pid });
+            refuse(RefusalKind::Traced {
+                by: status.tracer_pid,
+            });
         }
         if !descriptor::same_table(pid, tid)? {
-            refuse(RefusalKind::Unshared { what: "a descriptor table" });
+            refuse(RefusalKind::Unshared {
+                what: "a descriptor table",
+            });
         }
         if !descriptor::same_directory(pid, tid)? {
-            refuse(RefusalKind::Unshared { what: "a working directory and umask" });
+            refuse(RefusalKind::Unshared {
+                what: "a working directory and umask",
+            });
         }
     }
     Ok(found)
@@ -353,8 +421,13 @@ pub(crate) fn executable(look: &mut Look<'_>) -> Result<Verdict<FileIdentity>> {
             }
         }
         (Ok(_), Ok(_)) => Ok(Err(RefusalKind::ReplacedFile { path })),
-        (Ok(_), Err(_)) => Ok(Err(RefusalKind::DeletedFile { path: path.trim_end_matches(" (deleted)").to_owned() })),
-        (Err(source), _) => Err(Error::File { path: through, source }),
+        (Ok(_), Err(_)) => Ok(Err(RefusalKind::DeletedFile {
+            path: path.trim_end_matches(" (deleted)").to_owned(),
+        })),
+        (Err(source), _) => Err(Error::File {
+            path: through,
+            source,
+        }),
     }
 }
 
@@ -369,42 +442,59 @@ pub(crate) fn working_directory(look: &mut Look<'_>) -> Result<Verdict<String>> 
             Ok(Ok(path))
         }
         (Ok(_), Ok(_)) => Ok(Err(RefusalKind::UnreachablePath { path })),
-        (Ok(_), Err(_)) => Ok(Err(RefusalKind::DeletedDirectory { path: path.trim_end_matches(" (deleted)").to_owned() })),
-        (Err(source), _) => Err(Error::File { path: through, source }),
+        (Ok(_), Err(_)) => Ok(Err(RefusalKind::DeletedDirectory {
+            path: path.trim_end_matches(" (deleted)").to_owned(),
+        })),
+        (Err(source), _) => Err(Error::File {
+            path: through,
+            source,
+        }),
     }
 }
 
 /// Mappings with a NUMA policy. On a host with one node a policy changes nothing and is not looked for.
 fn memory_policies(pid: i32) -> Result<Vec<Refusal>> {
-    let is_single = std::fs::read_to_string("/sys/devices/system/node/online").is_ok_and(|nodes| nodes.trim() == "0");
+    let is_single = std::fs::read_to_string("/sys/devices/system/node/online")
+        .is_ok_and(|nodes| nodes.trim() == "0");
     let path = format!("/proc/{pid}/numa_maps");
     if is_single || !std::path::Path::new(&path).exists() {
         return Ok(Vec::new());
     }
     choke::pass(Call::Proc).map_err(|errno| ProcessError::path("read", path.as_str(), errno))?;
     let text = std::fs::read_to_string(&path).map_err(|source| Error::File { path, source })?;
-    Ok(text.lines().filter_map(|line| {
-        let (start, rest) = line.split_once(' ')?;
-        let policy = rest.split(' ').next()?;
-        let start = u64::from_str_radix(start, 16).ok()?;
-        let is_own = policy != "default" && !policy.starts_with("local");
-        is_own.then(|| Refusal {
-            pid,
-            object: Object::Mapping { start, end: start },
-            what: RefusalKind::MappingPolicy { policy: policy.to_owned() },
+    Ok(text
+        .lines()
+        .filter_map(|line| {
+            let (start, rest) = line.split_once(' ')?;
+            let policy = rest.split(' ').next()?;
+            let start = u64::from_str_radix(start, 16).ok()?;
+            let is_own = policy != "default" && !policy.starts_with("local");
+            is_own.then(|| Refusal {
+                pid,
+                object: Object::Mapping { start, end: start },
+                what: RefusalKind::MappingPolicy {
+                    policy: policy.to_owned(),
+                },
+            })
         })
-    }).collect())
+        .collect())
 }
 
 fn identity_notes(pid: i32, stat: &procfs::Stat) -> Vec<String> {
     let mut notes = Vec::new();
     if stat.session != pid {
-        notes.push(format!("pid {pid} leaves its session {} and leads one of its own on the target", stat.session));
+        notes.push(format!(
+            "pid {pid} leaves its session {} and leads one of its own on the target",
+            stat.session
+        ));
     } else if stat.pgrp != pid {
         notes.push(format!("pid {pid} leaves its process group {}", stat.pgrp));
     }
     if stat.ppid > 1 {
-        notes.push(format!("pid {pid} will be seen to exit by its parent, process {}", stat.ppid));
+        notes.push(format!(
+            "pid {pid} will be seen to exit by its parent, process {}",
+            stat.ppid
+        ));
     }
     notes
 }
@@ -421,7 +511,9 @@ fn socket_notes(pid: i32, entries: &[DescriptorEntry], table: &Table) -> Result<
         if socket.r#type == libc::SOCK_DGRAM && socket.family != libc::AF_UNIX && is_open {
             if let Ok(copy) = pidfd.get_fd(fd) {
                 if socket::unread_bytes(copy.as_fd()).is_ok_and(|bytes| bytes > 0) {
-                    notes.push(format!("pid {pid} fd {fd}: datagrams that lie unread are lost, as on a network"));
+                    notes.push(format!(
+                        "pid {pid} fd {fd}: datagrams that lie unread are lost, as on a network"
+                    ));
                 }
             }
         }
@@ -432,7 +524,10 @@ fn socket_notes(pid: i32, entries: &[DescriptorEntry], table: &Table) -> Result<
 fn sockets(table: &Table) -> impl Iterator<Item = (u32, &pageferry_image::model::sockets::Socket)> {
     table.files.iter().filter_map(|file| match &file.kind {
         Some(file::Kind::Socket(socket)) => {
-            let descriptor = table.descriptors.iter().find(|descriptor| descriptor.file == file.id)?;
+            let descriptor = table
+                .descriptors
+                .iter()
+                .find(|descriptor| descriptor.file == file.id)?;
             Some((descriptor.fd, socket))
         }
         _ => None,
@@ -444,9 +539,9 @@ fn bound_sockets(table: &Table) -> Vec<BoundSocket> {
         .filter(|(_, socket)| matches!(socket.state(), State::Bound | State::Listening))
         .map(|(fd, socket)| BoundSocket {
             fd,
-            family: socket.family.cast_unsigned(),
-            kind: socket.r#type.cast_unsigned(),
-            protocol: socket.protocol.cast_unsigned(),
+            family: (socket.family as u32),
+            kind: (socket.r#type as u32),
+            protocol: (socket.protocol as u32),
             address: socket.local.clone(),
             listening: socket.state() == State::Listening,
         })

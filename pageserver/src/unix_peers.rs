@@ -5,7 +5,9 @@
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
 use pageferry_tracee::Error as ProcessError;
 use pageferry_tracee::choke::{self, Kind};
 
@@ -45,18 +47,26 @@ fn failed(errno: Errno) -> crate::Error {
 impl UnixPeers {
     pub(crate) fn open() -> Result<Self> {
         choke::pass(Kind::Descriptor).map_err(failed)?;
-        let netlink = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)
-            .map_err(failed)?;
+        let netlink = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkSockDiag,
+        )
+        .map_err(failed)?;
         Ok(Self { netlink })
     }
 
     /// The connection of the socket with this inode; `None` if there is no such UNIX socket.
     pub(crate) fn connection(&self, inode: u64) -> Result<Option<Connection>> {
-        let Ok(inode) = u32::try_from(inode) else { return Ok(None) };
+        let Ok(inode) = u32::try_from(inode) else {
+            return Ok(None);
+        };
         choke::pass(Kind::Descriptor).map_err(failed)?;
         send(self.netlink.as_raw_fd(), &request(inode), MsgFlags::empty()).map_err(failed)?;
         let mut answer = vec![0; 8192];
-        let length = recv(self.netlink.as_raw_fd(), &mut answer, MsgFlags::empty()).map_err(failed)?;
+        let length =
+            recv(self.netlink.as_raw_fd(), &mut answer, MsgFlags::empty()).map_err(failed)?;
         parse(&answer[..length])
     }
 }
@@ -77,12 +87,16 @@ fn request(inode: u32) -> Vec<u8> {
 }
 
 fn parse(message: &[u8]) -> Result<Option<Connection>> {
-    let half = |bytes: &[u8], at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
-    let word = |bytes: &[u8], at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    let half =
+        |bytes: &[u8], at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+    let word =
+        |bytes: &[u8], at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     match half(message, 4) {
         Some(SOCK_DIAG_BY_FAMILY) => {}
         Some(NLMSG_ERROR) => {
-            return match Errno::from_raw(word(message, HEADER_LEN).map_or(0, |code| code.cast_signed().wrapping_neg())) {
+            return match Errno::from_raw(
+                word(message, HEADER_LEN).map_or(0, |code| (code as i32).wrapping_neg()),
+            ) {
                 Errno::ENOENT => Ok(None),
                 errno => Err(failed(errno)),
             };
@@ -110,19 +124,40 @@ mod tests {
     use super::*;
 
     fn inode(socket: &UnixStream) -> u64 {
-        std::fs::metadata(format!("/proc/self/fd/{}", socket.as_raw_fd())).expect("own descriptor").ino()
+        std::fs::metadata(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+            .expect("own descriptor")
+            .ino()
     }
 
     #[test]
     fn both_ends_of_a_pair_know_each_other() {
         let (first, second) = UnixStream::pair().expect("a pair");
         let peers = UnixPeers::open().expect("netlink");
-        let connection = peers.connection(inode(&first)).expect("answered").expect("found");
+        let connection = peers
+            .connection(inode(&first))
+            .expect("answered")
+            .expect("found");
         assert_eq!(connection.peer.map(u64::from), Some(inode(&second)));
-        first.shutdown(std::net::Shutdown::Write).expect("shut down");
-        assert_eq!(peers.connection(inode(&first)).expect("answered").expect("found").shutdown, 2);
+        first
+            .shutdown(std::net::Shutdown::Write)
+            .expect("shut down");
+        assert_eq!(
+            peers
+                .connection(inode(&first))
+                .expect("answered")
+                .expect("found")
+                .shutdown,
+            2
+        );
         drop(second);
-        assert_eq!(peers.connection(inode(&first)).expect("answered").expect("found").peer, Some(0));
+        assert_eq!(
+            peers
+                .connection(inode(&first))
+                .expect("answered")
+                .expect("found")
+                .peer,
+            Some(0)
+        );
         assert_eq!(peers.connection(0xffff_fff0).expect("answered"), None);
     }
 }

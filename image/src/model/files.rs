@@ -1,14 +1,22 @@
 //! Descriptors, open file descriptions and pipes.
 
-#![allow(missing_docs, reason = "generated fields are documented in image/proto/files.proto")]
+#![allow(
+    missing_docs,
+    reason = "generated fields are documented in image/proto/files.proto"
+)]
 
 use super::{Invalid, absolute, ascending, at_most, ensure, limits};
 
 include!("generated/pageferry.files.rs");
 
 /// The memory devices that are carried: null, zero, full, random, urandom.
-const DEVICES: [(&str, u64); 5] =
-    [("/dev/null", 0x103), ("/dev/zero", 0x105), ("/dev/full", 0x107), ("/dev/random", 0x108), ("/dev/urandom", 0x109)];
+const DEVICES: [(&str, u64); 5] = [
+    ("/dev/null", 0x103),
+    ("/dev/zero", 0x105),
+    ("/dev/full", 0x107),
+    ("/dev/random", 0x108),
+    ("/dev/urandom", 0x109),
+];
 const F_OWNER_PGRP: u32 = 2;
 
 impl Descriptor {
@@ -17,12 +25,25 @@ impl Descriptor {
     /// # Errors
     /// The broken rule.
     pub fn validate_all(descriptors: &[Self], files: &[File]) -> Result<(), Invalid> {
-        at_most(descriptors.len(), limits::DESCRIPTORS_OPEN, || "descriptor table".into())?;
-        ascending(descriptors.iter().map(|descriptor| descriptor.fd), "descriptors")?;
+        at_most(descriptors.len(), limits::DESCRIPTORS_OPEN, || {
+            "descriptor table".into()
+        })?;
+        ascending(
+            descriptors.iter().map(|descriptor| descriptor.fd),
+            "descriptors",
+        )?;
         for descriptor in descriptors {
             let object = || format!("fd {}", descriptor.fd);
-            ensure(descriptor.fd < limits::DESCRIPTORS, object, "is too large a number")?;
-            ensure(File::find(files, descriptor.file).is_some(), object, "names no open file")?;
+            ensure(
+                descriptor.fd < limits::DESCRIPTORS,
+                object,
+                "is too large a number",
+            )?;
+            ensure(
+                File::find(files, descriptor.file).is_some(),
+                object,
+                "names no open file",
+            )?;
         }
         Ok(())
     }
@@ -31,7 +52,10 @@ impl Descriptor {
 impl File {
     /// The open file description with this id, in a list that [`File::validate_all`] accepts.
     pub fn find(files: &[Self], id: u32) -> Option<&Self> {
-        files.binary_search_by_key(&id, |file| file.id).ok().and_then(|at| files.get(at))
+        files
+            .binary_search_by_key(&id, |file| file.id)
+            .ok()
+            .and_then(|at| files.get(at))
     }
 
     /// # Errors
@@ -40,7 +64,11 @@ impl File {
         let object = || format!("open file {}", self.id);
         ensure(self.id != 0, object, "has no number")?;
         if let Some(owner) = &self.owner {
-            ensure(owner.kind <= F_OWNER_PGRP && owner.id >= 0 && owner.signo <= limits::SIGNAL, object, "has an impossible owner")?;
+            ensure(
+                owner.kind <= F_OWNER_PGRP && owner.id >= 0 && owner.signo <= limits::SIGNAL,
+                object,
+                "has an impossible owner",
+            )?;
         }
         match &self.kind {
             None => Err(Invalid::new(object(), "is of no known kind")),
@@ -49,12 +77,18 @@ impl File {
                 None => Err(Invalid::new(object(), "has no identity")),
             },
             Some(file::Kind::Directory(directory)) => absolute(&directory.path, object),
-            Some(file::Kind::Device(device)) => {
-                ensure(DEVICES.contains(&(device.path.as_str(), device.rdev)), object, "is no device that is carried")
-            }
+            Some(file::Kind::Device(device)) => ensure(
+                DEVICES.contains(&(device.path.as_str(), device.rdev)),
+                object,
+                "is no device that is carried",
+            ),
             Some(file::Kind::Pipe(end)) => ensure(end.pipe != 0, object, "names no pipe"),
-            Some(file::Kind::Eventfd(eventfd)) => ensure(eventfd.count != u64::MAX, object, "has an impossible count"),
-            Some(file::Kind::Epoll(epoll)) => at_most(epoll.items.len(), limits::EPOLL_ITEMS, object),
+            Some(file::Kind::Eventfd(eventfd)) => {
+                ensure(eventfd.count != u64::MAX, object, "has an impossible count")
+            }
+            Some(file::Kind::Epoll(epoll)) => {
+                at_most(epoll.items.len(), limits::EPOLL_ITEMS, object)
+            }
             Some(file::Kind::Socket(socket)) => socket.validate(),
             Some(file::Kind::Timerfd(_) | file::Kind::Signalfd(_)) => Ok(()),
         }
@@ -64,16 +98,29 @@ impl File {
     ///
     /// # Errors
     /// The broken rule.
-    pub fn validate_all(files: &[Self], pipes: &[Pipe], descriptors: &[Descriptor]) -> Result<(), Invalid> {
-        at_most(files.len(), limits::DESCRIPTORS_OPEN, || "list of open files".into())?;
+    pub fn validate_all(
+        files: &[Self],
+        pipes: &[Pipe],
+        descriptors: &[Descriptor],
+    ) -> Result<(), Invalid> {
+        at_most(files.len(), limits::DESCRIPTORS_OPEN, || {
+            "list of open files".into()
+        })?;
         ascending(files.iter().map(|file| file.id), "open files")?;
         ascending(pipes.iter().map(|pipe| pipe.id), "pipes")?;
         files.iter().try_for_each(Self::validate)?;
         Descriptor::validate_all(descriptors, files)?;
-        let mut held: Vec<u32> = descriptors.iter().map(|descriptor| descriptor.file).collect();
+        let mut held: Vec<u32> = descriptors
+            .iter()
+            .map(|descriptor| descriptor.file)
+            .collect();
         held.sort_unstable();
         held.dedup();
-        ensure(held.len() == files.len(), || "list of open files".into(), "has one that no descriptor names")?;
+        ensure(
+            held.len() == files.len(),
+            || "list of open files".into(),
+            "has one that no descriptor names",
+        )?;
         Pipe::validate_all(pipes, files)?;
         Epoll::validate_all(files, descriptors)?;
         pairs(files)
@@ -88,12 +135,24 @@ impl Pipe {
                 named.insert(end.pipe);
             }
         }
-        ensure(named.iter().copied().eq(pipes.iter().map(|pipe| pipe.id)), || "pipes".into(), "are not those their ends name")?;
+        ensure(
+            named.iter().copied().eq(pipes.iter().map(|pipe| pipe.id)),
+            || "pipes".into(),
+            "are not those their ends name",
+        )?;
         for pipe in pipes {
             let object = || format!("pipe {}", pipe.id);
             ensure(pipe.id != 0, object, "has no number")?;
-            ensure((1..=limits::PIPE_CAPACITY).contains(&pipe.capacity), object, "has an impossible capacity")?;
-            ensure(pipe.content.len() <= pipe.capacity as usize, object, "holds more than its capacity")?;
+            ensure(
+                (1..=limits::PIPE_CAPACITY).contains(&pipe.capacity),
+                object,
+                "has an impossible capacity",
+            )?;
+            ensure(
+                pipe.content.len() <= pipe.capacity as usize,
+                object,
+                "holds more than its capacity",
+            )?;
         }
         Ok(())
     }
@@ -103,26 +162,40 @@ impl Epoll {
     /// Every watch is on an open descriptor, once, and no instance watches itself, however indirectly.
     fn validate_all(files: &[File], descriptors: &[Descriptor]) -> Result<(), Invalid> {
         let file_of = |fd: u32| {
-            let at = descriptors.binary_search_by_key(&fd, |descriptor| descriptor.fd).ok()?;
+            let at = descriptors
+                .binary_search_by_key(&fd, |descriptor| descriptor.fd)
+                .ok()?;
             File::find(files, descriptors[at].file)
         };
         // How many instances stand above each: grows in as many steps as they are deep, without end in a circle.
         let mut level: Vec<&File> = Vec::new();
         for file in files {
-            let Some(file::Kind::Epoll(epoll)) = &file.kind else { continue };
+            let Some(file::Kind::Epoll(epoll)) = &file.kind else {
+                continue;
+            };
             let object = || format!("open file {} (epoll)", file.id);
             let mut watched: Vec<u32> = epoll.items.iter().map(|item| item.fd).collect();
             watched.sort_unstable();
             watched.dedup();
-            ensure(watched.len() == epoll.items.len(), object, "watches a descriptor twice")?;
-            ensure(epoll.items.iter().all(|item| file_of(item.fd).is_some()), object, "watches a closed descriptor")?;
+            ensure(
+                watched.len() == epoll.items.len(),
+                object,
+                "watches a descriptor twice",
+            )?;
+            ensure(
+                epoll.items.iter().all(|item| file_of(item.fd).is_some()),
+                object,
+                "watches a closed descriptor",
+            )?;
             level.push(file);
         }
         for _ in 0..=limits::EPOLL_DEPTH {
             let mut below: Vec<&File> = level
                 .iter()
                 .filter_map(|file| match &file.kind {
-                    Some(file::Kind::Epoll(epoll)) => Some(epoll.items.iter().filter_map(|item| file_of(item.fd))),
+                    Some(file::Kind::Epoll(epoll)) => {
+                        Some(epoll.items.iter().filter_map(|item| file_of(item.fd)))
+                    }
                     _ => None,
                 })
                 .flatten()
@@ -132,13 +205,18 @@ impl Epoll {
             below.dedup_by_key(|file| file.id);
             level = below;
         }
-        ensure(level.is_empty(), || "epoll instances".into(), "watch each other in a circle or too deep")
+        ensure(
+            level.is_empty(),
+            || "epoll instances".into(),
+            "watch each other in a circle or too deep",
+        )
     }
 }
 
 /// Every socket pair has two ends of one type, or one whose other end is closed.
 fn pairs(files: &[File]) -> Result<(), Invalid> {
-    let mut ends: std::collections::BTreeMap<u32, Vec<&super::sockets::Socket>> = std::collections::BTreeMap::new();
+    let mut ends: std::collections::BTreeMap<u32, Vec<&super::sockets::Socket>> =
+        std::collections::BTreeMap::new();
     for file in files {
         if let Some(file::Kind::Socket(socket)) = &file.kind {
             if socket.pair != 0 {
@@ -152,7 +230,11 @@ fn pairs(files: &[File]) -> Result<(), Invalid> {
             [one, other] => !one.peer_closed && !other.peer_closed && one.r#type == other.r#type,
             _ => false,
         };
-        ensure(is_whole, || format!("socket pair {pair}"), "has not its two ends")?;
+        ensure(
+            is_whole,
+            || format!("socket pair {pair}"),
+            "has not its two ends",
+        )?;
     }
     Ok(())
 }
@@ -163,11 +245,22 @@ mod tests {
     use super::*;
 
     fn open(id: u32, kind: file::Kind) -> File {
-        File { id, kind: Some(kind), ..File::default() }
+        File {
+            id,
+            kind: Some(kind),
+            ..File::default()
+        }
     }
 
     fn table(files: &[File]) -> Vec<Descriptor> {
-        files.iter().map(|file| Descriptor { fd: file.id + 2, file: file.id, close_on_exec: false }).collect()
+        files
+            .iter()
+            .map(|file| Descriptor {
+                fd: file.id + 2,
+                file: file.id,
+                close_on_exec: false,
+            })
+            .collect()
     }
 
     fn validate(files: &[File], pipes: &[Pipe]) -> Result<(), Invalid> {
@@ -175,26 +268,72 @@ mod tests {
     }
 
     fn epoll(fds: &[u32]) -> file::Kind {
-        file::Kind::Epoll(Epoll { items: fds.iter().map(|&fd| EpollItem { fd, events: 1, data: 0 }).collect() })
+        file::Kind::Epoll(Epoll {
+            items: fds
+                .iter()
+                .map(|&fd| EpollItem {
+                    fd,
+                    events: 1,
+                    data: 0,
+                })
+                .collect(),
+        })
     }
 
     #[test]
     fn tables_and_files_name_each_other() {
-        let files = [open(1, file::Kind::Eventfd(Eventfd::default())), open(2, file::Kind::Signalfd(Signalfd::default()))];
+        let files = [
+            open(1, file::Kind::Eventfd(Eventfd::default())),
+            open(2, file::Kind::Signalfd(Signalfd::default())),
+        ];
         assert_eq!(validate(&files, &[]), Ok(()));
         let descriptors = table(&files);
-        assert!(File::validate_all(&files, &[], &descriptors[..1]).is_err(), "nobody holds file 2");
-        assert!(File::validate_all(&files[..1], &[], &descriptors).is_err(), "file 2 is missing");
+        assert!(
+            File::validate_all(&files, &[], &descriptors[..1]).is_err(),
+            "nobody holds file 2"
+        );
+        assert!(
+            File::validate_all(&files[..1], &[], &descriptors).is_err(),
+            "file 2 is missing"
+        );
         let twice = [descriptors[0], descriptors[0], descriptors[1]];
-        assert!(File::validate_all(&files, &[], &twice).is_err(), "a descriptor twice");
-        assert!(validate(&[files[1].clone(), files[0].clone()], &[]).is_err(), "out of order");
-        assert!(validate(&[File { id: 1, ..File::default() }], &[]).is_err(), "no kind");
+        assert!(
+            File::validate_all(&files, &[], &twice).is_err(),
+            "a descriptor twice"
+        );
+        assert!(
+            validate(&[files[1].clone(), files[0].clone()], &[]).is_err(),
+            "out of order"
+        );
+        assert!(
+            validate(
+                &[File {
+                    id: 1,
+                    ..File::default()
+                }],
+                &[]
+            )
+            .is_err(),
+            "no kind"
+        );
     }
 
     #[test]
     fn pipes_have_ends_and_no_more_than_they_hold() {
-        let end = |id, pipe| open(id, file::Kind::Pipe(PipeEnd { pipe, write_end: false }));
-        let pipe = |capacity, content: &[u8]| Pipe { id: 1, capacity, content: content.to_vec() };
+        let end = |id, pipe| {
+            open(
+                id,
+                file::Kind::Pipe(PipeEnd {
+                    pipe,
+                    write_end: false,
+                }),
+            )
+        };
+        let pipe = |capacity, content: &[u8]| Pipe {
+            id: 1,
+            capacity,
+            content: content.to_vec(),
+        };
         assert_eq!(validate(&[end(1, 1)], &[pipe(4096, b"x")]), Ok(()));
         assert!(validate(&[end(1, 2)], &[pipe(4096, b"x")]).is_err());
         assert!(validate(&[], &[pipe(4096, b"x")]).is_err());
@@ -207,15 +346,34 @@ mod tests {
         let good = [open(1, epoll(&[4, 5])), open(2, epoll(&[5])), leaf.clone()];
         assert_eq!(validate(&good, &[]), Ok(()));
         assert!(validate(&[open(1, epoll(&[3]))], &[]).is_err(), "itself");
-        assert!(validate(&[open(1, epoll(&[4])), open(2, epoll(&[3]))], &[]).is_err(), "each other");
-        assert!(validate(&[open(1, epoll(&[9]))], &[]).is_err(), "a closed one");
-        assert!(validate(&[open(1, epoll(&[5, 5])), open(2, epoll(&[])), leaf], &[]).is_err(), "twice");
+        assert!(
+            validate(&[open(1, epoll(&[4])), open(2, epoll(&[3]))], &[]).is_err(),
+            "each other"
+        );
+        assert!(
+            validate(&[open(1, epoll(&[9]))], &[]).is_err(),
+            "a closed one"
+        );
+        assert!(
+            validate(&[open(1, epoll(&[5, 5])), open(2, epoll(&[])), leaf], &[]).is_err(),
+            "twice"
+        );
     }
 
     #[test]
     fn socket_pairs_are_whole() {
         let end = |id, peer_closed| {
-            open(id, file::Kind::Socket(Socket { family: 1, r#type: 1, state: State::Paired.into(), pair: 1, peer_closed, ..Socket::default() }))
+            open(
+                id,
+                file::Kind::Socket(Socket {
+                    family: 1,
+                    r#type: 1,
+                    state: State::Paired.into(),
+                    pair: 1,
+                    peer_closed,
+                    ..Socket::default()
+                }),
+            )
         };
         assert_eq!(validate(&[end(1, false), end(2, false)], &[]), Ok(()));
         assert_eq!(validate(&[end(1, true)], &[]), Ok(()));
@@ -226,7 +384,16 @@ mod tests {
 
     #[test]
     fn only_memory_devices_are_carried() {
-        let device = |path: &str, rdev| open(1, file::Kind::Device(Device { path: path.into(), rdev, position: 0 }));
+        let device = |path: &str, rdev| {
+            open(
+                1,
+                file::Kind::Device(Device {
+                    path: path.into(),
+                    rdev,
+                    position: 0,
+                }),
+            )
+        };
         assert_eq!(validate(&[device("/dev/null", 0x103)], &[]), Ok(()));
         assert!(validate(&[device("/dev/sda", 0x800)], &[]).is_err());
         assert!(validate(&[device("/dev/null", 0x800)], &[]).is_err());

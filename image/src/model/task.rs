@@ -1,6 +1,9 @@
 //! A process and its threads.
 
-#![allow(missing_docs, reason = "generated fields are documented in image/proto/task.proto")]
+#![allow(
+    missing_docs,
+    reason = "generated fields are documented in image/proto/task.proto"
+)]
 
 use super::files::File;
 use super::signals::{Action, Pending};
@@ -21,10 +24,23 @@ const MEMBARRIERS: u32 = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8;
 impl Scheduling {
     fn validate(&self, object: &str) -> Result<(), Invalid> {
         let object = || format!("scheduling of {object}");
-        ensure(POLICIES.contains(&self.policy), object, "has an unknown policy")?;
-        ensure((-20..=19).contains(&self.nice) && self.priority <= 99, object, "has an impossible priority")?;
-        let has_cpu = self.affinity.iter().any(|&byte| byte != 0) && self.affinity.len() <= limits::AFFINITY_LEN;
-        ensure(self.affinity_default || has_cpu, object, "has no CPU to run on")
+        ensure(
+            POLICIES.contains(&self.policy),
+            object,
+            "has an unknown policy",
+        )?;
+        ensure(
+            (-20..=19).contains(&self.nice) && self.priority <= 99,
+            object,
+            "has an impossible priority",
+        )?;
+        let has_cpu = self.affinity.iter().any(|&byte| byte != 0)
+            && self.affinity.len() <= limits::AFFINITY_LEN;
+        ensure(
+            self.affinity_default || has_cpu,
+            object,
+            "has no CPU to run on",
+        )
     }
 }
 
@@ -35,22 +51,52 @@ impl Thread {
         let name = format!("thread {}", self.tid);
         let object = || name.clone();
         ensure(self.tid > 0, object, "has no number")?;
-        ensure(self.comm.len() <= COMM_LEN && !self.comm.contains('\0'), object, "has an impossible name")?;
-        ensure(self.registers.len() == limits::REGISTERS_LEN, object, "has not the registers of x86-64")?;
+        ensure(
+            self.comm.len() <= COMM_LEN && !self.comm.contains('\0'),
+            object,
+            "has an impossible name",
+        )?;
+        ensure(
+            self.registers.len() == limits::REGISTERS_LEN,
+            object,
+            "has not the registers of x86-64",
+        )?;
         let xsave = limits::XSAVE_LEN_MIN..=limits::XSAVE_LEN_MAX;
-        ensure(xsave.contains(&self.xsave.len()), object, "has an xsave area of an impossible length")?;
+        ensure(
+            xsave.contains(&self.xsave.len()),
+            object,
+            "has an xsave area of an impossible length",
+        )?;
         Pending::validate_all(&self.pending, &name)?;
         if let Some(stack) = &self.altstack {
             stack.validate()?;
         }
-        ensure(self.robust_list == 0 || self.robust_list_len == ROBUST_LIST_HEAD_LEN, object, "has a robust list of an unknown form")?;
-        for address in [self.robust_list, self.clear_child_tid, self.rseq.map_or(0, |rseq| rseq.address)] {
-            ensure(address < limits::ADDRESS_END, object, "has an address outside of user memory")?;
+        ensure(
+            self.robust_list == 0 || self.robust_list_len == ROBUST_LIST_HEAD_LEN,
+            object,
+            "has a robust list of an unknown form",
+        )?;
+        for address in [
+            self.robust_list,
+            self.clear_child_tid,
+            self.rseq.map_or(0, |rseq| rseq.address),
+        ] {
+            ensure(
+                address < limits::ADDRESS_END,
+                object,
+                "has an address outside of user memory",
+            )?;
         }
-        ensure(self.parent_death_signal <= limits::SIGNAL, object, "has an impossible parent-death signal")?;
+        ensure(
+            self.parent_death_signal <= limits::SIGNAL,
+            object,
+            "has an impossible parent-death signal",
+        )?;
         match &self.credentials {
             None => return Err(Invalid::new(name, "has no credentials")),
-            Some(credentials) => at_most(credentials.groups.len(), limits::GROUPS, || format!("group list of {name}"))?,
+            Some(credentials) => at_most(credentials.groups.len(), limits::GROUPS, || {
+                format!("group list of {name}")
+            })?,
         }
         match &self.scheduling {
             None => Err(Invalid::new(name, "has no scheduling attributes")),
@@ -67,12 +113,24 @@ impl Process {
     pub fn validate(&self) -> Result<(), Invalid> {
         let object = || format!("process {}", self.pid);
         ensure(self.pid > 0, object, "has no number")?;
-        at_most(self.threads.len(), limits::THREADS, || format!("thread list of process {}", self.pid))?;
-        ensure(self.threads.first().is_some_and(|leader| leader.tid == self.pid), object, "has not its leader first")?;
+        at_most(self.threads.len(), limits::THREADS, || {
+            format!("thread list of process {}", self.pid)
+        })?;
+        ensure(
+            self.threads
+                .first()
+                .is_some_and(|leader| leader.tid == self.pid),
+            object,
+            "has not its leader first",
+        )?;
         self.threads.iter().try_for_each(Thread::validate)?;
         let mut tids: Vec<i32> = self.threads.iter().map(|thread| thread.tid).collect();
         tids.sort_unstable();
-        ensure(tids.windows(2).all(|pair| pair[0] < pair[1]), object, "has a thread twice")?;
+        ensure(
+            tids.windows(2).all(|pair| pair[0] < pair[1]),
+            object,
+            "has a thread twice",
+        )?;
         match &self.space {
             None => return Err(Invalid::new(object(), "has no address space")),
             Some(space) => space.validate()?,
@@ -81,7 +139,10 @@ impl Process {
         Pending::validate_all(&self.pending, &object())?;
         Itimer::validate_all(&self.itimers)?;
         Posix::validate_all(&self.posix_timers)?;
-        let are_told = self.posix_timers.iter().all(|timer| timer.tid == 0 || tids.binary_search(&timer.tid).is_ok());
+        let are_told = self
+            .posix_timers
+            .iter()
+            .all(|timer| timer.tid == 0 || tids.binary_search(&timer.tid).is_ok());
         ensure(are_told, object, "has a timer for a thread of another")?;
         absolute(&self.cwd, || format!("working directory {}", self.cwd))?;
         ensure(self.umask <= 0o777, object, "has an impossible umask")?;
@@ -91,9 +152,17 @@ impl Process {
             ensure(limit.soft <= limit.hard, object, "is above its own maximum")?;
         }
         super::ascending(self.limits.iter().map(|limit| limit.resource), "limits")?;
-        ensure((-1000..=1000).contains(&self.oom_score_adj), object, "has an impossible oom_score_adj")?;
+        ensure(
+            (-1000..=1000).contains(&self.oom_score_adj),
+            object,
+            "has an impossible oom_score_adj",
+        )?;
         ensure(self.dumpable <= 2, object, "is dumpable in no known way")?;
-        ensure(self.membarrier & !MEMBARRIERS == 0, object, "has unknown membarrier registrations")
+        ensure(
+            self.membarrier & !MEMBARRIERS == 0,
+            object,
+            "has unknown membarrier registrations",
+        )
     }
 }
 
@@ -103,7 +172,9 @@ impl Tree {
     /// # Errors
     /// The first broken rule.
     pub fn validate(&self) -> Result<(), Invalid> {
-        let Some(root) = &self.root else { return Err(Invalid::new("tree", "has no process")) };
+        let Some(root) = &self.root else {
+            return Err(Invalid::new("tree", "has no process"));
+        };
         root.validate()?;
         File::validate_all(&self.files, &self.pipes, &root.descriptors)
     }
@@ -121,19 +192,32 @@ mod tests {
             registers: vec![0; 216],
             xsave: vec![0; 2696],
             credentials: Some(Credentials::default()),
-            scheduling: Some(Scheduling { affinity: vec![1], ..Scheduling::default() }),
+            scheduling: Some(Scheduling {
+                affinity: vec![1],
+                ..Scheduling::default()
+            }),
             ..Thread::default()
         }
     }
 
     fn process() -> Process {
-        let exe = Some(FileIdentity { path: "/bin/true".into(), ..FileIdentity::default() });
+        let exe = Some(FileIdentity {
+            path: "/bin/true".into(),
+            ..FileIdentity::default()
+        });
         Process {
             pid: 7,
             threads: vec![thread(7), thread(3)],
-            space: Some(Space { exe, ..Space::default() }),
+            space: Some(Space {
+                exe,
+                ..Space::default()
+            }),
             cwd: "/".into(),
-            limits: vec![Limit { resource: 7, soft: 1, hard: 2 }],
+            limits: vec![Limit {
+                resource: 7,
+                soft: 1,
+                hard: 2,
+            }],
             ..Process::default()
         }
     }
@@ -143,14 +227,63 @@ mod tests {
         assert_eq!(thread(1).validate(), Ok(()));
         for (why, bad) in [
             ("number", thread(0)),
-            ("registers", Thread { registers: vec![0; 8], ..thread(1) }),
-            ("xsave", Thread { xsave: vec![0; 100], ..thread(1) }),
-            ("credentials", Thread { credentials: None, ..thread(1) }),
-            ("scheduling", Thread { scheduling: None, ..thread(1) }),
-            ("no CPU", Thread { scheduling: Some(Scheduling::default()), ..thread(1) }),
-            ("robust list", Thread { robust_list: 0x1000, robust_list_len: 8, ..thread(1) }),
-            ("kernel address", Thread { clear_child_tid: u64::MAX, ..thread(1) }),
-            ("signal", Thread { parent_death_signal: 65, ..thread(1) }),
+            (
+                "registers",
+                Thread {
+                    registers: vec![0; 8],
+                    ..thread(1)
+                },
+            ),
+            (
+                "xsave",
+                Thread {
+                    xsave: vec![0; 100],
+                    ..thread(1)
+                },
+            ),
+            (
+                "credentials",
+                Thread {
+                    credentials: None,
+                    ..thread(1)
+                },
+            ),
+            (
+                "scheduling",
+                Thread {
+                    scheduling: None,
+                    ..thread(1)
+                },
+            ),
+            (
+                "no CPU",
+                Thread {
+                    scheduling: Some(Scheduling::default()),
+                    ..thread(1)
+                },
+            ),
+            (
+                "robust list",
+                Thread {
+                    robust_list: 0x1000,
+                    robust_list_len: 8,
+                    ..thread(1)
+                },
+            ),
+            (
+                "kernel address",
+                Thread {
+                    clear_child_tid: u64::MAX,
+                    ..thread(1)
+                },
+            ),
+            (
+                "signal",
+                Thread {
+                    parent_death_signal: 65,
+                    ..thread(1)
+                },
+            ),
         ] {
             assert!(bad.validate().is_err(), "{why}");
         }
@@ -160,17 +293,96 @@ mod tests {
     fn processes_follow_their_rules() {
         assert_eq!(process().validate(), Ok(()));
         for (why, bad) in [
-            ("no leader", Process { threads: vec![thread(3), thread(7)], ..process() }),
-            ("no threads", Process { threads: Vec::new(), ..process() }),
-            ("a thread twice", Process { threads: vec![thread(7), thread(3), thread(3)], ..process() }),
-            ("no space", Process { space: None, ..process() }),
-            ("relative", Process { cwd: "x".into(), ..process() }),
-            ("umask", Process { umask: 0o1000, ..process() }),
-            ("limit", Process { limits: vec![Limit { resource: 7, soft: 3, hard: 2 }], ..process() }),
-            ("no such limit", Process { limits: vec![Limit { resource: 16, soft: 1, hard: 2 }], ..process() }),
-            ("oom", Process { oom_score_adj: 1001, ..process() }),
-            ("membarrier", Process { membarrier: 1, ..process() }),
-            ("timer", Process { posix_timers: vec![Posix { notify: 4, tid: 99, signo: 1, ..Posix::default() }], ..process() }),
+            (
+                "no leader",
+                Process {
+                    threads: vec![thread(3), thread(7)],
+                    ..process()
+                },
+            ),
+            (
+                "no threads",
+                Process {
+                    threads: Vec::new(),
+                    ..process()
+                },
+            ),
+            (
+                "a thread twice",
+                Process {
+                    threads: vec![thread(7), thread(3), thread(3)],
+                    ..process()
+                },
+            ),
+            (
+                "no space",
+                Process {
+                    space: None,
+                    ..process()
+                },
+            ),
+            (
+                "relative",
+                Process {
+                    cwd: "x".into(),
+                    ..process()
+                },
+            ),
+            (
+                "umask",
+                Process {
+                    umask: 0o1000,
+                    ..process()
+                },
+            ),
+            (
+                "limit",
+                Process {
+                    limits: vec![Limit {
+                        resource: 7,
+                        soft: 3,
+                        hard: 2,
+                    }],
+                    ..process()
+                },
+            ),
+            (
+                "no such limit",
+                Process {
+                    limits: vec![Limit {
+                        resource: 16,
+                        soft: 1,
+                        hard: 2,
+                    }],
+                    ..process()
+                },
+            ),
+            (
+                "oom",
+                Process {
+                    oom_score_adj: 1001,
+                    ..process()
+                },
+            ),
+            (
+                "membarrier",
+                Process {
+                    membarrier: 1,
+                    ..process()
+                },
+            ),
+            (
+                "timer",
+                Process {
+                    posix_timers: vec![Posix {
+                        notify: 4,
+                        tid: 99,
+                        signo: 1,
+                        ..Posix::default()
+                    }],
+                    ..process()
+                },
+            ),
         ] {
             assert!(bad.validate().is_err(), "{why}");
         }
@@ -179,6 +391,13 @@ mod tests {
     #[test]
     fn a_tree_has_a_process() {
         assert!(Tree::default().validate().is_err());
-        assert_eq!(Tree { root: Some(process()), ..Tree::default() }.validate(), Ok(()));
+        assert_eq!(
+            Tree {
+                root: Some(process()),
+                ..Tree::default()
+            }
+            .validate(),
+            Ok(())
+        );
     }
 }

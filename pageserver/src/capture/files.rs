@@ -12,7 +12,8 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use nix::errno::Errno;
 use nix::sys::statfs::statfs;
 use pageferry_image::model::files::{
-    Descriptor, Device, Directory, Epoll, EpollItem, Eventfd, File, Owner, Pipe, PipeEnd, Regular, Signalfd, Timerfd, file,
+    Descriptor, Device, Directory, Epoll, EpollItem, Eventfd, File, Owner, Pipe, PipeEnd, Regular,
+    Signalfd, Timerfd, file,
 };
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_tracee::choke::{self, Kind as Call};
@@ -31,17 +32,46 @@ pub(crate) type Verdict<T> = std::result::Result<T, RefusalKind>;
 /// File systems on which one file is the same file on every host that mounts them (`statfs(2)` magic numbers): NFS, CIFS,
 /// SMB, Ceph, AFS, GFS2, OCFS2, Lustre. FUSE is not among them: it may be anything.
 const SHARED_STORAGE: [i64; 9] = [
-    0x6969, 0xff53_4d42, 0xfe53_4d42, 0x517b, 0x00c3_6400, 0x5346_414f, 0x0116_1970, 0x7461_636f, 0x0bd0_0bd0,
+    0x6969,
+    0xff53_4d42,
+    0xfe53_4d42,
+    0x517b,
+    0x00c3_6400,
+    0x5346_414f,
+    0x0116_1970,
+    0x7461_636f,
+    0x0bd0_0bd0,
 ];
 /// File systems whose files are the kernel's own: proc, sysfs, cgroup, cgroup2, debugfs, tracefs, securityfs, bpf, devpts,
 /// mqueue, nsfs, pstore, efivarfs, binfmt_misc, configfs, selinuxfs, fusectl, hugetlbfs.
 const KERNEL_STORAGE: [i64; 18] = [
-    0x9fa0, 0x6265_6572, 0x0027_e0eb, 0x6367_7270, 0x6462_6720, 0x7472_6163, 0x7363_6673, 0xcafe_4a11, 0x1cd1, 0x1980_0202,
-    0x6e73_6673, 0x6165_676c, 0xde5e_81e4, 0x4249_4e4d, 0x6265_6570, 0xf97c_ff8c, 0x6573_5543, 0x9584_58f6,
+    0x9fa0,
+    0x6265_6572,
+    0x0027_e0eb,
+    0x6367_7270,
+    0x6462_6720,
+    0x7472_6163,
+    0x7363_6673,
+    0xcafe_4a11,
+    0x1cd1,
+    0x1980_0202,
+    0x6e73_6673,
+    0x6165_676c,
+    0xde5e_81e4,
+    0x4249_4e4d,
+    0x6265_6570,
+    0xf97c_ff8c,
+    0x6573_5543,
+    0x9584_58f6,
 ];
 /// Memory devices that are the same on every host, by minor number (major 1).
-const MEMORY_DEVICES: [(u64, &str); 5] =
-    [(3, "/dev/null"), (5, "/dev/zero"), (7, "/dev/full"), (8, "/dev/random"), (9, "/dev/urandom")];
+const MEMORY_DEVICES: [(u64, &str); 5] = [
+    (3, "/dev/null"),
+    (5, "/dev/zero"),
+    (7, "/dev/full"),
+    (8, "/dev/random"),
+    (9, "/dev/urandom"),
+];
 const MEMORY_MAJOR: u64 = 1;
 /// Consoles, `/dev/tty` and `/dev/ptmx`, pseudo-terminals.
 const TERMINAL_MAJORS: [std::ops::RangeInclusive<u64>; 2] = [4..=5, 136..=143];
@@ -61,32 +91,59 @@ pub(crate) struct KnownFiles(BTreeMap<(String, bool), (u64, u64, FileIdentity)>)
 impl KnownFiles {
     /// All of them.
     pub(crate) fn identities(&self) -> Vec<FileIdentity> {
-        self.0.values().map(|(_, _, identity)| identity.clone()).collect()
+        self.0
+            .values()
+            .map(|(_, _, identity)| identity.clone())
+            .collect()
     }
 }
 
 impl Look<'_> {
-    pub(crate) fn known_file(&self, path: &str, must_be_shared: bool, device: u64, inode: u64) -> Option<FileIdentity> {
+    pub(crate) fn known_file(
+        &self,
+        path: &str,
+        must_be_shared: bool,
+        device: u64,
+        inode: u64,
+    ) -> Option<FileIdentity> {
         // A map needs the key's own type; the strings are short and there are few.
-        let (known_device, known_inode, identity) = self.known.0.get(&(path.to_owned(), must_be_shared))?;
+        let (known_device, known_inode, identity) =
+            self.known.0.get(&(path.to_owned(), must_be_shared))?;
         ((*known_device, *known_inode) == (device, inode)).then(|| identity.clone())
     }
 
-    pub(crate) fn identify(&mut self, path: &str, must_be_shared: bool, device: u64, inode: u64) -> Result<FileIdentity> {
+    pub(crate) fn identify(
+        &mut self,
+        path: &str,
+        must_be_shared: bool,
+        device: u64,
+        inode: u64,
+    ) -> Result<FileIdentity> {
         let identity = identity::identify(path, self.options.file_check, must_be_shared)?;
-        self.known.0.insert((path.to_owned(), must_be_shared), (device, inode, identity.clone()));
+        self.known.0.insert(
+            (path.to_owned(), must_be_shared),
+            (device, inode, identity.clone()),
+        );
         Ok(identity)
     }
 
     /// Notes a directory that the target must have.
     pub(crate) fn directory(&mut self, path: &str, metadata: &Metadata) {
         let identity = identity::outline(path, metadata, false);
-        self.known.0.insert((path.to_owned(), false), (metadata.dev(), metadata.ino(), identity));
+        self.known.0.insert(
+            (path.to_owned(), false),
+            (metadata.dev(), metadata.ino(), identity),
+        );
     }
 
     /// Whether what is written to `path` here is what the target reads there.
     pub(crate) fn on_shared_storage(&self, path: &str) -> Result<bool> {
-        if self.options.same_file.iter().any(|prefix| std::path::Path::new(path).starts_with(prefix)) {
+        if self
+            .options
+            .same_file
+            .iter()
+            .any(|prefix| std::path::Path::new(path).starts_with(prefix))
+        {
             return Ok(true);
         }
         Ok(SHARED_STORAGE.contains(&storage(path)?))
@@ -98,7 +155,10 @@ fn storage(path: &str) -> Result<i64> {
     // Magic numbers above 2^31 come sign-extended from some architectures' statfs.
     statfs(path)
         .map(|answer| answer.filesystem_type().0 & 0xffff_ffff)
-        .map_err(|errno| Error::File { path: path.to_owned(), source: errno.into() })
+        .map_err(|errno| Error::File {
+            path: path.to_owned(),
+            source: errno.into(),
+        })
 }
 
 pub(crate) fn same_inode(a: &Metadata, b: &Metadata) -> bool {
@@ -121,7 +181,7 @@ pub(crate) enum Shape {
 
 /// Access mode of a descriptor.
 fn access(entry: &DescriptorEntry) -> i32 {
-    entry.info.flags.cast_signed() & libc::O_ACCMODE
+    (entry.info.flags as i32) & libc::O_ACCMODE
 }
 
 /// What `entry` refers to.
@@ -133,22 +193,35 @@ pub(crate) fn shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verd
         }
         return Ok(match access(entry) {
             libc::O_RDWR => Err(RefusalKind::PipeBothWays { inode }),
-            mode => Ok(Shape::Pipe { inode, write_end: mode == libc::O_WRONLY }),
+            mode => Ok(Shape::Pipe {
+                inode,
+                write_end: mode == libc::O_WRONLY,
+            }),
         });
     }
     if let Some(name) = link.strip_prefix("anon_inode:") {
         return Ok(anonymous_shape(name));
     }
     if link.starts_with("/memfd:") {
-        return Ok(Err(RefusalKind::Memfd { path: link.to_owned() }));
+        return Ok(Err(RefusalKind::Memfd {
+            path: link.to_owned(),
+        }));
     }
     if link.starts_with("pidfd:") {
         return Ok(Err(RefusalKind::Pidfd));
     }
     if !link.starts_with('/') {
         let name = link.to_owned();
-        let is_namespace = ["cgroup:", "ipc:", "mnt:", "net:", "pid:", "time:", "user:", "uts:"].iter().any(|kind| link.starts_with(kind));
-        return Ok(Err(if is_namespace { RefusalKind::NamespaceFile { name } } else { RefusalKind::KernelObject { name } }));
+        let is_namespace = [
+            "cgroup:", "ipc:", "mnt:", "net:", "pid:", "time:", "user:", "uts:",
+        ]
+        .iter()
+        .any(|kind| link.starts_with(kind));
+        return Ok(Err(if is_namespace {
+            RefusalKind::NamespaceFile { name }
+        } else {
+            RefusalKind::KernelObject { name }
+        }));
     }
     named_shape(look, entry)
 }
@@ -165,19 +238,26 @@ fn anonymous_shape(name: &str) -> Verdict<Shape> {
         "io_uring" => Err(RefusalKind::IoUring),
         "userfaultfd" => Err(RefusalKind::Userfaultfd),
         "perf_event" => Err(RefusalKind::PerfEvent),
-        other if other.starts_with("bpf") => Err(RefusalKind::Bpf { name: other.to_owned() }),
-        other => Err(RefusalKind::KernelObject { name: other.to_owned() }),
+        other if other.starts_with("bpf") => Err(RefusalKind::Bpf {
+            name: other.to_owned(),
+        }),
+        other => Err(RefusalKind::KernelObject {
+            name: other.to_owned(),
+        }),
     }
 }
 
 fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<Shape>> {
     let through = format!("/proc/{}/fd/{}", look.pid, entry.fd);
     let path = entry.link.clone();
-    if entry.info.flags.cast_signed() & libc::O_PATH != 0 {
+    if (entry.info.flags as i32) & libc::O_PATH != 0 {
         return Ok(Err(RefusalKind::PathOnly { path }));
     }
     choke::pass(Call::Proc).map_err(|errno| ProcessError::path("stat", through.as_str(), errno))?;
-    let open = std::fs::metadata(&through).map_err(|source| Error::File { path: path.clone(), source })?;
+    let open = std::fs::metadata(&through).map_err(|source| Error::File {
+        path: path.clone(),
+        source,
+    })?;
     let file_type = open.file_type();
     if file_type.is_fifo() {
         return Ok(Err(RefusalKind::Fifo { path }));
@@ -190,7 +270,11 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     }
     if let Some(lock) = entry.info.locks.first() {
         // `1: POSIX  ADVISORY  WRITE 4711 08:01:99 0 EOF`
-        let kind = lock.split_ascii_whitespace().nth(1).unwrap_or("file").to_owned();
+        let kind = lock
+            .split_ascii_whitespace()
+            .nth(1)
+            .unwrap_or("file")
+            .to_owned();
         return Ok(Err(RefusalKind::FileLock { path, kind }));
     }
     let named = std::fs::metadata(&path);
@@ -206,8 +290,16 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     }
     match named {
         Ok(named) if same_inode(&open, &named) => {}
-        _ if open.nlink() == 0 => return Ok(Err(RefusalKind::DeletedFile { path: path.trim_end_matches(" (deleted)").to_owned() })),
-        _ => return Ok(Err(RefusalKind::ReplacedFile { path: path.trim_end_matches(" (deleted)").to_owned() })),
+        _ if open.nlink() == 0 => {
+            return Ok(Err(RefusalKind::DeletedFile {
+                path: path.trim_end_matches(" (deleted)").to_owned(),
+            }));
+        }
+        _ => {
+            return Ok(Err(RefusalKind::ReplacedFile {
+                path: path.trim_end_matches(" (deleted)").to_owned(),
+            }));
+        }
     }
     let writable = access(entry) != libc::O_RDONLY;
     if writable && !look.on_shared_storage(&path)? {
@@ -221,12 +313,20 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
 }
 
 fn device_shape(path: String, open: &Metadata) -> Verdict<Shape> {
-    let (major, minor) = (nix::sys::stat::major(open.rdev()), nix::sys::stat::minor(open.rdev()));
+    let (major, minor) = (
+        nix::sys::stat::major(open.rdev()),
+        nix::sys::stat::minor(open.rdev()),
+    );
     let is_character = open.file_type().is_char_device();
     let known = MEMORY_DEVICES.iter().find(|&&(number, _)| number == minor);
     match known {
-        Some(&(_, path)) if is_character && major == MEMORY_MAJOR => Ok(Shape::Device { path, rdev: open.rdev() }),
-        _ if is_character && TERMINAL_MAJORS.iter().any(|majors| majors.contains(&major)) => Err(RefusalKind::Terminal { path }),
+        Some(&(_, path)) if is_character && major == MEMORY_MAJOR => Ok(Shape::Device {
+            path,
+            rdev: open.rdev(),
+        }),
+        _ if is_character && TERMINAL_MAJORS.iter().any(|majors| majors.contains(&major)) => {
+            Err(RefusalKind::Terminal { path })
+        }
         _ => Err(RefusalKind::Device { path, major, minor }),
     }
 }
@@ -252,7 +352,11 @@ pub(crate) enum Depth {
 }
 
 /// Looks at the whole descriptor table.
-pub(crate) fn table(look: &mut Look<'_>, entries: &[DescriptorEntry], depth: Depth) -> Result<Table> {
+pub(crate) fn table(
+    look: &mut Look<'_>,
+    entries: &[DescriptorEntry],
+    depth: Depth,
+) -> Result<Table> {
     let pidfd = PidFd::open(look.pid)?;
     let groups = shared_groups(look.pid, entries, depth)?;
     let mut table = Table::default();
@@ -262,25 +366,48 @@ pub(crate) fn table(look: &mut Look<'_>, entries: &[DescriptorEntry], depth: Dep
         let id = u32::try_from(index + 1).unwrap_or(u32::MAX);
         // A group is never empty: it is made of the entries.
         let entry = group[0];
-        match file(look, &pidfd, entry, entries, depth, &mut sockets, &mut pipes) {
+        match file(
+            look,
+            &pidfd,
+            entry,
+            entries,
+            depth,
+            &mut sockets,
+            &mut pipes,
+        ) {
             Ok(Ok((kind, owner))) => {
                 table.files.push(File {
                     id,
-                    flags: entry.info.flags & !libc::O_CLOEXEC.cast_unsigned(),
+                    flags: entry.info.flags & !(libc::O_CLOEXEC as u32),
                     owner,
                     kind: Some(kind),
                 });
-                table.descriptors.extend(group.iter().map(|entry| Descriptor {
-                    fd: entry.fd,
-                    file: id,
-                    close_on_exec: entry.info.close_on_exec(),
-                }));
+                table
+                    .descriptors
+                    .extend(group.iter().map(|entry| Descriptor {
+                        fd: entry.fd,
+                        file: id,
+                        close_on_exec: entry.info.close_on_exec(),
+                    }));
             }
-            Ok(Err(what)) => table.refusals.push(Refusal { pid: look.pid, object: Object::Fd(entry.fd), what }),
+            Ok(Err(what)) => table.refusals.push(Refusal {
+                pid: look.pid,
+                object: Object::Fd(entry.fd),
+                what,
+            }),
             // Closed while we looked: only a running process can do that.
-            Err(Error::Process(ProcessError::Kernel { errno: Errno::EBADF, .. } | ProcessError::Path { errno: Errno::ENOENT, .. }))
-                if depth == Depth::Survey => {}
-            Err(Error::File { source, .. }) if depth == Depth::Survey && source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(Error::Process(
+                ProcessError::Kernel {
+                    errno: Errno::EBADF,
+                    ..
+                }
+                | ProcessError::Path {
+                    errno: Errno::ENOENT,
+                    ..
+                },
+            )) if depth == Depth::Survey => {}
+            Err(Error::File { source, .. })
+                if depth == Depth::Survey && source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
         table.inodes.extend(entry.pipe_or_socket_inode());
@@ -291,7 +418,11 @@ pub(crate) fn table(look: &mut Look<'_>, entries: &[DescriptorEntry], depth: Dep
 }
 
 /// Entries by open file description, in order of their lowest descriptor.
-fn shared_groups<'e>(pid: i32, entries: &'e [DescriptorEntry], depth: Depth) -> Result<Vec<Vec<&'e DescriptorEntry>>> {
+fn shared_groups(
+    pid: i32,
+    entries: &[DescriptorEntry],
+    depth: Depth,
+) -> Result<Vec<Vec<&DescriptorEntry>>> {
     if depth == Depth::Survey {
         return Ok(entries.iter().map(|entry| vec![entry]).collect());
     }
@@ -299,7 +430,13 @@ fn shared_groups<'e>(pid: i32, entries: &'e [DescriptorEntry], depth: Depth) -> 
     let mut alike: BTreeMap<_, Vec<&DescriptorEntry>> = BTreeMap::new();
     for entry in entries {
         let info = &entry.info;
-        let key = (entry.link.as_str(), info.ino, info.mnt_id, info.position, info.flags & !libc::O_CLOEXEC.cast_unsigned());
+        let key = (
+            entry.link.as_str(),
+            info.ino,
+            info.mnt_id,
+            info.position,
+            info.flags & !(libc::O_CLOEXEC as u32),
+        );
         alike.entry(key).or_default().push(entry);
     }
     let mut groups: Vec<Vec<&DescriptorEntry>> = Vec::new();
@@ -350,17 +487,35 @@ fn file(
         Err(refusal) => return Ok(Err(refusal)),
     };
     let info = &entry.info;
-    let malformed = |what| ProcessError::Malformed { path: format!("/proc/{}/fdinfo/{}", look.pid, entry.fd), what };
+    let malformed = |what| ProcessError::Malformed {
+        path: format!("/proc/{}/fdinfo/{}", look.pid, entry.fd),
+        what,
+    };
     let can_signal = matches!(shape, Shape::Pipe { .. } | Shape::Socket { .. });
     let kind = match shape {
-        Shape::Regular(identity) => file::Kind::Regular(Regular { identity: Some(identity), position: info.position }),
-        Shape::Directory(path) => file::Kind::Directory(Directory { path, position: info.position }),
-        Shape::Device { path, rdev } => file::Kind::Device(Device { path: path.to_owned(), rdev, position: info.position }),
+        Shape::Regular(identity) => file::Kind::Regular(Regular {
+            identity: Some(identity),
+            position: info.position,
+        }),
+        Shape::Directory(path) => file::Kind::Directory(Directory {
+            path,
+            position: info.position,
+        }),
+        Shape::Device { path, rdev } => file::Kind::Device(Device {
+            path: path.to_owned(),
+            rdev,
+            position: info.position,
+        }),
         Shape::Eventfd => {
             let eventfd = info.eventfd.ok_or_else(|| malformed("eventfd"))?;
             // Before 6.5 the kernel does not say, and a semaphore that comes back as a counter is silently wrong.
-            let semaphore = eventfd.semaphore.ok_or(ProcessError::Unsupported { what: "eventfd-semaphore in fdinfo (Linux 6.5)" })?;
-            file::Kind::Eventfd(Eventfd { count: eventfd.count, semaphore })
+            let semaphore = eventfd.semaphore.ok_or(ProcessError::Unsupported {
+                what: "eventfd-semaphore in fdinfo (Linux 6.5)",
+            })?;
+            file::Kind::Eventfd(Eventfd {
+                count: eventfd.count,
+                semaphore,
+            })
         }
         Shape::Timerfd => {
             let timer = info.timerfd.ok_or_else(|| malformed("timerfd"))?;
@@ -372,24 +527,35 @@ fn file(
                 interval_ns: timer.interval_ns,
             })
         }
-        Shape::Signalfd => file::Kind::Signalfd(Signalfd { mask: info.signalfd_mask.ok_or_else(|| malformed("sigmask"))? }),
+        Shape::Signalfd => file::Kind::Signalfd(Signalfd {
+            mask: info.signalfd_mask.ok_or_else(|| malformed("sigmask"))?,
+        }),
         Shape::Epoll => match epoll(look.pid, entry, entries)? {
             Ok(epoll) => file::Kind::Epoll(epoll),
             Err(refusal) => return Ok(Err(refusal)),
         },
         Shape::Pipe { inode, write_end } => {
             let next = u32::try_from(pipes.len() + 1).unwrap_or(u32::MAX);
-            let pipe = pipes.entry(inode).or_insert(Pipe { id: next, capacity: 0, content: Vec::new() });
+            let pipe = pipes.entry(inode).or_insert(Pipe {
+                id: next,
+                capacity: 0,
+                content: Vec::new(),
+            });
             let copy = pidfd.get_fd(entry.fd)?;
             pipe.capacity = pipe::capacity(&copy)?;
             let unread = pipe::unread_bytes(&copy)?;
-            if info.flags.cast_signed() & libc::O_DIRECT != 0 && unread > 0 {
-                return Ok(Err(RefusalKind::PipeSpecial { what: "in packet mode holds unread packets" }));
+            if (info.flags as i32) & libc::O_DIRECT != 0 && unread > 0 {
+                return Ok(Err(RefusalKind::PipeSpecial {
+                    what: "in packet mode holds unread packets",
+                }));
             }
             if depth == Depth::Capture && !write_end && pipe.content.is_empty() {
                 pipe.content = pipe::contents(&copy)?;
             }
-            file::Kind::Pipe(PipeEnd { pipe: pipe.id, write_end })
+            file::Kind::Pipe(PipeEnd {
+                pipe: pipe.id,
+                write_end,
+            })
         }
         Shape::Socket { inode } => {
             let copy = pidfd.get_fd(entry.fd)?;
@@ -399,7 +565,7 @@ fn file(
             }
         }
     };
-    if !can_signal && info.flags.cast_signed() & libc::O_ASYNC == 0 {
+    if !can_signal && (info.flags as i32) & libc::O_ASYNC == 0 {
         return Ok(Ok((kind, None)));
     }
     Ok(owner(look.pid, pidfd, entry.fd)?.map(|owner| (kind, owner)))
@@ -411,7 +577,11 @@ fn owner(pid: i32, pidfd: &PidFd, fd: u32) -> Result<Verdict<Option<Owner>>> {
     const F_OWNER_PID: u32 = 1;
     let copy = pidfd.get_fd(fd)?;
     let owner = descriptor::owner(copy.as_fd())?;
-    let carried = Owner { kind: owner.kind, id: owner.id, signo: owner.signo };
+    let carried = Owner {
+        kind: owner.kind,
+        id: owner.id,
+        signo: owner.signo,
+    };
     Ok(match owner.id {
         0 if owner.signo == 0 => Ok(None),
         0 => Ok(Some(carried)),
@@ -431,8 +601,16 @@ fn epoll(pid: i32, entry: &DescriptorEntry, entries: &[DescriptorEntry]) -> Resu
             return foreign;
         }
         match descriptor::epoll_watches(pid, entry.fd, item.fd, 0, item.fd) {
-            Ok(true) => items.push(EpollItem { fd: item.fd, events: item.events, data: item.data }),
-            Ok(false) | Err(ProcessError::Kernel { errno: Errno::ENOENT | Errno::EBADF, .. }) => return foreign,
+            Ok(true) => items.push(EpollItem {
+                fd: item.fd,
+                events: item.events,
+                data: item.data,
+            }),
+            Ok(false)
+            | Err(ProcessError::Kernel {
+                errno: Errno::ENOENT | Errno::EBADF,
+                ..
+            }) => return foreign,
             Err(error) => return Err(error.into()),
         }
     }
@@ -440,15 +618,26 @@ fn epoll(pid: i32, entry: &DescriptorEntry, entries: &[DescriptorEntry]) -> Resu
 }
 
 /// Pipes and sockets of the table that other processes hold too.
-pub(crate) fn held_outside(pid: i32, entries: &[DescriptorEntry], inodes: &BTreeSet<u64>) -> Result<Vec<Refusal>> {
+pub(crate) fn held_outside(
+    pid: i32,
+    entries: &[DescriptorEntry],
+    inodes: &BTreeSet<u64>,
+) -> Result<Vec<Refusal>> {
     let holders = procfs::pipe_or_socket_holders(inodes)?;
     let mut found = Vec::new();
     for entry in entries {
-        let Some(inode) = entry.pipe_or_socket_inode() else { continue };
+        let Some(inode) = entry.pipe_or_socket_inode() else {
+            continue;
+        };
         // Our own copies, taken for this very look, do not count.
-        let own = std::process::id().cast_signed();
-        let others: Vec<i32> =
-            holders.get(&inode).into_iter().flatten().copied().filter(|&holder| holder != pid && holder != own).collect();
+        let own = std::process::id() as i32;
+        let others: Vec<i32> = holders
+            .get(&inode)
+            .into_iter()
+            .flatten()
+            .copied()
+            .filter(|&holder| holder != pid && holder != own)
+            .collect();
         if others.is_empty() {
             continue;
         }
@@ -458,7 +647,11 @@ pub(crate) fn held_outside(pid: i32, entries: &[DescriptorEntry], inodes: &BTree
         } else {
             RefusalKind::SocketShared { holders }
         };
-        found.push(Refusal { pid, object: Object::Fd(entry.fd), what });
+        found.push(Refusal {
+            pid,
+            object: Object::Fd(entry.fd),
+            what,
+        });
     }
     Ok(found)
 }
@@ -471,7 +664,17 @@ mod tests {
     fn anonymous_inodes_are_named() {
         assert_eq!(anonymous_shape("[eventfd]"), Ok(Shape::Eventfd));
         assert_eq!(anonymous_shape("inotify"), Err(RefusalKind::Inotify));
-        assert_eq!(anonymous_shape("bpf-map"), Err(RefusalKind::Bpf { name: "bpf-map".into() }));
-        assert_eq!(anonymous_shape("[nobody knows]"), Err(RefusalKind::KernelObject { name: "nobody knows".into() }));
+        assert_eq!(
+            anonymous_shape("bpf-map"),
+            Err(RefusalKind::Bpf {
+                name: "bpf-map".into()
+            })
+        );
+        assert_eq!(
+            anonymous_shape("[nobody knows]"),
+            Err(RefusalKind::KernelObject {
+                name: "nobody knows".into()
+            })
+        );
     }
 }

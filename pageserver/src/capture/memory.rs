@@ -59,9 +59,12 @@ pub(crate) fn classify(vma: &Vma) -> std::result::Result<Option<Kind>, RefusalKi
         return Err(RefusalKind::SealedMapping);
     }
     if vma.protection_key != 0 {
-        return Err(RefusalKind::ProtectionKey { key: vma.protection_key });
+        return Err(RefusalKind::ProtectionKey {
+            key: vma.protection_key,
+        });
     }
-    let anonymous = matches!(vma.path.as_str(), "" | "[heap]" | "[stack]") || vma.path.starts_with("[stack:");
+    let anonymous =
+        matches!(vma.path.as_str(), "" | "[heap]" | "[stack]") || vma.path.starts_with("[stack:");
     if anonymous && !vma.shared {
         return Ok(Some(Kind::Anon));
     }
@@ -71,15 +74,23 @@ pub(crate) fn classify(vma: &Vma) -> std::result::Result<Option<Kind>, RefusalKi
         Some("/anon_hugepage") => return Err(RefusalKind::HugePages),
         Some("/[aio]") => return Err(RefusalKind::AioRing),
         Some("/secretmem") => return Err(RefusalKind::SecretMemory),
-        Some(name) if name.starts_with("/SYSV") => return Err(RefusalKind::SysvMemory { path: path() }),
-        Some(name) if name.starts_with("/memfd:") => return Err(RefusalKind::MemfdMapping { path: path() }),
+        Some(name) if name.starts_with("/SYSV") => {
+            return Err(RefusalKind::SysvMemory { path: path() });
+        }
+        Some(name) if name.starts_with("/memfd:") => {
+            return Err(RefusalKind::MemfdMapping { path: path() });
+        }
         _ => {}
     }
     if is("pf") || is("io") || is("mm") {
         return Err(RefusalKind::DeviceMapping { path: path() });
     }
     if vma.path.starts_with('/') {
-        return Ok(Some(if vma.shared { Kind::FileShared } else { Kind::FilePrivate }));
+        return Ok(Some(if vma.shared {
+            Kind::FileShared
+        } else {
+            Kind::FilePrivate
+        }));
     }
     if vma.path.starts_with('[') || vma.path.is_empty() {
         return Err(RefusalKind::SpecialMapping { path: path() });
@@ -93,7 +104,10 @@ fn writes_file(vma: &Vma) -> bool {
 }
 
 /// The file behind a mapping, or why it cannot be mapped from its path again.
-pub(crate) fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<std::result::Result<FileIdentity, RefusalKind>> {
+pub(crate) fn mapped_file(
+    look: &mut Look<'_>,
+    vma: &Vma,
+) -> Result<std::result::Result<FileIdentity, RefusalKind>> {
     let path = vma.path.as_str();
     let must_be_shared = writes_file(vma);
     if let Some(known) = look.known_file(path, must_be_shared, vma.device, vma.inode) {
@@ -101,25 +115,38 @@ pub(crate) fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<std::result:
     }
     // The way through map_files leads to the very file, whatever its path is now; it needs CAP_CHECKPOINT_RESTORE.
     let through = format!("/proc/{}/map_files/{:x}-{:x}", look.pid, vma.start, vma.end);
-    choke::pass(Call::Memory).map_err(|errno| pageferry_tracee::Error::path("stat", through.as_str(), errno))?;
+    choke::pass(Call::Memory)
+        .map_err(|errno| pageferry_tracee::Error::path("stat", through.as_str(), errno))?;
     let (mapped, named) = (std::fs::metadata(&through), std::fs::metadata(path));
     let refusal = match (&mapped, &named) {
-        (Ok(mapped), _) if !mapped.is_file() => Some(RefusalKind::DeviceMapping { path: path.to_owned() }),
-        (_, Err(_)) => Some(RefusalKind::DeletedMapping { path: path.to_owned() }),
+        (Ok(mapped), _) if !mapped.is_file() => Some(RefusalKind::DeviceMapping {
+            path: path.to_owned(),
+        }),
+        (_, Err(_)) => Some(RefusalKind::DeletedMapping {
+            path: path.to_owned(),
+        }),
         (Ok(mapped), Ok(named)) if !super::files::same_inode(mapped, named) => {
-            Some(RefusalKind::ReplacedMapping { path: path.to_owned() })
+            Some(RefusalKind::ReplacedMapping {
+                path: path.to_owned(),
+            })
         }
         (Err(_), Ok(named)) if !std::os::unix::fs::MetadataExt::ino(named).eq(&vma.inode) => {
-            Some(RefusalKind::ReplacedMapping { path: path.to_owned() })
+            Some(RefusalKind::ReplacedMapping {
+                path: path.to_owned(),
+            })
         }
         _ if must_be_shared && !look.on_shared_storage(path)? => {
-            Some(RefusalKind::SharedWritable { path: path.to_owned() })
+            Some(RefusalKind::SharedWritable {
+                path: path.to_owned(),
+            })
         }
         _ => None,
     };
     match refusal {
         Some(kind) => Ok(Err(kind)),
-        None => look.identify(path, must_be_shared, vma.device, vma.inode).map(Ok),
+        None => look
+            .identify(path, must_be_shared, vma.device, vma.inode)
+            .map(Ok),
     }
 }
 
@@ -133,7 +160,14 @@ pub(crate) fn refusals(look: &mut Look<'_>, vmas: &[Vma]) -> Result<Vec<Refusal>
             Err(kind) => Some(kind),
         };
         if let Some(what) = kind {
-            found.push(Refusal { pid: look.pid, object: Object::Mapping { start: vma.start, end: vma.end }, what });
+            found.push(Refusal {
+                pid: look.pid,
+                object: Object::Mapping {
+                    start: vma.start,
+                    end: vma.end,
+                },
+                what,
+            });
         }
     }
     Ok(found)
@@ -150,22 +184,39 @@ fn can_hold_guards(kind: Option<Kind>) -> bool {
 }
 
 /// Guard regions of the mappings that `chosen` names, ascending. Walks their page tables.
-pub(crate) fn guards(pid: i32, vmas: &[Vma], chosen: impl Fn(&Vma) -> bool) -> Result<Vec<PageRange>> {
+pub(crate) fn guards(
+    pid: i32,
+    vmas: &[Vma],
+    chosen: impl Fn(&Vma) -> bool,
+) -> Result<Vec<PageRange>> {
     if !pagemap::knows_guards()? {
         return Ok(Vec::new());
     }
     let pagemap = pagemap::open(pid)?;
     let mut found = Vec::new();
-    for vma in vmas.iter().filter(|vma| can_hold_guards(classify(vma).ok().flatten()) && chosen(vma)) {
+    for vma in vmas
+        .iter()
+        .filter(|vma| can_hold_guards(classify(vma).ok().flatten()) && chosen(vma))
+    {
         // Pieces, so that a running program never waits long for its own mmap.
-        for piece in pieces(PageRange { start: vma.start, end: vma.end }) {
+        for piece in pieces(PageRange {
+            start: vma.start,
+            end: vma.end,
+        }) {
             let scan = Scan {
                 range: piece.start..piece.end,
                 category_mask: pagemap::GUARD,
                 return_mask: pagemap::GUARD,
                 ..Scan::default()
             };
-            found.extend(pagemap::scan(&pagemap, &scan)?.iter().map(|region| PageRange { start: region.start, end: region.end }));
+            found.extend(
+                pagemap::scan(&pagemap, &scan)?
+                    .iter()
+                    .map(|region| PageRange {
+                        start: region.start,
+                        end: region.end,
+                    }),
+            );
         }
     }
     Ok(merge(found))
@@ -178,7 +229,10 @@ const PIECE_LEN: u64 = 64 << 20;
 pub(crate) fn pieces(range: PageRange) -> impl Iterator<Item = PageRange> {
     (0..range.byte_len().div_ceil(PIECE_LEN)).map(move |index| {
         let start = range.start + index * PIECE_LEN;
-        PageRange { start, end: (start + PIECE_LEN).min(range.end) }
+        PageRange {
+            start,
+            end: (start + PIECE_LEN).min(range.end),
+        }
     })
 }
 
@@ -201,8 +255,13 @@ pub(crate) fn without(ranges: Vec<PageRange>, holes: &[PageRange]) -> Vec<PageRa
     for mut range in ranges {
         let first = holes.partition_point(|hole| hole.end <= range.start);
         for hole in &holes[first..] {
-            let Some(hole) = hole.intersect(range) else { break };
-            left.push(PageRange { start: range.start, end: hole.start });
+            let Some(hole) = hole.intersect(range) else {
+                break;
+            };
+            left.push(PageRange {
+                start: range.start,
+                end: hole.start,
+            });
             range.start = hole.end;
         }
         left.push(range);
@@ -222,7 +281,11 @@ pub(crate) fn frozen_mappings(pid: i32, surveyed: &[Vma]) -> Result<Vec<Vma>> {
                 vma.protection_key = key;
             }
             None => {
-                tracing::debug!(pid, start = vma.start, "a mapping appeared since the survey: reading all flags again");
+                tracing::debug!(
+                    pid,
+                    start = vma.start,
+                    "a mapping appeared since the survey: reading all flags again"
+                );
                 return Ok(procfs::smaps(pid)?);
             }
         }
@@ -232,13 +295,21 @@ pub(crate) fn frozen_mappings(pid: i32, surveyed: &[Vma]) -> Result<Vec<Vma>> {
 
 fn known_flags(vma: &Vma, surveyed: &[Vma]) -> Option<(VmFlags, u64, u32)> {
     let same = |old: &&Vma| {
-        (old.read, old.write, old.exec, old.shared, old.device, old.inode, &old.path, &old.name)
-            == (vma.read, vma.write, vma.exec, vma.shared, vma.device, vma.inode, &vma.path, &vma.name)
-            && (vma.inode == 0 || old.offset.wrapping_sub(old.start) == vma.offset.wrapping_sub(vma.start))
-            && (old.start == vma.start || old.end == vma.end || (old.start < vma.start && vma.end < old.end))
+        (
+            old.read, old.write, old.exec, old.shared, old.device, old.inode, &old.path, &old.name,
+        ) == (
+            vma.read, vma.write, vma.exec, vma.shared, vma.device, vma.inode, &vma.path, &vma.name,
+        ) && (vma.inode == 0
+            || old.offset.wrapping_sub(old.start) == vma.offset.wrapping_sub(vma.start))
+            && (old.start == vma.start
+                || old.end == vma.end
+                || (old.start < vma.start && vma.end < old.end))
     };
     let first = surveyed.partition_point(|old| old.end <= vma.start);
-    let old = surveyed[first..].iter().take_while(|old| old.start < vma.end).find(same)?;
+    let old = surveyed[first..]
+        .iter()
+        .take_while(|old| old.start < vma.end)
+        .find(same)?;
     Some((old.flags.clone(), old.page_bytes, old.protection_key))
 }
 
@@ -266,8 +337,13 @@ pub(crate) fn space(
 ) -> Result<Space> {
     let mut mappings = Vec::with_capacity(vmas.len());
     for vma in vmas {
-        let changed = || Error::Changed { pid: look.pid, what: "the address space" };
-        let Some(kind) = classify(vma).map_err(|_| changed())? else { continue };
+        let changed = || Error::Changed {
+            pid: look.pid,
+            what: "the address space",
+        };
+        let Some(kind) = classify(vma).map_err(|_| changed())? else {
+            continue;
+        };
         mappings.push(mapping(look, vma, kind, guards)?);
     }
     Ok(Space {
@@ -293,16 +369,26 @@ pub(crate) fn space(
 fn mapping(look: &mut Look<'_>, vma: &Vma, kind: Kind, guards: &[PageRange]) -> Result<Mapping> {
     let is_file = matches!(kind, Kind::FilePrivate | Kind::FileShared);
     let file = match is_file {
-        true => Some(mapped_file(look, vma)?.map_err(|_| Error::Changed { pid: look.pid, what: "a mapped file" })?),
+        true => Some(mapped_file(look, vma)?.map_err(|_| Error::Changed {
+            pid: look.pid,
+            what: "a mapped file",
+        })?),
         false => None,
     };
     let mut prot = 0;
-    for (allowed, bit) in [(vma.read, libc::PROT_READ), (vma.write, libc::PROT_WRITE), (vma.exec, libc::PROT_EXEC)] {
+    for (allowed, bit) in [
+        (vma.read, libc::PROT_READ),
+        (vma.write, libc::PROT_WRITE),
+        (vma.exec, libc::PROT_EXEC),
+    ] {
         if allowed {
-            prot |= bit.cast_unsigned();
+            prot |= bit as u32;
         }
     }
-    let whole = PageRange { start: vma.start, end: vma.end };
+    let whole = PageRange {
+        start: vma.start,
+        end: vma.end,
+    };
     // The kernel gives its own mappings flags that nobody asked for with madvise(2).
     let own = matches!(kind, Kind::Vvar | Kind::Vdso);
     let has = |flag| !own && vma.flags.has(flag);
@@ -323,13 +409,16 @@ fn mapping(look: &mut Look<'_>, vma: &Vma, kind: Kind, guards: &[PageRange]) -> 
             .iter()
             // Droppable memory is wiped on fork and never dumped by its nature.
             .filter(|&&(flag, _)| has(flag) && !(droppable && matches!(flag, "wf" | "dd")))
-            .map(|&(_, advice)| advice.cast_unsigned())
+            .map(|&(_, advice)| advice as u32)
             .collect(),
         name: vma.name.clone().unwrap_or_default(),
         guards: guards
             .iter()
             .filter_map(|guard| guard.intersect(whole))
-            .map(|guard| Range { start: guard.start, end: guard.end })
+            .map(|guard| Range {
+                start: guard.start,
+                end: guard.end,
+            })
             .collect(),
         droppable,
     })
@@ -339,9 +428,16 @@ fn mapping(look: &mut Look<'_>, vma: &Vma, kind: Kind, guards: &[PageRange]) -> 
 pub(crate) fn copied_file_pages(pid: i32, vmas: &[Vma]) -> Result<Vec<PageRange>> {
     let pagemap = pagemap::open(pid)?;
     // A guard page counts as swapped, so it has to be told apart where the kernel can.
-    let guard = if pagemap::knows_guards()? { pagemap::GUARD } else { 0 };
+    let guard = if pagemap::knows_guards()? {
+        pagemap::GUARD
+    } else {
+        0
+    };
     let mut found = Vec::new();
-    for vma in vmas.iter().filter(|vma| classify(vma) == Ok(Some(Kind::FilePrivate))) {
+    for vma in vmas
+        .iter()
+        .filter(|vma| classify(vma) == Ok(Some(Kind::FilePrivate)))
+    {
         let scan = Scan {
             range: vma.start..vma.end,
             category_inverted: pagemap::FILE | guard,
@@ -349,7 +445,14 @@ pub(crate) fn copied_file_pages(pid: i32, vmas: &[Vma]) -> Result<Vec<PageRange>
             category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
             return_mask: 0,
         };
-        found.extend(pagemap::scan(&pagemap, &scan)?.iter().map(|region| PageRange { start: region.start, end: region.end }));
+        found.extend(
+            pagemap::scan(&pagemap, &scan)?
+                .iter()
+                .map(|region| PageRange {
+                    start: region.start,
+                    end: region.end,
+                }),
+        );
     }
     Ok(merge(found))
 }
@@ -366,9 +469,16 @@ pub(crate) struct FirstTouch {
 
 /// The lazy pages among those `threads` touch first: with them resident, no thread waits for the network on its way back to
 /// user mode.
-pub(crate) fn first_touch_pages(threads: &[FirstTouch], vmas: &[Vma], guards: &[PageRange]) -> Vec<PageRange> {
-    let lazy: BTreeMap<u64, u64> =
-        vmas.iter().filter(|vma| is_lazy(classify(vma).ok().flatten())).map(|vma| (vma.start, vma.end)).collect();
+pub(crate) fn first_touch_pages(
+    threads: &[FirstTouch],
+    vmas: &[Vma],
+    guards: &[PageRange],
+) -> Vec<PageRange> {
+    let lazy: BTreeMap<u64, u64> = vmas
+        .iter()
+        .filter(|vma| is_lazy(classify(vma).ok().flatten()))
+        .map(|vma| (vma.start, vma.end))
+        .collect();
     let mut wanted = Vec::new();
     for thread in threads {
         let stack = PageRange::page_of(thread.stack);
@@ -378,16 +488,23 @@ pub(crate) fn first_touch_pages(threads: &[FirstTouch], vmas: &[Vma], guards: &[
         ];
         if thread.thread_pointer != 0 {
             let pointer = thread.thread_pointer;
-            bytes.push((pointer.saturating_sub(THREAD_POINTER_SPAN.start), pointer.saturating_add(THREAD_POINTER_SPAN.end)));
+            bytes.push((
+                pointer.saturating_sub(THREAD_POINTER_SPAN.start),
+                pointer.saturating_add(THREAD_POINTER_SPAN.end),
+            ));
         }
         for (address, length) in thread.areas {
             if address != 0 {
                 bytes.push((address, address.saturating_add(length.max(1))));
             }
         }
-        wanted.extend(bytes.into_iter().map(|(start, end)| PageRange {
-            start: start & !(PAGE_SIZE - 1),
-            end: end.checked_next_multiple_of(PAGE_SIZE).unwrap_or(start & !(PAGE_SIZE - 1)),
+        wanted.extend(bytes.into_iter().map(|(start, end)| {
+            PageRange {
+                start: start & !(PAGE_SIZE - 1),
+                end: end
+                    .checked_next_multiple_of(PAGE_SIZE)
+                    .unwrap_or(start & !(PAGE_SIZE - 1)),
+            }
         }));
     }
     let mut found = Vec::new();
@@ -395,7 +512,10 @@ pub(crate) fn first_touch_pages(threads: &[FirstTouch], vmas: &[Vma], guards: &[
         // Every page of its own: a range may lie across mappings of different kinds.
         for page in (range.start..range.end).step_by(PAGE_SIZE as usize) {
             let page = PageRange::page_of(page);
-            let is_lazy = lazy.range(..=page.start).next_back().is_some_and(|(_, &end)| page.end <= end);
+            let is_lazy = lazy
+                .range(..=page.start)
+                .next_back()
+                .is_some_and(|(_, &end)| page.end <= end);
             if is_lazy && !guards.iter().any(|guard| guard.contains(page.start)) {
                 found.push(page);
             }
@@ -409,7 +529,14 @@ mod tests {
     use super::*;
 
     fn vma(start: u64, end: u64, path: &str) -> Vma {
-        Vma { start, end, read: true, write: true, path: path.into(), ..Vma::default() }
+        Vma {
+            start,
+            end,
+            read: true,
+            write: true,
+            path: path.into(),
+            ..Vma::default()
+        }
     }
 
     #[test]
@@ -424,44 +551,103 @@ mod tests {
         assert_eq!(kind("/usr/bin/true"), Ok(Some(Kind::FilePrivate)));
         assert_eq!(kind("/[aio] (deleted)"), Err(RefusalKind::AioRing));
         assert_eq!(kind("/secretmem (deleted)"), Err(RefusalKind::SecretMemory));
-        assert_eq!(kind("[uprobes]"), Err(RefusalKind::SpecialMapping { path: "[uprobes]".into() }));
-        assert!(matches!(kind("/SYSV00000000 (deleted)"), Err(RefusalKind::SysvMemory { .. })));
-        assert!(matches!(kind("/memfd:x (deleted)"), Err(RefusalKind::MemfdMapping { .. })));
-        assert!(matches!(kind("anon_inode:[io_uring]"), Err(RefusalKind::DeviceMapping { .. })));
-        let shared = Vma { shared: true, ..vma(0x1000, 0x2000, "/dev/zero (deleted)") };
+        assert_eq!(
+            kind("[uprobes]"),
+            Err(RefusalKind::SpecialMapping {
+                path: "[uprobes]".into()
+            })
+        );
+        assert!(matches!(
+            kind("/SYSV00000000 (deleted)"),
+            Err(RefusalKind::SysvMemory { .. })
+        ));
+        assert!(matches!(
+            kind("/memfd:x (deleted)"),
+            Err(RefusalKind::MemfdMapping { .. })
+        ));
+        assert!(matches!(
+            kind("anon_inode:[io_uring]"),
+            Err(RefusalKind::DeviceMapping { .. })
+        ));
+        let shared = Vma {
+            shared: true,
+            ..vma(0x1000, 0x2000, "/dev/zero (deleted)")
+        };
         assert_eq!(classify(&shared), Err(RefusalKind::SharedAnonymous));
-        assert_eq!(classify(&vma(1 << 47, (1 << 47) + 4096, "")), Err(RefusalKind::HighMapping));
+        assert_eq!(
+            classify(&vma(1 << 47, (1 << 47) + 4096, "")),
+            Err(RefusalKind::HighMapping)
+        );
     }
 
     #[test]
     fn flags_are_kept_by_a_grown_mapping_and_not_by_a_new_one() {
-        let old = [Vma { page_bytes: 4096, ..vma(0x1000, 0x3000, "[heap]") }, vma(0x8000, 0x9000, "")];
+        let old = [
+            Vma {
+                page_bytes: 4096,
+                ..vma(0x1000, 0x3000, "[heap]")
+            },
+            vma(0x8000, 0x9000, ""),
+        ];
         assert!(known_flags(&vma(0x1000, 0x5000, "[heap]"), &old).is_some());
         assert!(known_flags(&vma(0x2000, 0x3000, "[heap]"), &old).is_some());
         assert!(known_flags(&vma(0x5000, 0x6000, ""), &old).is_none());
-        assert!(known_flags(&Vma { write: false, ..vma(0x8000, 0x9000, "") }, &old).is_none());
+        assert!(
+            known_flags(
+                &Vma {
+                    write: false,
+                    ..vma(0x8000, 0x9000, "")
+                },
+                &old
+            )
+            .is_none()
+        );
     }
 
     #[test]
     fn first_touch_pages_are_lazy_ones_only() {
-        let vmas = [vma(0x10_0000, 0x12_0000, "/bin/x"), vma(0x20_0000, 0x30_0000, "")];
+        let vmas = [
+            vma(0x10_0000, 0x12_0000, "/bin/x"),
+            vma(0x20_0000, 0x30_0000, ""),
+        ];
         let thread = FirstTouch {
             instruction: 0x10_0010,
             stack: 0x20_0008,
             thread_pointer: 0x28_0f00,
             areas: [(0x28_1fe0, 32), (0, 24), (0x10_0000, 4)],
         };
-        let guards = [PageRange { start: 0x28_1000, end: 0x28_2000 }];
+        let guards = [PageRange {
+            start: 0x28_1000,
+            end: 0x28_2000,
+        }];
         let pages = first_touch_pages(&[thread], &vmas, &guards);
-        assert_eq!(pages, [PageRange { start: 0x20_0000, end: 0x20_1000 }, PageRange { start: 0x28_0000, end: 0x28_1000 }]);
+        assert_eq!(
+            pages,
+            [
+                PageRange {
+                    start: 0x20_0000,
+                    end: 0x20_1000
+                },
+                PageRange {
+                    start: 0x28_0000,
+                    end: 0x28_1000
+                }
+            ]
+        );
     }
 
     #[test]
     fn ranges_merge_and_pieces_cover() {
         let range = |start, end| PageRange { start, end };
-        assert_eq!(merge(vec![range(5, 7), range(1, 3), range(3, 4), range(6, 9)]), [range(1, 4), range(5, 9)]);
+        assert_eq!(
+            merge(vec![range(5, 7), range(1, 3), range(3, 4), range(6, 9)]),
+            [range(1, 4), range(5, 9)]
+        );
         let holes = [range(0, 2), range(4, 5), range(8, 12)];
-        assert_eq!(without(vec![range(1, 6), range(7, 9), range(20, 21)], &holes), [range(2, 4), range(5, 6), range(7, 8), range(20, 21)]);
+        assert_eq!(
+            without(vec![range(1, 6), range(7, 9), range(20, 21)], &holes),
+            [range(2, 4), range(5, 6), range(7, 8), range(20, 21)]
+        );
         let long = range(0x1000, 0x1000 + (130 << 20));
         let cut: Vec<_> = pieces(long).collect();
         assert_eq!(cut.len(), 3);

@@ -19,7 +19,10 @@ pub(crate) fn actions(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Act
     let mut batch = Batch::new();
     for signo in 1..=SIGNALS {
         let old = at + u64::from(signo - 1) * ACTION_LEN as u64;
-        batch.call(libc::SYS_rt_sigaction, &[signo.into(), 0u64.into(), old.into(), 8u64.into()]);
+        batch.call(
+            libc::SYS_rt_sigaction,
+            &[signo.into(), 0u64.into(), old.into(), 8u64.into()],
+        );
     }
     let answers = Answers::new(pid, injection.run(pid, &batch)?);
     for index in 0..SIGNALS as usize {
@@ -34,11 +37,21 @@ pub(crate) fn actions(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Act
 }
 
 fn word(bytes: &[u8], index: usize) -> u64 {
-    u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"))
+    u64::from_le_bytes(
+        bytes[index * 8..index * 8 + 8]
+            .try_into()
+            .expect("eight bytes"),
+    )
 }
 
 fn parse_action(signo: u32, bytes: &[u8]) -> Action {
-    Action { signo, handler: word(bytes, 0), flags: word(bytes, 1), restorer: word(bytes, 2), mask: word(bytes, 3) }
+    Action {
+        signo,
+        handler: word(bytes, 0),
+        flags: word(bytes, 1),
+        restorer: word(bytes, 2),
+        mask: word(bytes, 3),
+    }
 }
 
 /// A `stack_t` as sigaltstack(2) filled it.
@@ -52,7 +65,13 @@ pub(crate) fn parse_altstack(bytes: &[u8]) -> AltStack {
 
 /// Queued signals of a thread, or with `shared` of the process.
 pub(crate) fn pending(tracee: &Tracee, tid: i32, shared: bool) -> Result<Vec<Pending>> {
-    Ok(tracee.pending(tid, shared)?.into_iter().map(|siginfo| Pending { siginfo: siginfo.to_vec() }).collect())
+    Ok(tracee
+        .pending(tid, shared)?
+        .into_iter()
+        .map(|siginfo| Pending {
+            siginfo: siginfo.to_vec(),
+        })
+        .collect())
 }
 
 #[cfg(test)]
@@ -61,10 +80,24 @@ mod tests {
 
     #[test]
     fn structures_of_the_kernel_are_understood() {
-        let bytes: Vec<u8> = [0x1234u64, 0x0400_0004, 0x5678, 0x202].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes: Vec<u8> = [0x1234u64, 0x0400_0004, 0x5678, 0x202]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
         let action = parse_action(10, &bytes);
-        assert_eq!((action.signo, action.handler, action.flags, action.restorer, action.mask), (10, 0x1234, 0x0400_0004, 0x5678, 0x202));
-        let stack = parse_altstack(&[0, 0x10, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 9, 9, 9, 9, 0, 0x20, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(
+            (
+                action.signo,
+                action.handler,
+                action.flags,
+                action.restorer,
+                action.mask
+            ),
+            (10, 0x1234, 0x0400_0004, 0x5678, 0x202)
+        );
+        let stack = parse_altstack(&[
+            0, 0x10, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 9, 9, 9, 9, 0, 0x20, 0, 0, 0, 0, 0, 0,
+        ]);
         assert_eq!((stack.sp, stack.flags, stack.size), (0x1000, 2, 0x2000));
     }
 }

@@ -53,15 +53,21 @@ const GENERAL: &[i32] = &[
 /// `IPPROTO_IP`, on IPv6 sockets too: they may speak IPv4. By number: IP_TOS, TTL, RECVOPTS, RETOPTS, PKTINFO, MTU_DISCOVER,
 /// RECVERR, RECVTTL, RECVTOS, FREEBIND, TRANSPARENT, RECVORIGDSTADDR, MINTTL, NODEFRAG, BIND_ADDRESS_NO_PORT, RECVFRAGSIZE,
 /// MULTICAST_TTL, MULTICAST_LOOP, MULTICAST_ALL, LOCAL_PORT_RANGE.
-const IPV4: &[i32] = &[1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 19, 20, 21, 22, 24, 25, 33, 34, 49, 51];
+const IPV4: &[i32] = &[
+    1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 19, 20, 21, 22, 24, 25, 33, 34, 49, 51,
+];
 /// `IPPROTO_IPV6`. By number: UNICAST_HOPS, MULTICAST_HOPS, MULTICAST_LOOP, MTU_DISCOVER, RECVERR, V6ONLY, MULTICAST_ALL,
 /// RECVPKTINFO, RECVHOPLIMIT, DONTFRAG, RECVTCLASS, TCLASS, AUTOFLOWLABEL, ADDR_PREFERENCES, MINHOPCOUNT, RECVORIGDSTADDR,
 /// TRANSPARENT, FREEBIND.
-const IPV6: &[i32] = &[16, 18, 19, 23, 25, 26, 29, 49, 51, 62, 66, 67, 70, 72, 73, 74, 75, 78];
+const IPV6: &[i32] = &[
+    16, 18, 19, 23, 25, 26, 29, 49, 51, 62, 66, 67, 70, 72, 73, 74, 75, 78,
+];
 /// `IPPROTO_TCP`. By number: NODELAY, MAXSEG, CORK, KEEPIDLE, KEEPINTVL, KEEPCNT, SYNCNT, LINGER2, DEFER_ACCEPT, WINDOW_CLAMP,
 /// CONGESTION, THIN_LINEAR_TIMEOUTS, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT, SAVE_SYN, FASTOPEN_CONNECT, FASTOPEN_NO_COOKIE,
 /// INQ.
-const TCP: &[i32] = &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 18, 23, 25, 27, 30, 34, 36];
+const TCP: &[i32] = &[
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 18, 23, 25, 27, 30, 34, 36,
+];
 /// `IPPROTO_UDP`: CORK, NO_CHECK6_TX, NO_CHECK6_RX, SEGMENT, GRO.
 const UDP: &[i32] = &[1, 101, 102, 103, 104];
 /// Options that name an interface by its number here: IP_MULTICAST_IF, IP_UNICAST_IF, IPV6_MULTICAST_IF, IPV6_UNICAST_IF.
@@ -93,7 +99,12 @@ impl Pairs {
             .filter(|entry| entry.link.starts_with("socket:"))
             .filter_map(DescriptorEntry::pipe_or_socket_inode)
             .collect();
-        Self { own, numbers: BTreeMap::new(), peers: None, fresh: BTreeMap::new() }
+        Self {
+            own,
+            numbers: BTreeMap::new(),
+            peers: None,
+            fresh: BTreeMap::new(),
+        }
     }
 
     fn peers(&mut self) -> Result<&UnixPeers> {
@@ -122,10 +133,14 @@ pub(crate) fn socket(
 ) -> Result<Verdict<Socket>> {
     let kind = socket::kind(fd)?;
     let found = match kind {
-        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => tcp(fd, look.options.tcp)?,
+        (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP) => {
+            tcp(fd, look.options.tcp)?
+        }
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => udp(fd)?,
         (libc::AF_UNIX, ..) => unix(entry, inode, fd, depth, pairs)?,
-        (family, kind, protocol) => Err(RefusalKind::OtherSocket { kind: other_kind(family, kind, protocol) }),
+        (family, kind, protocol) => Err(RefusalKind::OtherSocket {
+            kind: other_kind(family, kind, protocol),
+        }),
     };
     let mut socket = match found {
         Ok(socket) => socket,
@@ -170,7 +185,9 @@ fn address(bytes: &[u8]) -> Option<SocketAddr> {
     let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
     let ip = match family {
         libc::AF_INET => IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.get(4..8)?).ok()?)),
-        libc::AF_INET6 => IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes.get(8..24)?).ok()?)),
+        libc::AF_INET6 => IpAddr::V6(Ipv6Addr::from(
+            <[u8; 16]>::try_from(bytes.get(8..24)?).ok()?,
+        )),
         _ => return None,
     };
     Some(SocketAddr::new(ip.to_canonical(), port))
@@ -183,20 +200,39 @@ fn text(bytes: &[u8]) -> String {
 /// Unbound, or bound to what `local` says.
 fn unconnected(local: Vec<u8>) -> Socket {
     let is_bound = address(&local).is_some_and(|address| address.port() != 0);
-    let state = if is_bound { State::Bound } else { State::Unbound };
-    Socket { state: state.into(), local: if is_bound { local } else { Vec::new() }, ..Socket::default() }
+    let state = if is_bound {
+        State::Bound
+    } else {
+        State::Unbound
+    };
+    Socket {
+        state: state.into(),
+        local: if is_bound { local } else { Vec::new() },
+        ..Socket::default()
+    }
 }
 
 fn tcp(fd: BorrowedFd<'_>, policy: TcpPolicy) -> Result<Verdict<Socket>> {
     let tcp = socket::tcp_state(fd)?;
     let local = socket::local_address(fd)?;
-    let dropped = Socket { state: State::Dropped.into(), ..Socket::default() };
+    let dropped = Socket {
+        state: State::Dropped.into(),
+        ..Socket::default()
+    };
     match tcp.state {
         socket::TCP_LISTEN => {
             if tcp.waiting > 0 && policy == TcpPolicy::Refuse {
-                return Ok(Err(RefusalKind::AcceptQueue { local: text(&local), count: tcp.waiting }));
+                return Ok(Err(RefusalKind::AcceptQueue {
+                    local: text(&local),
+                    count: tcp.waiting,
+                }));
             }
-            Ok(Ok(Socket { state: State::Listening.into(), local, backlog: tcp.backlog, ..Socket::default() }))
+            Ok(Ok(Socket {
+                state: State::Listening.into(),
+                local,
+                backlog: tcp.backlog,
+                ..Socket::default()
+            }))
         }
         // Never connected, or connected once and over: a port that is still told is then not its own any more.
         socket::TCP_CLOSE if was_connected(fd)? => Ok(Ok(dropped)),
@@ -204,8 +240,13 @@ fn tcp(fd: BorrowedFd<'_>, policy: TcpPolicy) -> Result<Verdict<Socket>> {
         state => match policy {
             TcpPolicy::Close => Ok(Ok(dropped)),
             TcpPolicy::Refuse => {
-                let remote = socket::peer_address(fd)?.map_or_else(|| "nobody".to_owned(), |peer| text(&peer));
-                Ok(Err(RefusalKind::Tcp { state: tcp_state_name(state), local: text(&local), remote }))
+                let remote = socket::peer_address(fd)?
+                    .map_or_else(|| "nobody".to_owned(), |peer| text(&peer));
+                Ok(Err(RefusalKind::Tcp {
+                    state: tcp_state_name(state),
+                    local: text(&local),
+                    remote,
+                }))
             }
         },
     }
@@ -213,7 +254,9 @@ fn tcp(fd: BorrowedFd<'_>, policy: TcpPolicy) -> Result<Verdict<Socket>> {
 
 fn was_connected(fd: BorrowedFd<'_>) -> Result<bool> {
     let info = socket::option(fd, libc::IPPROTO_TCP, libc::TCP_INFO)?;
-    Ok(TCP_INFO_SEGMENTS.iter().any(|&at| info.get(at..at + 4).is_some_and(|count| count != [0; 4])))
+    Ok(TCP_INFO_SEGMENTS
+        .iter()
+        .any(|&at| info.get(at..at + 4).is_some_and(|count| count != [0; 4])))
 }
 
 fn tcp_state_name(state: u8) -> &'static str {
@@ -238,7 +281,10 @@ fn tcp_state_name(state: u8) -> &'static str {
 fn udp(fd: BorrowedFd<'_>) -> Result<Verdict<Socket>> {
     let local = socket::local_address(fd)?;
     Ok(match socket::peer_address(fd)? {
-        Some(peer) => Err(RefusalKind::ConnectedUdp { local: text(&local), remote: text(&peer) }),
+        Some(peer) => Err(RefusalKind::ConnectedUdp {
+            local: text(&local),
+            remote: text(&peer),
+        }),
         None => Ok(unconnected(local)),
     })
 }
@@ -248,11 +294,20 @@ fn unix_name(address: &[u8]) -> Option<String> {
     match address.get(2..)? {
         [] => None,
         [0, abstract_name @ ..] => Some(format!("@{}", String::from_utf8_lossy(abstract_name))),
-        path => Some(String::from_utf8_lossy(path.split(|&byte| byte == 0).next().unwrap_or_default()).into_owned()),
+        path => Some(
+            String::from_utf8_lossy(path.split(|&byte| byte == 0).next().unwrap_or_default())
+                .into_owned(),
+        ),
     }
 }
 
-fn unix(entry: &DescriptorEntry, inode: u64, fd: BorrowedFd<'_>, depth: Depth, pairs: &mut Pairs) -> Result<Verdict<Socket>> {
+fn unix(
+    entry: &DescriptorEntry,
+    inode: u64,
+    fd: BorrowedFd<'_>,
+    depth: Depth,
+    pairs: &mut Pairs,
+) -> Result<Verdict<Socket>> {
     const SHUT_READ: u8 = 1;
     const SHUT_WRITE: u8 = 2;
     if let Some(name) = unix_name(&socket::local_address(fd)?) {
@@ -262,20 +317,35 @@ fn unix(entry: &DescriptorEntry, inode: u64, fd: BorrowedFd<'_>, depth: Depth, p
         return Ok(Err(RefusalKind::UnixInFlight { count }));
     }
     let Some(connection) = pairs.peers()?.connection(inode)? else {
-        return Ok(Err(RefusalKind::UnixState { what: "no answer about its other end" }));
+        return Ok(Err(RefusalKind::UnixState {
+            what: "no answer about its other end",
+        }));
     };
-    let mut socket = Socket { state: State::Paired.into(), ..Socket::default() };
+    let mut socket = Socket {
+        state: State::Paired.into(),
+        ..Socket::default()
+    };
     match connection.peer.map(u64::from) {
-        None => return Ok(Ok(Socket { state: State::Unbound.into(), ..Socket::default() })),
+        None => {
+            return Ok(Ok(Socket {
+                state: State::Unbound.into(),
+                ..Socket::default()
+            }));
+        }
         Some(0) => {
             socket.peer_closed = true;
             socket.pair = pairs.number(inode, inode);
         }
         Some(peer) if pairs.own.contains(&peer) => {
             // A datagram socket may be connected to one that is not connected back.
-            let back = pairs.peers()?.connection(peer)?.and_then(|connection| connection.peer);
+            let back = pairs
+                .peers()?
+                .connection(peer)?
+                .and_then(|connection| connection.peer);
             if back.map(u64::from) != Some(inode) || peer == inode {
-                return Ok(Err(RefusalKind::UnixState { what: "a one-sided connection" }));
+                return Ok(Err(RefusalKind::UnixState {
+                    what: "a one-sided connection",
+                }));
             }
             socket.pair = pairs.number(inode, peer);
             socket.shut_read = connection.shutdown & SHUT_READ != 0;
@@ -283,7 +353,9 @@ fn unix(entry: &DescriptorEntry, inode: u64, fd: BorrowedFd<'_>, depth: Depth, p
         }
         Some(_) => {
             let name = socket::peer_address(fd)?.and_then(|peer| unix_name(&peer));
-            return Ok(Err(RefusalKind::UnixOutside { name: name.map_or_else(String::new, |name| format!(" at {name}")) }));
+            return Ok(Err(RefusalKind::UnixOutside {
+                name: name.map_or_else(String::new, |name| format!(" at {name}")),
+            }));
         }
     }
     if depth == Depth::Capture {
@@ -291,22 +363,32 @@ fn unix(entry: &DescriptorEntry, inode: u64, fd: BorrowedFd<'_>, depth: Depth, p
         if queue.descriptors {
             return Ok(Err(RefusalKind::UnixInFlight { count: 1 }));
         }
-        socket.queue = queue.messages.into_iter().map(|message| message.bytes).collect();
+        socket.queue = queue
+            .messages
+            .into_iter()
+            .map(|message| message.bytes)
+            .collect();
     }
     Ok(Ok(socket))
 }
 
 /// The options that make this socket different from one just made, in the form in which they are set.
-fn options(fd: BorrowedFd<'_>, kind: Kind, pairs: &mut Pairs) -> Result<Verdict<Vec<SocketOption>>> {
-    if !pairs.fresh.contains_key(&kind) {
+fn options(
+    fd: BorrowedFd<'_>,
+    kind: Kind,
+    pairs: &mut Pairs,
+) -> Result<Verdict<Vec<SocketOption>>> {
+    if let std::collections::btree_map::Entry::Vacant(e) = pairs.fresh.entry(kind) {
         let fresh = socket::create(kind.0, kind.1, kind.2)?;
-        pairs.fresh.insert(kind, values(fresh.as_fd(), kind)?);
+        e.insert(values(fresh.as_fd(), kind)?);
     }
     let mut found = Vec::new();
     let fresh = &pairs.fresh[&kind];
     for ((option, value), (_, fresh)) in values(fd, kind)?.into_iter().zip(fresh) {
         let (level, name) = option;
-        let Some(value) = value.filter(|value| Some(value) != fresh.as_ref()) else { continue };
+        let Some(value) = value.filter(|value| Some(value) != fresh.as_ref()) else {
+            continue;
+        };
         if let Some(&(.., what)) = INTERFACES.iter().find(|&&(a, b, _)| (a, b) == option) {
             return Ok(Err(RefusalKind::InterfaceOption { what }));
         }
@@ -315,15 +397,26 @@ fn options(fd: BorrowedFd<'_>, kind: Kind, pairs: &mut Pairs) -> Result<Verdict<
     found.extend(buffer_sizes(fd)?);
     // Last: setting IP_TOS sets the priority too.
     let priority = socket::option(fd, libc::SOL_SOCKET, libc::SO_PRIORITY)?;
-    if priority.iter().any(|&byte| byte != 0) || found.iter().any(|option| (option.level, option.name) == (libc::IPPROTO_IP, libc::IP_TOS)) {
-        found.push(SocketOption { level: libc::SOL_SOCKET, name: libc::SO_PRIORITY, value: priority });
+    if priority.iter().any(|&byte| byte != 0)
+        || found
+            .iter()
+            .any(|option| (option.level, option.name) == (libc::IPPROTO_IP, libc::IP_TOS))
+    {
+        found.push(SocketOption {
+            level: libc::SOL_SOCKET,
+            name: libc::SO_PRIORITY,
+            value: priority,
+        });
     }
     Ok(Ok(found))
 }
 
 /// The options that may be carried, for this kind of socket.
 fn values(fd: BorrowedFd<'_>, (family, _, protocol): Kind) -> Result<Vec<Value>> {
-    let mut asked: Vec<(i32, i32)> = GENERAL.iter().map(|&name| (libc::SOL_SOCKET, name)).collect();
+    let mut asked: Vec<(i32, i32)> = GENERAL
+        .iter()
+        .map(|&name| (libc::SOL_SOCKET, name))
+        .collect();
     let is_internet = family != libc::AF_UNIX;
     if is_internet {
         asked.extend(IPV4.iter().map(|&name| (libc::IPPROTO_IP, name)));
@@ -331,22 +424,32 @@ fn values(fd: BorrowedFd<'_>, (family, _, protocol): Kind) -> Result<Vec<Value>>
     if family == libc::AF_INET6 {
         asked.extend(IPV6.iter().map(|&name| (libc::IPPROTO_IPV6, name)));
     }
-    asked.extend(INTERFACES.iter().filter(|&&(level, ..)| match level {
-        libc::IPPROTO_IP => is_internet,
-        _ => family == libc::AF_INET6,
-    }).map(|&(level, name, _)| (level, name)));
+    asked.extend(
+        INTERFACES
+            .iter()
+            .filter(|&&(level, ..)| match level {
+                libc::IPPROTO_IP => is_internet,
+                _ => family == libc::AF_INET6,
+            })
+            .map(|&(level, name, _)| (level, name)),
+    );
     match protocol {
-        libc::IPPROTO_TCP if is_internet => asked.extend(TCP.iter().map(|&name| (libc::IPPROTO_TCP, name))),
-        libc::IPPROTO_UDP if is_internet => asked.extend(UDP.iter().map(|&name| (libc::IPPROTO_UDP, name))),
+        libc::IPPROTO_TCP if is_internet => {
+            asked.extend(TCP.iter().map(|&name| (libc::IPPROTO_TCP, name)))
+        }
+        libc::IPPROTO_UDP if is_internet => {
+            asked.extend(UDP.iter().map(|&name| (libc::IPPROTO_UDP, name)))
+        }
         _ => {}
     }
     asked
         .into_iter()
         .map(|(level, name)| match socket::option(fd, level, name) {
             Ok(value) => Ok(((level, name), Some(value))),
-            Err(ProcessError::Kernel { errno: Errno::ENOPROTOOPT | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOTCONN, .. }) => {
-                Ok(((level, name), None))
-            }
+            Err(ProcessError::Kernel {
+                errno: Errno::ENOPROTOOPT | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOTCONN,
+                ..
+            }) => Ok(((level, name), None)),
             Err(error) => Err(error.into()),
         })
         .collect()
@@ -358,14 +461,24 @@ fn buffer_sizes(fd: BorrowedFd<'_>) -> Result<Vec<SocketOption>> {
     const RECEIVE: i32 = 2;
     let chosen = match socket::int_option(fd, libc::SOL_SOCKET, SO_BUF_LOCK) {
         Ok(chosen) => chosen,
-        Err(ProcessError::Kernel { errno: Errno::ENOPROTOOPT, .. }) => SEND | RECEIVE,
+        Err(ProcessError::Kernel {
+            errno: Errno::ENOPROTOOPT,
+            ..
+        }) => SEND | RECEIVE,
         Err(error) => return Err(error.into()),
     };
     let mut found = Vec::new();
-    for (bit, get, set) in [(SEND, libc::SO_SNDBUF, SO_SNDBUFFORCE), (RECEIVE, libc::SO_RCVBUF, SO_RCVBUFFORCE)] {
+    for (bit, get, set) in [
+        (SEND, libc::SO_SNDBUF, SO_SNDBUFFORCE),
+        (RECEIVE, libc::SO_RCVBUF, SO_RCVBUFFORCE),
+    ] {
         if chosen & bit != 0 {
             let value = socket::int_option(fd, libc::SOL_SOCKET, get)? / 2;
-            found.push(SocketOption { level: libc::SOL_SOCKET, name: set, value: value.to_ne_bytes().to_vec() });
+            found.push(SocketOption {
+                level: libc::SOL_SOCKET,
+                name: set,
+                value: value.to_ne_bytes().to_vec(),
+            });
         }
     }
     Ok(found)
@@ -379,14 +492,20 @@ mod tests {
 
     #[test]
     fn addresses_are_shown_as_people_write_them() {
-        assert_eq!(text(&[2, 0, 0x18, 0xeb, 10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]), "10.0.0.1:6379");
+        assert_eq!(
+            text(&[2, 0, 0x18, 0xeb, 10, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
+            "10.0.0.1:6379"
+        );
         let mut mapped = vec![10, 0, 0x18, 0xeb, 0, 0, 0, 0];
         mapped.extend_from_slice(&Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped().octets());
         mapped.extend_from_slice(&[0; 4]);
         assert_eq!(text(&mapped), "10.0.0.1:6379");
         assert_eq!(text(&[2, 0]), "?");
         assert_eq!(unix_name(&[1, 0]), None);
-        assert_eq!(unix_name(b"\x01\0/run/x.sock\0").as_deref(), Some("/run/x.sock"));
+        assert_eq!(
+            unix_name(b"\x01\0/run/x.sock\0").as_deref(),
+            Some("/run/x.sock")
+        );
         assert_eq!(unix_name(b"\x01\0\0name").as_deref(), Some("@name"));
     }
 
@@ -395,27 +514,69 @@ mod tests {
         let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
         let kind = socket::kind(udp.as_fd()).expect("a socket");
         let mut pairs = Pairs::new(&[]);
-        assert_eq!(options(udp.as_fd(), kind, &mut pairs).expect("asked"), Ok(Vec::new()));
+        assert_eq!(
+            options(udp.as_fd(), kind, &mut pairs).expect("asked"),
+            Ok(Vec::new())
+        );
         udp.set_broadcast(true).expect("set");
         udp.set_ttl(7).expect("set");
-        socket::set_option(udp.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, &65536i32.to_ne_bytes()).expect("set");
-        let found = options(udp.as_fd(), kind, &mut pairs).expect("asked").expect("carried");
-        let value = |level, name| found.iter().find(|option| (option.level, option.name) == (level, name)).map(|option| option.value.clone());
-        assert_eq!(value(libc::SOL_SOCKET, libc::SO_BROADCAST), Some(1i32.to_ne_bytes().to_vec()));
-        assert_eq!(value(libc::IPPROTO_IP, libc::IP_TTL), Some(7i32.to_ne_bytes().to_vec()));
-        assert_eq!(value(libc::SOL_SOCKET, SO_RCVBUFFORCE), Some(65536i32.to_ne_bytes().to_vec()));
+        socket::set_option(
+            udp.as_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUF,
+            &65536i32.to_ne_bytes(),
+        )
+        .expect("set");
+        let found = options(udp.as_fd(), kind, &mut pairs)
+            .expect("asked")
+            .expect("carried");
+        let value = |level, name| {
+            found
+                .iter()
+                .find(|option| (option.level, option.name) == (level, name))
+                .map(|option| option.value.clone())
+        };
+        assert_eq!(
+            value(libc::SOL_SOCKET, libc::SO_BROADCAST),
+            Some(1i32.to_ne_bytes().to_vec())
+        );
+        assert_eq!(
+            value(libc::IPPROTO_IP, libc::IP_TTL),
+            Some(7i32.to_ne_bytes().to_vec())
+        );
+        assert_eq!(
+            value(libc::SOL_SOCKET, SO_RCVBUFFORCE),
+            Some(65536i32.to_ne_bytes().to_vec())
+        );
         assert_eq!(found.len(), 3, "{found:?}");
     }
 
     #[test]
     fn a_listener_tells_its_backlog_and_who_waits() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let quiet = tcp(listener.as_fd(), TcpPolicy::Refuse).expect("asked").expect("carried");
+        let quiet = tcp(listener.as_fd(), TcpPolicy::Refuse)
+            .expect("asked")
+            .expect("carried");
         assert_eq!(quiet.state(), State::Listening);
         assert!(quiet.backlog > 0);
-        let client = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
-        assert!(matches!(tcp(listener.as_fd(), TcpPolicy::Refuse), Ok(Err(RefusalKind::AcceptQueue { count: 1, .. }))));
-        assert!(matches!(tcp(client.as_fd(), TcpPolicy::Refuse), Ok(Err(RefusalKind::Tcp { state: "established", .. }))));
-        assert_eq!(tcp(client.as_fd(), TcpPolicy::Close).expect("asked").map(|socket| socket.state()), Ok(State::Dropped));
+        let client =
+            std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        assert!(matches!(
+            tcp(listener.as_fd(), TcpPolicy::Refuse),
+            Ok(Err(RefusalKind::AcceptQueue { count: 1, .. }))
+        ));
+        assert!(matches!(
+            tcp(client.as_fd(), TcpPolicy::Refuse),
+            Ok(Err(RefusalKind::Tcp {
+                state: "established",
+                ..
+            }))
+        ));
+        assert_eq!(
+            tcp(client.as_fd(), TcpPolicy::Close)
+                .expect("asked")
+                .map(|socket| socket.state()),
+            Ok(State::Dropped)
+        );
     }
 }

@@ -76,7 +76,15 @@ pub(crate) fn seen(tracee: &Tracee, tid: i32) -> Result<Seen> {
         ..Thread::default()
     };
     let pid = tracee.pid();
-    Ok(Seen { tid, status: procfs::status(pid, tid)?, comm: procfs::comm(pid, tid)?, registers, rseq, robust_list, thread })
+    Ok(Seen {
+        tid,
+        status: procfs::status(pid, tid)?,
+        comm: procfs::comm(pid, tid)?,
+        registers,
+        rseq,
+        robust_list,
+        thread,
+    })
 }
 
 impl Seen {
@@ -84,7 +92,11 @@ impl Seen {
     pub(crate) fn refusals(&self, pid: i32) -> Vec<Refusal> {
         let mut found = thread_refusals(pid, self.tid, &self.status);
         if self.registers.cs != USER_CODE_64 {
-            found.push(Refusal { pid, object: Object::Thread(self.tid), what: RefusalKind::CompatMode });
+            found.push(Refusal {
+                pid,
+                object: Object::Thread(self.tid),
+                what: RefusalKind::CompatMode,
+            });
         }
         found
     }
@@ -101,11 +113,23 @@ impl Seen {
 /// What the status of a thread rules out.
 pub(crate) fn thread_refusals(pid: i32, tid: i32, status: &Status) -> Vec<Refusal> {
     let mut found = Vec::new();
-    let mut refuse = |what| found.push(Refusal { pid, object: Object::Thread(tid), what });
+    let mut refuse = |what| {
+        found.push(Refusal {
+            pid,
+            object: Object::Thread(tid),
+            what,
+        })
+    };
     if status.seccomp != 0 {
-        refuse(RefusalKind::Seccomp { mode: status.seccomp });
+        refuse(RefusalKind::Seccomp {
+            mode: status.seccomp,
+        });
     }
-    if status.x86_thread_features.split_ascii_whitespace().any(|feature| feature == "shstk") {
+    if status
+        .x86_thread_features
+        .split_ascii_whitespace()
+        .any(|feature| feature == "shstk")
+    {
         refuse(RefusalKind::ShadowStack);
     }
     found
@@ -114,20 +138,54 @@ pub(crate) fn thread_refusals(pid: i32, tid: i32, status: &Status) -> Vec<Refusa
 /// The questions put to every thread.
 pub(crate) fn questions(scratch: u64) -> Batch {
     let mut batch = Batch::new();
-    let mut call = |number: i64, arguments: [u64; 5]| batch.call(number, &arguments.map(Into::into));
+    let mut call =
+        |number: i64, arguments: [u64; 5]| batch.call(number, &arguments.map(Into::into));
     let address = |offset: usize| scratch + offset as u64;
-    let option = |option: i32| u64::from(option.cast_unsigned());
+    let option = |option: i32| u64::from(option as u32);
     call(libc::SYS_sigaltstack, [0, address(at::ALTSTACK), 0, 0, 0]);
-    call(libc::SYS_prctl, [option(libc::PR_GET_PDEATHSIG), address(at::DEATH_SIGNAL), 0, 0, 0]);
-    call(libc::SYS_prctl, [option(libc::PR_GET_SECUREBITS), 0, 0, 0, 0]);
-    call(libc::SYS_prctl, [option(libc::PR_GET_TIMERSLACK), 0, 0, 0, 0]);
-    call(libc::SYS_prctl, [option(libc::PR_GET_TID_ADDRESS), address(at::TID_ADDRESS), 0, 0, 0]);
-    call(libc::SYS_sched_getattr, [0, address(at::SCHEDULING), SCHED_ATTR_LEN, 0, 0]);
+    call(
+        libc::SYS_prctl,
+        [
+            option(libc::PR_GET_PDEATHSIG),
+            address(at::DEATH_SIGNAL),
+            0,
+            0,
+            0,
+        ],
+    );
+    call(
+        libc::SYS_prctl,
+        [option(libc::PR_GET_SECUREBITS), 0, 0, 0, 0],
+    );
+    call(
+        libc::SYS_prctl,
+        [option(libc::PR_GET_TIMERSLACK), 0, 0, 0, 0],
+    );
+    call(
+        libc::SYS_prctl,
+        [
+            option(libc::PR_GET_TID_ADDRESS),
+            address(at::TID_ADDRESS),
+            0,
+            0,
+            0,
+        ],
+    );
+    call(
+        libc::SYS_sched_getattr,
+        [0, address(at::SCHEDULING), SCHED_ATTR_LEN, 0, 0],
+    );
     call(libc::SYS_ioprio_get, [IOPRIO_WHO_PROCESS, 0, 0, 0, 0]);
     call(libc::SYS_personality, [PERSONALITY_ASK, 0, 0, 0, 0]);
-    call(libc::SYS_prctl, [option(libc::PR_GET_TSC), address(at::TSC), 0, 0, 0]);
+    call(
+        libc::SYS_prctl,
+        [option(libc::PR_GET_TSC), address(at::TSC), 0, 0, 0],
+    );
     call(libc::SYS_prctl, [option(libc::PR_MCE_KILL_GET), 0, 0, 0, 0]);
-    call(libc::SYS_get_mempolicy, [address(at::MEMORY_POLICY), 0, 0, 0, 0]);
+    call(
+        libc::SYS_get_mempolicy,
+        [address(at::MEMORY_POLICY), 0, 0, 0, 0],
+    );
     batch
 }
 
@@ -139,12 +197,18 @@ impl Cpus {
     /// The CPUs that are online.
     pub(crate) fn online() -> Result<Self> {
         const PATH: &str = "/sys/devices/system/cpu/online";
-        let text = std::fs::read_to_string(PATH).map_err(|source| crate::Error::File { path: PATH.into(), source })?;
+        let text = std::fs::read_to_string(PATH).map_err(|source| crate::Error::File {
+            path: PATH.into(),
+            source,
+        })?;
         Ok(Self(parse_cpu_list(text.trim())))
     }
 
     fn all_in(&self, mask: &[u8]) -> bool {
-        self.0.iter().all(|&cpu| mask.get(cpu as usize / 8).is_some_and(|byte| byte >> (cpu % 8) & 1 != 0))
+        self.0.iter().all(|&cpu| {
+            mask.get(cpu as usize / 8)
+                .is_some_and(|byte| byte >> (cpu % 8) & 1 != 0)
+        })
     }
 }
 
@@ -160,42 +224,87 @@ fn parse_cpu_list(text: &str) -> Vec<u32> {
 }
 
 /// The model of a thread from what was seen and what it answered, what it will touch first, and what of it is refused.
-pub(crate) fn thread(pid: i32, seen: Seen, answers: &Answers, scratch: &[u8], cpus: &Cpus) -> Result<(Thread, FirstTouch, Vec<Refusal>)> {
-    let Seen { tid, status, comm, registers, rseq, robust_list, thread } = seen;
-    for (index, what) in ["sigaltstack", "prctl(PR_GET_PDEATHSIG)", "prctl(PR_GET_SECUREBITS)", "prctl(PR_GET_TIMERSLACK)", "prctl(PR_GET_TID_ADDRESS)", "sched_getattr", "ioprio_get", "personality"]
-        .into_iter()
-        .enumerate()
+pub(crate) fn thread(
+    pid: i32,
+    seen: Seen,
+    answers: &Answers,
+    scratch: &[u8],
+    cpus: &Cpus,
+) -> Result<(Thread, FirstTouch, Vec<Refusal>)> {
+    let Seen {
+        tid,
+        status,
+        comm,
+        registers,
+        rseq,
+        robust_list,
+        thread,
+    } = seen;
+    for (index, what) in [
+        "sigaltstack",
+        "prctl(PR_GET_PDEATHSIG)",
+        "prctl(PR_GET_SECUREBITS)",
+        "prctl(PR_GET_TIMERSLACK)",
+        "prctl(PR_GET_TID_ADDRESS)",
+        "sched_getattr",
+        "ioprio_get",
+        "personality",
+    ]
+    .into_iter()
+    .enumerate()
     {
         answers.expect(index, what)?;
     }
     let mut refusals = Vec::new();
-    let mut refuse = |what| refusals.push(Refusal { pid, object: Object::Thread(tid), what });
+    let mut refuse = |what| {
+        refusals.push(Refusal {
+            pid,
+            object: Object::Thread(tid),
+            what,
+        })
+    };
     // The three below do not exist on every kernel; without them nobody can have changed them.
     if answers.get(8).is_some() && u32_at(scratch, at::TSC) != PR_TSC_ENABLE {
         refuse(RefusalKind::TscTrap);
     }
-    if answers.get(9).is_some_and(|policy| policy != PR_MCE_KILL_DEFAULT) {
+    if answers
+        .get(9)
+        .is_some_and(|policy| policy != PR_MCE_KILL_DEFAULT)
+    {
         refuse(RefusalKind::MceKill);
     }
     if answers.get(10).is_some() && u32_at(scratch, at::MEMORY_POLICY) != 0 {
-        refuse(RefusalKind::MemoryPolicy { mode: u32_at(scratch, at::MEMORY_POLICY) });
+        refuse(RefusalKind::MemoryPolicy {
+            mode: u32_at(scratch, at::MEMORY_POLICY),
+        });
     }
     let clear_child_tid = u64_at(scratch, at::TID_ADDRESS);
     let first_touch = FirstTouch {
         instruction: registers.rip,
         stack: registers.rsp,
         thread_pointer: registers.fs_base,
-        areas: [(rseq.address, u64::from(rseq.size)), (robust_list.0, ROBUST_LIST_HEAD_LEN), (clear_child_tid, 4)],
+        areas: [
+            (rseq.address, u64::from(rseq.size)),
+            (robust_list.0, ROBUST_LIST_HEAD_LEN),
+            (clear_child_tid, 4),
+        ],
     };
     let [ruid, euid, suid, fsuid] = status.uid;
     let [rgid, egid, sgid, fsgid] = status.gid;
     let thread = Thread {
         comm,
-        altstack: Some(signals::parse_altstack(&scratch[at::ALTSTACK..at::ALTSTACK + signals::ALTSTACK_LEN])),
+        altstack: Some(signals::parse_altstack(
+            &scratch[at::ALTSTACK..at::ALTSTACK + signals::ALTSTACK_LEN],
+        )),
         robust_list: robust_list.0,
         robust_list_len: robust_list.1,
         clear_child_tid,
-        rseq: Some(Rseq { address: rseq.address, size: rseq.size, signature: rseq.signature, flags: rseq.flags }),
+        rseq: Some(Rseq {
+            address: rseq.address,
+            size: rseq.size,
+            signature: rseq.signature,
+            flags: rseq.flags,
+        }),
         credentials: Some(Credentials {
             ruid,
             euid,
@@ -237,7 +346,7 @@ fn parse_scheduling(bytes: &[u8]) -> Scheduling {
     Scheduling {
         policy: u32_at(bytes, 4),
         flags: u64_at(bytes, 8),
-        nice: u32_at(bytes, 16).cast_signed(),
+        nice: (u32_at(bytes, 16) as i32),
         priority: u32_at(bytes, 20),
         runtime_ns: u64_at(bytes, 24),
         deadline_ns: u64_at(bytes, 32),
@@ -264,30 +373,80 @@ pub(crate) struct Answered {
 pub(crate) fn ask_process(injection: &mut Injection<'_>, pid: i32) -> Result<Answered> {
     let scratch = injection.scratch_address(pid);
     let address = |offset: usize| scratch + offset as u64;
-    let option = |option: i32| u64::from(option.cast_unsigned());
+    let option = |option: i32| u64::from(option as u32);
     let mut batch = Batch::new();
-    let mut call = |number: i64, arguments: [u64; 5]| batch.call(number, &arguments.map(Into::into));
+    let mut call =
+        |number: i64, arguments: [u64; 5]| batch.call(number, &arguments.map(Into::into));
     call(libc::SYS_prctl, [option(libc::PR_GET_DUMPABLE), 0, 0, 0, 0]);
-    call(libc::SYS_prctl, [option(libc::PR_GET_CHILD_SUBREAPER), address(at::SUBREAPER), 0, 0, 0]);
+    call(
+        libc::SYS_prctl,
+        [
+            option(libc::PR_GET_CHILD_SUBREAPER),
+            address(at::SUBREAPER),
+            0,
+            0,
+            0,
+        ],
+    );
     call(libc::SYS_prctl, [option(PR_GET_THP_DISABLE), 0, 0, 0, 0]);
     call(libc::SYS_brk, [0; 5]);
-    call(libc::SYS_clock_gettime, [libc::CLOCK_MONOTONIC as u64, address(at::MONOTONIC), 0, 0, 0]);
-    call(libc::SYS_clock_gettime, [libc::CLOCK_BOOTTIME as u64, address(at::BOOTTIME), 0, 0, 0]);
-    call(libc::SYS_clock_gettime, [libc::CLOCK_REALTIME as u64, address(at::REALTIME), 0, 0, 0]);
-    call(libc::SYS_membarrier, [MEMBARRIER_GET_REGISTRATIONS, 0, 0, 0, 0]);
+    call(
+        libc::SYS_clock_gettime,
+        [
+            libc::CLOCK_MONOTONIC as u64,
+            address(at::MONOTONIC),
+            0,
+            0,
+            0,
+        ],
+    );
+    call(
+        libc::SYS_clock_gettime,
+        [libc::CLOCK_BOOTTIME as u64, address(at::BOOTTIME), 0, 0, 0],
+    );
+    call(
+        libc::SYS_clock_gettime,
+        [libc::CLOCK_REALTIME as u64, address(at::REALTIME), 0, 0, 0],
+    );
+    call(
+        libc::SYS_membarrier,
+        [MEMBARRIER_GET_REGISTRATIONS, 0, 0, 0, 0],
+    );
     call(libc::SYS_prctl, [option(PR_GET_MDWE), 0, 0, 0, 0]);
     call(libc::SYS_prctl, [option(PR_GET_IO_FLUSHER), 0, 0, 0, 0]);
-    call(libc::SYS_arch_prctl, [option(ARCH_GET_XCOMP_PERM), address(at::COMPONENTS), 0, 0, 0]);
+    call(
+        libc::SYS_arch_prctl,
+        [
+            option(ARCH_GET_XCOMP_PERM),
+            address(at::COMPONENTS),
+            0,
+            0,
+            0,
+        ],
+    );
     let answers = Answers::new(pid, injection.run(pid, &batch)?);
-    for (index, what) in
-        [(1, "prctl(PR_GET_CHILD_SUBREAPER)"), (4, "clock_gettime"), (5, "clock_gettime"), (6, "clock_gettime")]
-    {
+    for (index, what) in [
+        (1, "prctl(PR_GET_CHILD_SUBREAPER)"),
+        (4, "clock_gettime"),
+        (5, "clock_gettime"),
+        (6, "clock_gettime"),
+    ] {
         answers.expect(index, what)?;
     }
     let bytes = &*injection.scratch(pid);
-    let clock_ns = |at: usize| u64_at(bytes, at).saturating_mul(1_000_000_000).saturating_add(u64_at(bytes, at + 8));
+    let clock_ns = |at: usize| {
+        u64_at(bytes, at)
+            .saturating_mul(1_000_000_000)
+            .saturating_add(u64_at(bytes, at + 8))
+    };
     let mut refusals = Vec::new();
-    let mut refuse = |what| refusals.push(Refusal { pid, object: Object::Process, what });
+    let mut refuse = |what| {
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        })
+    };
     // What a kernel does not know, nobody has asked it for; PR_GET_IO_FLUSHER is only answered to a process that could be one.
     if answers.get(8).is_some_and(|flags| flags != 0) {
         refuse(RefusalKind::DenyWriteExecute);
@@ -315,7 +474,14 @@ pub(crate) fn ask_process(injection: &mut Injection<'_>, pid: i32) -> Result<Ans
 
 /// All resource limits.
 pub(crate) fn limits(pid: i32) -> Result<Vec<Limit>> {
-    Ok((0..).zip(procfs::limits(pid)?).map(|(resource, (soft, hard))| Limit { resource, soft, hard }).collect())
+    Ok((0..)
+        .zip(procfs::limits(pid)?)
+        .map(|(resource, (soft, hard))| Limit {
+            resource,
+            soft,
+            hard,
+        })
+        .collect())
 }
 
 #[cfg(test)]
@@ -330,7 +496,15 @@ mod tests {
         bytes.extend_from_slice(&7u32.to_le_bytes());
         bytes.extend_from_slice(&[0; 24]);
         let scheduling = parse_scheduling(&bytes);
-        assert_eq!((scheduling.policy, scheduling.flags, scheduling.nice, scheduling.priority), (3, 1, -5, 7));
+        assert_eq!(
+            (
+                scheduling.policy,
+                scheduling.flags,
+                scheduling.nice,
+                scheduling.priority
+            ),
+            (3, 1, -5, 7)
+        );
     }
 
     #[test]

@@ -25,13 +25,23 @@ impl Subject {
     /// Compiles `body` as the body of main and starts it; it must end in `ready()`, and has said `name=value` lines before.
     fn start(body: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let (source, program) = (folder.path().join("subject.c"), folder.path().join("subject"));
+        let (source, program) = (
+            folder.path().join("subject.c"),
+            folder.path().join("subject"),
+        );
         let text = format!(
             "#define _GNU_SOURCE\n{}\nstatic void ready(void) {{ puts(\"ready\"); fflush(stdout); close(1); open(\"/dev/null\", O_WRONLY); for (;;) pause(); }}\n{body}",
             include_str!("subject_includes.h")
         );
-        std::fs::File::create(&source).and_then(|mut file| file.write_all(text.as_bytes())).expect("written");
-        let compiled = Command::new("cc").args(["-O1", "-w", "-pthread", "-o"]).arg(&program).arg(&source).status().expect("cc runs");
+        std::fs::File::create(&source)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .expect("written");
+        let compiled = Command::new("cc")
+            .args(["-O1", "-w", "-pthread", "-o"])
+            .arg(&program)
+            .arg(&source)
+            .status()
+            .expect("cc runs");
         assert!(compiled.success(), "the subject compiles");
         let mut child = Command::new(&program)
             .stdin(Stdio::null())
@@ -49,17 +59,28 @@ impl Subject {
         }
         // The pipe's other end is closed right after the word.
         std::thread::sleep(Duration::from_millis(50));
-        Self { child, said, _folder: folder }
+        Self {
+            child,
+            said,
+            _folder: folder,
+        }
     }
 
     fn pid(&self) -> i32 {
-        self.child.id().cast_signed()
+        self.child.id() as i32
     }
 
     /// What it said of `name`, a number.
     fn said(&self, name: &str) -> u64 {
-        let value = self.said.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).expect("it was said");
-        value.strip_prefix("0x").map_or_else(|| value.parse(), |hex| u64::from_str_radix(hex, 16)).expect("a number")
+        let value = self
+            .said
+            .iter()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .expect("it was said");
+        value
+            .strip_prefix("0x")
+            .map_or_else(|| value.parse(), |hex| u64::from_str_radix(hex, 16))
+            .expect("a number")
     }
 
     fn refused(&self) -> Vec<&'static str> {
@@ -67,7 +88,12 @@ impl Subject {
     }
 
     fn refused_with(&self, options: &SurveyOptions) -> Vec<&'static str> {
-        survey(self.pid(), options).expect("surveyed").refusals.iter().map(|refusal| refusal.what.key()).collect()
+        survey(self.pid(), options)
+            .expect("surveyed")
+            .refusals
+            .iter()
+            .map(|refusal| refusal.what.key())
+            .collect()
     }
 
     fn captured(&self, look: impl FnOnce(&Captured)) {
@@ -75,7 +101,9 @@ impl Subject {
         let found = survey(self.pid(), &options).expect("surveyed");
         assert!(found.refusals.is_empty(), "{:?}", found.refusals);
         let mut tracee = Tracee::seize(self.pid(), SeizeOptions::default()).expect("seized");
-        tracee.freeze(Duration::from_millis(500), 5).expect("frozen");
+        tracee
+            .freeze(Duration::from_millis(500), 5)
+            .expect("frozen");
         let captured = capture(&mut tracee, &found, &options).expect("captured");
         assert_eq!(captured.tree.validate(), Ok(()));
         look(&captured);
@@ -95,8 +123,19 @@ fn root(captured: &Captured) -> &Process {
 }
 
 fn kind(captured: &Captured, fd: u64) -> &file::Kind {
-    let file = root(captured).descriptors.iter().find(|row| u64::from(row.fd) == fd).expect("a row").file;
-    captured.tree.files.iter().find(|row| row.id == file).and_then(|row| row.kind.as_ref()).expect("a file")
+    let file = root(captured)
+        .descriptors
+        .iter()
+        .find(|row| u64::from(row.fd) == fd)
+        .expect("a row")
+        .file;
+    captured
+        .tree
+        .files
+        .iter()
+        .find(|row| row.id == file)
+        .and_then(|row| row.kind.as_ref())
+        .expect("a file")
 }
 
 #[test]
@@ -174,14 +213,14 @@ int main(void) {
         assert_eq!((altstack.sp, altstack.size), (subject.said("altstack"), 65536));
         assert_ne!(leader.clear_child_tid, 0);
         assert_ne!(leader.robust_list, 0);
-        assert_eq!(leader.parent_death_signal, libc::SIGHUP.cast_unsigned());
+        assert_eq!(leader.parent_death_signal, (libc::SIGHUP as u32));
         assert_eq!(leader.scheduling.as_ref().expect("scheduling").timer_slack_ns, 123_456);
-        assert_eq!(process.actions.iter().map(|action| action.signo).filter(|&signo| signo == libc::SIGUSR1.cast_unsigned()).count(), 1);
+        assert_eq!(process.actions.iter().map(|action| action.signo).filter(|&signo| signo == (libc::SIGUSR1 as u32)).count(), 1);
         assert_eq!(process.membarrier, 16);
         assert_eq!(process.itimers.len(), 1);
         assert!(process.itimers[0].value_us > 900_000_000 && process.itimers[0].interval_us == 5_000_006);
         let timer = &process.posix_timers[0];
-        assert_eq!((timer.clock, timer.notify, timer.signo, timer.sigev_value & 0xffff, timer.interval_ns), (1, 0, libc::SIGUSR1.cast_unsigned(), 77, 7));
+        assert_eq!((timer.clock, timer.notify, timer.signo, timer.sigev_value & 0xffff, timer.interval_ns), (1, 0, (libc::SIGUSR1 as u32), 77, 7));
         assert!(timer.value_ns > 1_900_000_000_000);
         assert_eq!(process.limits.len(), 16);
         assert!(captured.tree.monotonic_ns > 0 && captured.tree.realtime_ns > 1_600_000_000_000_000_000);
@@ -206,7 +245,7 @@ int main(void) {
         assert!(space.lock_future);
         let memory = subject.said("memory");
         let mapping = space.mappings.iter().find(|mapping| mapping.start <= memory && memory < mapping.end).expect("mapped");
-        assert_eq!(mapping.advice, [libc::MADV_DONTFORK.cast_unsigned()]);
+        assert_eq!(mapping.advice, [(libc::MADV_DONTFORK as u32)]);
         assert_eq!(mapping.guards.len() as u64, subject.said("guarded"));
         assert!(space.mappings.iter().any(|mapping| mapping.grows_down));
         assert!(!space.mappings.iter().any(|mapping| mapping.file.as_ref().is_some_and(|file| file.path.contains("memfd"))));
@@ -234,10 +273,16 @@ int main(void) {
 #[test]
 fn capture_leaves_no_trace_and_can_be_repeated() {
     let subject = Subject::start("int main(void) { ready(); }");
-    let before = (procfs::maps(subject.pid()).expect("maps"), procfs::descriptors(subject.pid()).expect("descriptors"));
+    let before = (
+        procfs::maps(subject.pid()).expect("maps"),
+        procfs::descriptors(subject.pid()).expect("descriptors"),
+    );
     for _ in 0..3 {
         subject.captured(|_| {});
-        let after = (procfs::maps(subject.pid()).expect("maps"), procfs::descriptors(subject.pid()).expect("descriptors"));
+        let after = (
+            procfs::maps(subject.pid()).expect("maps"),
+            procfs::descriptors(subject.pid()).expect("descriptors"),
+        );
         assert_eq!(before, after);
     }
 }
@@ -292,16 +337,40 @@ int main(void) {
     keys.sort_unstable();
     keys.dedup();
     for expected in [
-        "accept-queue", "children", "connected-udp", "deleted-file", "deleted-mapping", "epoll-foreign", "file-lock", "inotify", "kernel-file",
-        "memfd", "other-socket", "path-only", "pidfd", "shared-anonymous", "sysv-memory", "tcp", "terminal", "unix-named",
+        "accept-queue",
+        "children",
+        "connected-udp",
+        "deleted-file",
+        "deleted-mapping",
+        "epoll-foreign",
+        "file-lock",
+        "inotify",
+        "kernel-file",
+        "memfd",
+        "other-socket",
+        "path-only",
+        "pidfd",
+        "shared-anonymous",
+        "sysv-memory",
+        "tcp",
+        "terminal",
+        "unix-named",
     ] {
         assert!(keys.contains(&expected), "{expected} in {keys:?}");
     }
-    let close = SurveyOptions { tcp: crate::survey::TcpPolicy::Close, ..SurveyOptions::default() };
+    let close = SurveyOptions {
+        tcp: crate::survey::TcpPolicy::Close,
+        ..SurveyOptions::default()
+    };
     let keys = subject.refused_with(&close);
-    assert!(!keys.contains(&"tcp") && !keys.contains(&"accept-queue"), "{keys:?}");
+    assert!(
+        !keys.contains(&"tcp") && !keys.contains(&"accept-queue"),
+        "{keys:?}"
+    );
     for child in procfs::children(subject.pid()).expect("children") {
-        pageferry_tracee::descriptor::PidFd::open(child).and_then(|child| child.send_signal(libc::SIGKILL)).expect("ended");
+        pageferry_tracee::descriptor::PidFd::open(child)
+            .and_then(|child| child.send_signal(libc::SIGKILL))
+            .expect("ended");
     }
 }
 
@@ -313,11 +382,18 @@ int main(void) { char path[] = "/tmp/pageferry-subject-XXXXXX"; mkstemp(path); p
 "#,
     );
     let path = subject.said[0].clone();
-    let found = survey(subject.pid(), &SurveyOptions::default()).expect("surveyed").refusals;
+    let found = survey(subject.pid(), &SurveyOptions::default())
+        .expect("surveyed")
+        .refusals;
     assert_eq!(found.len(), 1, "{found:?}");
-    let expected = format!("{path} is open for writing on local storage (--same-file {path} if the target sees the same file)");
+    let expected = format!(
+        "{path} is open for writing on local storage (--same-file {path} if the target sees the same file)"
+    );
     assert!(found[0].to_string().ends_with(&expected), "{}", found[0]);
-    let vouched = SurveyOptions { same_file: vec!["/tmp".into()], ..SurveyOptions::default() };
+    let vouched = SurveyOptions {
+        same_file: vec!["/tmp".into()],
+        ..SurveyOptions::default()
+    };
     assert_eq!(subject.refused_with(&vouched), Vec::<&str>::new());
     std::fs::remove_file(&path).expect("removed");
 }
@@ -333,10 +409,14 @@ int main(void) { signal(SIGUSR1, late); ready(); }
     let options = SurveyOptions::default();
     let found = survey(subject.pid(), &options).expect("surveyed");
     assert!(found.refusals.is_empty());
-    pageferry_tracee::descriptor::PidFd::open(subject.pid()).and_then(|pidfd| pidfd.send_signal(libc::SIGUSR1)).expect("sent");
+    pageferry_tracee::descriptor::PidFd::open(subject.pid())
+        .and_then(|pidfd| pidfd.send_signal(libc::SIGUSR1))
+        .expect("sent");
     std::thread::sleep(Duration::from_millis(50));
     let mut tracee = Tracee::seize(subject.pid(), SeizeOptions::default()).expect("seized");
-    tracee.freeze(Duration::from_millis(500), 5).expect("frozen");
+    tracee
+        .freeze(Duration::from_millis(500), 5)
+        .expect("frozen");
     match capture(&mut tracee, &found, &options) {
         Err(Error::Refused(refusals)) => assert_eq!(refusals[0].what, RefusalKind::Inotify),
         other => panic!("{other:?}"),

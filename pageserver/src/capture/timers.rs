@@ -5,8 +5,8 @@ use pageferry_tracee::procfs::{self, PosixTimer};
 use pageferry_tracee::{Batch, Injection};
 
 use super::Answers;
-use crate::survey::{Object, Refusal, RefusalKind};
 use crate::Result;
+use crate::survey::{Object, Refusal, RefusalKind};
 
 /// `struct itimerval` and `struct itimerspec`: interval, then value, each in seconds and a fraction.
 const TIMER_LEN: usize = 32;
@@ -21,7 +21,13 @@ pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Iti
     let at = injection.scratch_address(pid);
     let mut batch = Batch::new();
     for which in 0..ITIMERS {
-        batch.call(libc::SYS_getitimer, &[which.into(), (at + u64::from(which) * TIMER_LEN as u64).into()]);
+        batch.call(
+            libc::SYS_getitimer,
+            &[
+                which.into(),
+                (at + u64::from(which) * TIMER_LEN as u64).into(),
+            ],
+        );
     }
     let answers = Answers::new(pid, injection.run(pid, &batch)?);
     for index in 0..ITIMERS as usize {
@@ -32,7 +38,11 @@ pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Iti
         .zip(bytes.chunks_exact(TIMER_LEN))
         .map(|(which, bytes)| {
             let (interval_us, value_us) = parse(bytes, 1_000_000);
-            Itimer { which, value_us, interval_us }
+            Itimer {
+                which,
+                value_us,
+                interval_us,
+            }
         })
         .filter(|timer| timer.value_us != 0)
         .collect())
@@ -40,8 +50,15 @@ pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Iti
 
 /// Interval and value, in fractions of which `per_second` make a second.
 fn parse(bytes: &[u8], per_second: u64) -> (u64, u64) {
-    let word = |index: usize| u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"));
-    let time = |seconds: u64, fraction: u64| seconds.saturating_mul(per_second).saturating_add(fraction);
+    let word = |index: usize| {
+        u64::from_le_bytes(
+            bytes[index * 8..index * 8 + 8]
+                .try_into()
+                .expect("eight bytes"),
+        )
+    };
+    let time =
+        |seconds: u64, fraction: u64| seconds.saturating_mul(per_second).saturating_add(fraction);
     (time(word(0), word(1)), time(word(2), word(3)))
 }
 
@@ -50,7 +67,11 @@ pub(crate) fn refusals(pid: i32) -> Result<Vec<Refusal>> {
     Ok(procfs::posix_timers(pid)?
         .iter()
         .filter_map(refusal)
-        .map(|what| Refusal { pid, object: Object::Process, what })
+        .map(|what| Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        })
         .collect())
 }
 
@@ -58,28 +79,44 @@ fn refusal(timer: &PosixTimer) -> Option<RefusalKind> {
     if timer.clock < 0 && timer.clock & 7 == CLOCK_BY_DESCRIPTOR {
         return Some(RefusalKind::TimerClock { clock: timer.clock });
     }
-    (timer.notify & SIGEV_THREAD_ID != 0 && timer.target == 0).then_some(RefusalKind::TimerTarget { id: timer.id })
+    (timer.notify & SIGEV_THREAD_ID != 0 && timer.target == 0)
+        .then_some(RefusalKind::TimerTarget { id: timer.id })
 }
 
 /// All POSIX timers, by id.
-pub(crate) fn posix(injection: &mut Injection<'_>, pid: i32, mut timers: Vec<PosixTimer>) -> Result<Vec<Posix>> {
+pub(crate) fn posix(
+    injection: &mut Injection<'_>,
+    pid: i32,
+    mut timers: Vec<PosixTimer>,
+) -> Result<Vec<Posix>> {
     timers.sort_by_key(|timer| timer.id);
     let mut found = Vec::with_capacity(timers.len());
     for chunk in timers.chunks(Batch::LIMIT.min(injection.scratch(pid).len() / TIMER_LEN)) {
         let at = injection.scratch_address(pid);
         let mut batch = Batch::new();
         for (index, timer) in chunk.iter().enumerate() {
-            batch.call(libc::SYS_timer_gettime, &[timer.id.into(), (at + (index * TIMER_LEN) as u64).into()]);
+            batch.call(
+                libc::SYS_timer_gettime,
+                &[timer.id.into(), (at + (index * TIMER_LEN) as u64).into()],
+            );
         }
         let answers = Answers::new(pid, injection.run(pid, &batch)?);
-        for (index, (timer, bytes)) in chunk.iter().zip(injection.scratch(pid).chunks_exact(TIMER_LEN)).enumerate() {
+        for (index, (timer, bytes)) in chunk
+            .iter()
+            .zip(injection.scratch(pid).chunks_exact(TIMER_LEN))
+            .enumerate()
+        {
             answers.expect(index, "timer_gettime")?;
             let (interval_ns, value_ns) = parse(bytes, 1_000_000_000);
             found.push(Posix {
                 id: timer.id,
                 clock: timer.clock,
                 notify: timer.notify,
-                tid: if timer.notify & SIGEV_THREAD_ID == 0 { 0 } else { timer.target },
+                tid: if timer.notify & SIGEV_THREAD_ID == 0 {
+                    0
+                } else {
+                    timer.target
+                },
                 signo: timer.signo,
                 sigev_value: timer.value,
                 value_ns,
@@ -96,16 +133,37 @@ mod tests {
 
     #[test]
     fn timers_of_ended_threads_and_of_descriptors_are_refused() {
-        let timer = PosixTimer { id: 3, signo: 14, value: 0, notify: 4, target: 12, clock: 1 };
+        let timer = PosixTimer {
+            id: 3,
+            signo: 14,
+            value: 0,
+            notify: 4,
+            target: 12,
+            clock: 1,
+        };
         assert_eq!(refusal(&timer), None);
-        assert_eq!(refusal(&PosixTimer { target: 0, ..timer }), Some(RefusalKind::TimerTarget { id: 3 }));
+        assert_eq!(
+            refusal(&PosixTimer { target: 0, ..timer }),
+            Some(RefusalKind::TimerTarget { id: 3 })
+        );
         let by_descriptor = (!7i32 << 3) | CLOCK_BY_DESCRIPTOR;
-        assert_eq!(refusal(&PosixTimer { clock: by_descriptor, ..timer }), Some(RefusalKind::TimerClock { clock: by_descriptor }));
+        assert_eq!(
+            refusal(&PosixTimer {
+                clock: by_descriptor,
+                ..timer
+            }),
+            Some(RefusalKind::TimerClock {
+                clock: by_descriptor
+            })
+        );
     }
 
     #[test]
     fn times_are_interval_then_value() {
-        let bytes: Vec<u8> = [1u64, 2, 3, 4].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bytes: Vec<u8> = [1u64, 2, 3, 4]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
         assert_eq!(parse(&bytes, 1000), (1002, 3004));
     }
 }

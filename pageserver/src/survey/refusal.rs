@@ -457,9 +457,16 @@ mod tests {
         let refusal = Refusal {
             pid: 4711,
             object: Object::Fd(9),
-            what: RefusalKind::Tcp { state: "established", local: "10.0.0.1:6379".into(), remote: "10.0.0.9:51234".into() },
+            what: RefusalKind::Tcp {
+                state: "established",
+                local: "10.0.0.1:6379".into(),
+                remote: "10.0.0.9:51234".into(),
+            },
         };
-        assert_eq!(refusal.to_string(), "pid 4711 fd 9: established TCP 10.0.0.1:6379 → 10.0.0.9:51234 (--tcp close to drop it)");
+        assert_eq!(
+            refusal.to_string(),
+            "pid 4711 fd 9: established TCP 10.0.0.1:6379 → 10.0.0.9:51234 (--tcp close to drop it)"
+        );
     }
 
     #[test]
@@ -467,7 +474,11 @@ mod tests {
         let text = include_str!("../../../docs/coverage.md");
         let rows: Vec<&str> = text
             .lines()
-            .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(key, _)| key))
+            .filter_map(|line| {
+                line.strip_prefix("| `")?
+                    .split_once('`')
+                    .map(|(key, _)| key)
+            })
             .collect();
         let distinct: BTreeSet<&str> = rows.iter().copied().collect();
         assert_eq!(rows.len(), distinct.len(), "a row appears twice");
@@ -479,6 +490,9 @@ mod tests {
     #[test]
     fn long_pid_lists_are_cut() {
         assert_eq!(Pids(vec![1, 2]).to_string(), "1, 2");
-        assert_eq!(Pids((1..=7).collect()).to_string(), "1, 2, 3, 4, 5 and 2 more");
+        assert_eq!(
+            Pids((1..=7).collect()).to_string(),
+            "1, 2, 3, 4, 5 and 2 more"
+        );
     }
 }
