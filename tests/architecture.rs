@@ -19,15 +19,35 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         .current_dir(root())
         .output()
         .expect("cargo runs this test");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo prints JSON");
-    let packages = metadata["packages"].as_array().expect("a workspace has packages");
-    let name = |value: &serde_json::Value| value["name"].as_str().expect("packages have names").to_owned();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("cargo prints JSON");
+    let packages = metadata["packages"]
+        .as_array()
+        .expect("a workspace has packages");
+    let name = |value: &serde_json::Value| {
+        value["name"]
+            .as_str()
+            .expect("packages have names")
+            .to_owned()
+    };
     packages
         .iter()
         .map(|package| {
-            let list = package["dependencies"].as_array().expect("packages list them");
-            (name(package), list.iter().filter(|one| one["kind"].as_str() != Some("dev")).map(name).collect())
+            let list = package["dependencies"]
+                .as_array()
+                .expect("packages list them");
+            (
+                name(package),
+                list.iter()
+                    .filter(|one| one["kind"].as_str() != Some("dev"))
+                    .map(name)
+                    .collect(),
+            )
         })
         .collect()
 }
@@ -35,18 +55,39 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
 #[test]
 fn arrows_between_crates_only_point_down() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
-        ("pageferry", &["pageferry-pageserver", "pageferry-restorer", "pageferry-image", "pageferry-wire", "pageferry-tracee"][..]),
-        ("pageferry-pageserver", &["pageferry-image", "pageferry-wire", "pageferry-tracee"]),
-        ("pageferry-restorer", &["pageferry-image", "pageferry-wire", "pageferry-tracee"]),
+        (
+            "pageferry",
+            &[
+                "pageferry-pageserver",
+                "pageferry-restorer",
+                "pageferry-image",
+                "pageferry-wire",
+                "pageferry-tracee",
+            ][..],
+        ),
+        (
+            "pageferry-pageserver",
+            &["pageferry-image", "pageferry-wire", "pageferry-tracee"],
+        ),
+        (
+            "pageferry-restorer",
+            &["pageferry-image", "pageferry-wire", "pageferry-tracee"],
+        ),
         ("pageferry-wire", &["pageferry-image"]),
         ("pageferry-image", &[]),
         ("pageferry-tracee", &[]),
     ]);
     let found = dependencies();
-    assert_eq!(found.keys().map(String::as_str).collect::<Vec<_>>(), allowed.keys().copied().collect::<Vec<_>>());
+    assert_eq!(
+        found.keys().map(String::as_str).collect::<Vec<_>>(),
+        allowed.keys().copied().collect::<Vec<_>>()
+    );
     for (package, list) in &found {
         for dependency in list.iter().filter(|name| name.starts_with("pageferry")) {
-            assert!(allowed[package.as_str()].contains(&dependency.as_str()), "{package} must not name {dependency}");
+            assert!(
+                allowed[package.as_str()].contains(&dependency.as_str()),
+                "{package} must not name {dependency}"
+            );
         }
     }
 }
@@ -55,17 +96,29 @@ fn arrows_between_crates_only_point_down() {
 fn the_nouns_name_neither_network_nor_runtime() {
     let found = dependencies();
     for (package, forbidden) in [
-        ("pageferry-wire", &["tokio", "quinn", "rustls", "nix", "libc", "procfs-core"][..]),
-        ("pageferry-image", &["tokio", "quinn", "rustls", "nix", "libc", "procfs-core"]),
+        (
+            "pageferry-wire",
+            &["tokio", "quinn", "rustls", "nix", "libc", "procfs-core"][..],
+        ),
+        (
+            "pageferry-image",
+            &["tokio", "quinn", "rustls", "nix", "libc", "procfs-core"],
+        ),
         ("pageferry-tracee", &["tokio", "quinn", "rustls", "prost"]),
     ] {
         for name in forbidden {
-            assert!(!found[package].contains(*name), "{package} must not name {name}");
+            assert!(
+                !found[package].contains(*name),
+                "{package} must not name {name}"
+            );
         }
     }
     for (package, list) in &found {
         for name in ["procfs-core", "userfaultfd"] {
-            assert!(package == "pageferry-tracee" || !list.contains(name), "only pageferry-tracee may name {name}, not {package}");
+            assert!(
+                package == "pageferry-tracee" || !list.contains(name),
+                "only pageferry-tracee may name {name}, not {package}"
+            );
         }
     }
 }
@@ -73,10 +126,22 @@ fn the_nouns_name_neither_network_nor_runtime() {
 /// Every Rust source of the workspace that a person wrote.
 fn sources() -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut folders: Vec<PathBuf> =
-        ["src", "image/src", "wire/src", "tracee/src", "pageserver/src", "restorer/src", "tests"].map(|name| root().join(name)).into();
+    let mut folders: Vec<PathBuf> = [
+        "src",
+        "image/src",
+        "wire/src",
+        "tracee/src",
+        "pageserver/src",
+        "restorer/src",
+        "tests",
+    ]
+    .map(|name| root().join(name))
+    .into();
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())).flatten() {
+        for entry in fs::read_dir(&folder)
+            .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+            .flatten()
+        {
             let path = entry.path();
             if path.is_dir() && path.file_name().is_none_or(|name| name != "generated") {
                 folders.push(path);
@@ -90,11 +155,22 @@ fn sources() -> Vec<PathBuf> {
 
 #[test]
 fn unsafe_code_has_one_address() {
-    for (folder, roots) in [(".", &["lib.rs", "main.rs"][..]), ("image", &["lib.rs"]), ("wire", &["lib.rs"]), ("pageserver", &["lib.rs"]), ("restorer", &["lib.rs"])] {
+    for (folder, roots) in [
+        (".", &["lib.rs", "main.rs"][..]),
+        ("image", &["lib.rs"]),
+        ("wire", &["lib.rs"]),
+        ("pageserver", &["lib.rs"]),
+        ("restorer", &["lib.rs"]),
+    ] {
         for file in roots {
             let path = root().join(folder).join("src").join(file);
-            let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-            assert!(text.contains("#![forbid(unsafe_code)]"), "{} does not forbid unsafe code", path.display());
+            let text = fs::read_to_string(&path)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            assert!(
+                text.contains("#![forbid(unsafe_code)]"),
+                "{} does not forbid unsafe code",
+                path.display()
+            );
         }
     }
     for path in sources() {
@@ -102,9 +178,22 @@ fn unsafe_code_has_one_address() {
             continue;
         }
         let text = fs::read_to_string(&path).expect("it was listed");
-        for word in ["nix::sys::ptrace", "sys::ptrace::", "libc::ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd("] {
-            let named = text.lines().any(|line| !line.trim_start().starts_with("//") && line.contains(word));
-            assert!(!named, "{} names {word}: only tracee touches a process", path.display());
+        for word in [
+            "nix::sys::ptrace",
+            "sys::ptrace::",
+            "libc::ptrace",
+            "process_vm_readv",
+            "process_vm_writev",
+            "pidfd_getfd(",
+        ] {
+            let named = text
+                .lines()
+                .any(|line| !line.trim_start().starts_with("//") && line.contains(word));
+            assert!(
+                !named,
+                "{} names {word}: only tracee touches a process",
+                path.display()
+            );
         }
     }
 }
@@ -113,7 +202,11 @@ fn unsafe_code_has_one_address() {
 fn every_file_says_what_it_hides() {
     for path in sources() {
         let text = fs::read_to_string(&path).expect("it was listed");
-        assert!(text.starts_with("//! "), "{} does not begin with a paragraph about itself", path.display());
+        assert!(
+            text.starts_with("//! "),
+            "{} does not begin with a paragraph about itself",
+            path.display()
+        );
     }
 }
 
@@ -129,14 +222,29 @@ fn stems(folder: &str, suffix: &str) -> BTreeSet<String> {
 fn every_kernel_object_has_its_row_in_three_columns() {
     let model = stems("image/src/model", ".rs");
     assert!(model.len() >= 6, "{model:?}");
-    assert_eq!(model, stems("pageserver/src/capture", ".rs"), "captured, against the model");
-    assert_eq!(model, stems("restorer/src/rebuild", ".rs"), "rebuilt, against the model");
-    assert_eq!(model, stems("image/proto", ".proto"), "written down, against the model");
+    assert_eq!(
+        model,
+        stems("pageserver/src/capture", ".rs"),
+        "captured, against the model"
+    );
+    assert_eq!(
+        model,
+        stems("restorer/src/rebuild", ".rs"),
+        "rebuilt, against the model"
+    );
+    assert_eq!(
+        model,
+        stems("image/proto", ".proto"),
+        "written down, against the model"
+    );
 }
 
 #[test]
 fn every_subject_has_a_test() {
-    let mut tested: BTreeSet<String> = SUBJECTS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let mut tested: BTreeSet<String> = SUBJECTS
+        .iter()
+        .map(|(name, _)| (*name).to_owned())
+        .collect();
     // Those that other tests use.
     tested.extend(["steadfast", "refused", "library_user"].map(str::to_owned));
     assert_eq!(stems("tests/subjects", ".c"), tested);
@@ -145,9 +253,24 @@ fn every_subject_has_a_test() {
 /// `./demo` and `./test` are what a newcomer types first; a script that does not even parse is not found by any compiler.
 #[test]
 fn scripts_parse() {
-    for script in ["demo", "test", ".ci/run", ".ci/full", ".ci/soak", ".ci/prepare.sh"] {
-        let output = Command::new("bash").args(["-n", script]).current_dir(root()).output().expect("bash is there");
-        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    for script in [
+        "demo",
+        "test",
+        ".ci/run",
+        ".ci/full",
+        ".ci/soak",
+        ".ci/prepare.sh",
+    ] {
+        let output = Command::new("bash")
+            .args(["-n", script])
+            .current_dir(root())
+            .output()
+            .expect("bash is there");
+        assert!(
+            output.status.success(),
+            "{script}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }
 
@@ -163,7 +286,8 @@ fn scripts_without_root_exit_with_3() {
         let folder = crate::hosts::programs_directory().join(format!("scripts-{script}"));
         fs::create_dir_all(folder.join(".ci")).expect("the folder is ours");
         fs::write(folder.join(script), text).expect("the folder is ours");
-        fs::copy(root().join(".ci/prepare.sh"), folder.join(".ci/prepare.sh")).expect("it is part of the project");
+        fs::copy(root().join(".ci/prepare.sh"), folder.join(".ci/prepare.sh"))
+            .expect("it is part of the project");
         let output = Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups", "bash"])
             .arg(folder.join(script))

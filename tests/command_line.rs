@@ -12,16 +12,30 @@ use crate::subject::{ORDINARY, Subject};
 
 #[test]
 fn usage_errors_exit_with_2_and_help_lists_every_code() {
-    for arguments in [&["no-such-verb"][..], &["migrate"], &["receive", "--listen", "nonsense"], &[]] {
-        let output = Command::new(program()).args(arguments).output().expect("it was built");
+    for arguments in [
+        &["no-such-verb"][..],
+        &["migrate"],
+        &["receive", "--listen", "nonsense"],
+        &[],
+    ] {
+        let output = Command::new(program())
+            .args(arguments)
+            .output()
+            .expect("it was built");
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(output.stdout.is_empty(), "{arguments:?} prints on stdout");
     }
-    let help = Command::new(program()).arg("--help").output().expect("it was built");
+    let help = Command::new(program())
+        .arg("--help")
+        .output()
+        .expect("it was built");
     assert!(help.status.success());
     let text = String::from_utf8_lossy(&help.stdout).into_owned();
     for code in ["0 ", "1 ", "2 ", "3 ", "4 ", "5 ", "6 ", "7 ", "130/143"] {
-        assert!(text.contains(code), "--help says nothing about exit code {code}: {text}");
+        assert!(
+            text.contains(code),
+            "--help says nothing about exit code {code}: {text}"
+        );
     }
 }
 
@@ -36,10 +50,24 @@ fn an_identity_is_made_once_and_kept_private() {
     let other = Identity::make(&pair, &pair.b, "other-keys");
     assert_eq!(first.fingerprint, again.fingerprint);
     assert_ne!(first.fingerprint, other.fingerprint);
-    let mode = |path: &std::path::Path| fs::metadata(path).expect("it was made").permissions().mode() & 0o777;
+    let mode = |path: &std::path::Path| {
+        fs::metadata(path)
+            .expect("it was made")
+            .permissions()
+            .mode()
+            & 0o777
+    };
     assert_eq!(mode(&first.directory), 0o700);
-    for entry in fs::read_dir(&first.directory).expect("it was made").flatten() {
-        assert_eq!(mode(&entry.path()) & 0o077, 0, "{} can be read by others", entry.path().display());
+    for entry in fs::read_dir(&first.directory)
+        .expect("it was made")
+        .flatten()
+    {
+        assert_eq!(
+            mode(&entry.path()) & 0o077,
+            0,
+            "{} can be read by others",
+            entry.path().display()
+        );
     }
 }
 
@@ -51,10 +79,21 @@ fn strangers_are_refused_on_either_side_before_anything_is_said() {
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
     let stranger = Identity::make(&pair, &pair.a, "stranger");
-    let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["1"]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["1"]).expect("it needs nothing");
     let pid = subject.pid.to_string();
     let migrate = |own: &str, peer: &str| {
-        let arguments = ["migrate", "--pid", &pid, "--to", "10.77.0.2:7700", "--identity", own, "--peer", peer];
+        let arguments = [
+            "migrate",
+            "--pid",
+            &pid,
+            "--to",
+            "10.77.0.2:7700",
+            "--identity",
+            own,
+            "--peer",
+            peer,
+        ];
         Running::start(&pair.a, &arguments, &[]).wait()
     };
     let path = |name: &str| pair.path(name).display().to_string();
@@ -70,7 +109,11 @@ fn strangers_are_refused_on_either_side_before_anything_is_said() {
     assert!(receive.runs(), "a stranger ended receive");
     receive.signal(&pair.b, Signal::SIGTERM);
     receive.wait();
-    assert!(pair.b.processes().is_empty(), "something was made for a stranger: {:?}", pair.b.processes());
+    assert!(
+        pair.b.processes().is_empty(),
+        "something was made for a stranger: {:?}",
+        pair.b.processes()
+    );
     subject.must_pass("after two strangers");
     subject.end(&pair.a);
 }
@@ -84,7 +127,10 @@ fn a_process_that_is_not_there_is_exit_1_or_7() {
     let ferry = Ferry::new(&pair);
     let finished = ferry.migrate(31_999).wait();
     assert!(matches!(finished.code, Some(1 | 7)), "{finished:?}");
-    assert!(finished.stderr.contains("31999") || finished.stdout.contains("31999"), "{finished:?}");
+    assert!(
+        finished.stderr.contains("31999") || finished.stdout.contains("31999"),
+        "{finished:?}"
+    );
 }
 
 #[test]
@@ -95,14 +141,24 @@ fn without_root_it_exits_with_3_and_the_line_that_helps() {
     let copy = crate::hosts::programs_directory().join("pageferry");
     fs::copy(program(), &copy).expect("the folder is ours");
     let output = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--"])
+        .args([
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "--bounding-set=-all",
+            "--",
+        ])
         .arg(&copy)
         .arg("check")
         .output()
         .expect("setpriv was found");
-    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned()
+        + &String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.to_lowercase().contains("root") || said.contains("CAP_"), "{said}");
+    assert!(
+        said.to_lowercase().contains("root") || said.contains("CAP_"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -111,5 +167,6 @@ fn check_says_that_this_host_is_capable() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    pair.a.must(program().to_str().expect("its path is text"), &["check"]);
+    pair.a
+        .must(program().to_str().expect("its path is text"), &["check"]);
 }

@@ -26,7 +26,13 @@ struct Ended {
 
 /// One crossing from A to B in which the n-th call of one side fails or kills it.
 #[track_caller]
-fn crossing_with(ferry: &Ferry<'_>, pid: i32, side: Side, fault: &str, calls: Option<&Path>) -> Ended {
+fn crossing_with(
+    ferry: &Ferry<'_>,
+    pid: i32,
+    side: Side,
+    fault: &str,
+    calls: Option<&Path>,
+) -> Ended {
     let mut ferry = ferry.clone();
     let mut environment = vec![("PAGEFERRY_FAULT", fault.to_owned())];
     if let Some(path) = calls {
@@ -41,19 +47,28 @@ fn crossing_with(ferry: &Ferry<'_>, pid: i32, side: Side, fault: &str, calls: Op
     let source = ferry.migrate(pid).wait();
     // A source that failed before it spoke leaves the target waiting for somebody else.
     let patience = std::time::Instant::now();
-    while receive.runs() && patience.elapsed() < Duration::from_millis(if source.code == Some(0) { 10_000 } else { 300 }) {
+    while receive.runs()
+        && patience.elapsed()
+            < Duration::from_millis(if source.code == Some(0) { 10_000 } else { 300 })
+    {
         std::thread::sleep(Duration::from_millis(5));
     }
     if receive.runs() {
         receive.signal(ferry.target, Signal::SIGTERM);
     }
-    Ended { source, target: receive.wait() }
+    Ended {
+        source,
+        target: receive.wait(),
+    }
 }
 
 /// The promise itself, whatever happened: at most one copy executes instructions. Gives the host it runs on.
 #[track_caller]
 fn one_copy<'a>(pair: &'a Pair, subject: &mut Subject, what: &str) -> Option<&'a Host> {
-    let running: Vec<&Host> = [&pair.a, &pair.b].into_iter().filter(|host| subject.runs_on(host)).collect();
+    let running: Vec<&Host> = [&pair.a, &pair.b]
+        .into_iter()
+        .filter(|host| subject.runs_on(host))
+        .collect();
     assert!(running.len() <= 1, "{what}: two copies run");
     let host = *running.first()?;
     assert_eq!(subject.ask(), Answer::Pass, "{what}, on {}", host.name);
@@ -62,9 +77,24 @@ fn one_copy<'a>(pair: &'a Pair, subject: &mut Subject, what: &str) -> Option<&'a
 
 /// After a failure before COMMIT: on A, untouched; B as it was.
 #[track_caller]
-fn assert_rolled_back(pair: &Pair, before: &Before, subject: &mut Subject, what: &str, ended: &Ended) {
-    let details = || format!("{what}\nsource: {:#?}\ntarget: {:#?}", ended.source, ended.target);
-    assert!(subject.runs_on(&pair.a), "it does not run on A: {}", details());
+fn assert_rolled_back(
+    pair: &Pair,
+    before: &Before,
+    subject: &mut Subject,
+    what: &str,
+    ended: &Ended,
+) {
+    let details = || {
+        format!(
+            "{what}\nsource: {:#?}\ntarget: {:#?}",
+            ended.source, ended.target
+        )
+    };
+    assert!(
+        subject.runs_on(&pair.a),
+        "it does not run on A: {}",
+        details()
+    );
     assert_eq!(subject.ask(), Answer::Pass, "{}", details());
     let copy = subject.copy_on(&pair.a).expect("it runs");
     assert_eq!(copy.tracer(), Some(0), "still traced: {}", details());
@@ -73,11 +103,15 @@ fn assert_rolled_back(pair: &Pair, before: &Before, subject: &mut Subject, what:
 
 /// Calls per kind, as `PAGEFERRY_CALLS` writes them.
 fn read_calls(path: &Path) -> Vec<(String, u64)> {
-    let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let text =
+        fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     text.lines()
         .map(|line| {
             let (kind, count) = line.split_once(' ').expect("a kind and a count");
-            (kind.to_owned(), count.trim().parse().expect("a count is a number"))
+            (
+                kind.to_owned(),
+                count.trim().parse().expect("a count is a number"),
+            )
         })
         .collect()
 }
@@ -89,7 +123,8 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
     }
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
     subject.must_pass("undisturbed");
 
     // How many calls there are, from a crossing of a twin, so that this one stays untouched.
@@ -113,12 +148,17 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
         tried += 1;
         if ended.source.code == Some(0) {
             // Either there is no n-th call, or it was one that may fail: in both cases it must have moved whole.
-            assert_eq!(one_copy(&pair, &mut subject, &fault).map(|host| host.name), Some("B"), "{fault}");
+            assert_eq!(
+                one_copy(&pair, &mut subject, &fault).map(|host| host.name),
+                Some("B"),
+                "{fault}"
+            );
             ferry.back().cross(subject.pid);
             assert!(subject.runs_on(&pair.a), "{fault}: it does not come back");
             // It has been elsewhere: what it compares itself with (its own maps) may have merged or split. A fresh one.
             subject.end(&pair.a);
-            subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
+            subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"])
+                .expect("it needs nothing");
             subject.must_pass("a fresh one");
             passed = Some(n);
             if n > total {
@@ -126,9 +166,14 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
             }
             continue;
         }
-        match (ended.source.code, one_copy(&pair, &mut subject, &fault).map(|host| host.name)) {
+        match (
+            ended.source.code,
+            one_copy(&pair, &mut subject, &fault).map(|host| host.name),
+        ) {
             // Failed before COMMIT.
-            (Some(1 | 7), Some("A")) => assert_rolled_back(&pair, &before, &mut subject, &fault, &ended),
+            (Some(1 | 7), Some("A")) => {
+                assert_rolled_back(&pair, &before, &mut subject, &fault, &ended)
+            }
             // Lost or undecided after COMMIT: the source copy must not run, and the code says so.
             (Some(5 | 6), None | Some("B")) => {
                 println!("{fault}: exit {:?} after COMMIT", ended.source.code);
@@ -138,9 +183,11 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
                     }
                 }
                 eventually("both copies to be gone", || {
-                    (subject.copy_on(&pair.a).is_none() && subject.copy_on(&pair.b).is_none()).then_some(())
+                    (subject.copy_on(&pair.a).is_none() && subject.copy_on(&pair.b).is_none())
+                        .then_some(())
                 });
-                subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
+                subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"])
+                    .expect("it needs nothing");
                 subject.must_pass("a fresh one");
             }
             (code, place) => panic!(
@@ -162,22 +209,39 @@ fn compare_with_floor(side: Side, calls: &[(String, u64)]) {
     let text = fs::read_to_string(&path).unwrap_or_default();
     if std::env::var("PAGEFERRY_CHOKE_FLOOR").is_ok_and(|value| value == "write") {
         // Nine tenths: a thread more or less in a retry must not fail the test.
-        let mut lines: Vec<String> = text.lines().filter(|line| !line.starts_with(&mine)).map(str::to_owned).collect();
-        lines.extend(calls.iter().map(|(kind, count)| format!("{mine}{kind} {}", count * 9 / 10)));
+        let mut lines: Vec<String> = text
+            .lines()
+            .filter(|line| !line.starts_with(&mine))
+            .map(str::to_owned)
+            .collect();
+        lines.extend(
+            calls
+                .iter()
+                .map(|(kind, count)| format!("{mine}{kind} {}", count * 9 / 10)),
+        );
         fs::write(&path, lines.join("\n") + "\n").expect("the project can be written");
         return;
     }
     for line in text.lines().filter_map(|line| line.strip_prefix(&mine)) {
         let (kind, floor) = line.split_once(' ').expect("a kind and a count");
         let floor: u64 = floor.trim().parse().expect("a count is a number");
-        let now = calls.iter().find(|(name, _)| name == kind).map_or(0, |(_, count)| *count);
-        assert!(now >= floor, "{side:?}: only {now} {kind} calls pass the choke point, {floor} did before");
+        let now = calls
+            .iter()
+            .find(|(name, _)| name == kind)
+            .map_or(0, |(_, count)| *count);
+        assert!(
+            now >= floor,
+            "{side:?}: only {now} {kind} calls pass the choke point, {floor} did before"
+        );
     }
 }
 
 /// A spread of about `count` numbers over 1..=total, dense at the beginning, and one beyond the end.
 fn spread(total: u64, count: u64) -> Vec<u64> {
-    let mut numbers: Vec<u64> = (1..=5).chain((1..=count).map(|i| i * (total / 2) / count)).filter(|n| *n > 0).collect();
+    let mut numbers: Vec<u64> = (1..=5)
+        .chain((1..=count).map(|i| i * (total / 2) / count))
+        .filter(|n| *n > 0)
+        .collect();
     numbers.sort_unstable();
     numbers.dedup();
     numbers.push(total + 1000);
@@ -225,16 +289,29 @@ fn every_single_call_may_be_the_last() {
 fn half_way<'a>(ferry: &Ferry<'a>, subject: &Subject) -> (Running, Running) {
     let receive = ferry.receive(Drain::Off);
     let mut migrate = ferry.migrate(subject.pid);
-    eventually("it to run on B", || (subject.runs_on(ferry.target) || !migrate.runs()).then_some(()));
+    eventually("it to run on B", || {
+        (subject.runs_on(ferry.target) || !migrate.runs()).then_some(())
+    });
     (receive, migrate)
 }
 
 /// The process that holds the frozen copy by ptrace.
 fn tracer_of(copy: &Process) -> Process {
-    let tid = copy.tracer().filter(|tid| *tid != 0).expect("the frozen copy is traced");
+    let tid = copy
+        .tracer()
+        .filter(|tid| *tid != 0)
+        .expect("the frozen copy is traced");
     let status = fs::read_to_string(format!("/proc/{tid}/status")).expect("the tracer lives");
-    let outer = status.lines().find_map(|line| line.strip_prefix("Tgid:")).and_then(|text| text.trim().parse().ok());
-    Process { outer: outer.expect("every task has a Tgid"), inner: 0, name: "engine".to_owned(), state: 'S' }
+    let outer = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Tgid:"))
+        .and_then(|text| text.trim().parse().ok());
+    Process {
+        outer: outer.expect("every task has a Tgid"),
+        inner: 0,
+        name: "engine".to_owned(),
+        state: 'S',
+    }
 }
 
 #[test]
@@ -244,15 +321,21 @@ fn a_dead_target_engine_after_run_kills_the_program_and_exits_5() {
     }
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"]).expect("it needs nothing");
+    let subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
     let (receive, migrate) = half_way(&ferry, &subject);
     let engine = tracer_of(&subject.copy_on(&pair.b).expect("it runs on B"));
     engine.signal(Signal::SIGKILL);
-    eventually("the program on B to be killed", || subject.copy_on(&pair.b).is_none().then_some(()));
+    eventually("the program on B to be killed", || {
+        subject.copy_on(&pair.b).is_none().then_some(())
+    });
     let (source, target) = (migrate.wait(), receive.wait());
     source.must_exit(5);
     assert_eq!(target.code, Some(5), "{target:?}");
-    assert!(!subject.runs_on(&pair.a), "the source copy runs again after COMMIT");
+    assert!(
+        !subject.runs_on(&pair.a),
+        "the source copy runs again after COMMIT"
+    );
 }
 
 #[test]
@@ -262,7 +345,8 @@ fn a_dead_source_engine_after_commit_leaves_the_source_copy_stopped_for_good() {
     }
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"]).expect("it needs nothing");
+    let subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
     let (_receive, migrate) = half_way(&ferry, &subject);
     let copy = subject.copy_on(&pair.a).expect("the frozen copy is on A");
     tracer_of(&copy).signal(Signal::SIGKILL);
@@ -273,7 +357,11 @@ fn a_dead_source_engine_after_commit_leaves_the_source_copy_stopped_for_good() {
     let (ticks, beats) = (copy.cpu_ticks(), subject.heartbeat(&pair.a));
     assert!(ticks.is_some() && beats.is_some());
     std::thread::sleep(Duration::from_secs(2));
-    assert_eq!((copy.cpu_ticks(), subject.heartbeat(&pair.a)), (ticks, beats), "the source copy has moved");
+    assert_eq!(
+        (copy.cpu_ticks(), subject.heartbeat(&pair.a)),
+        (ticks, beats),
+        "the source copy has moved"
+    );
     assert_eq!(subject.copy_on(&pair.a).map(|copy| copy.state), Some('T'));
 }
 
@@ -286,7 +374,8 @@ fn the_program_survives_sigkill_of_everything_on_the_source_before_commit() {
     let pair = Pair::new(Clocks::FarAhead);
     let ferry = Ferry::new(&pair);
     for delay_ms in [0, 10, 20, 35, 50, 65, 80, 100, 130, 170, 250] {
-        let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["4"]).expect("it needs nothing");
+        let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["4"])
+            .expect("it needs nothing");
         let mut receive = ferry.receive(Drain::Off);
         let migrate = ferry.migrate(subject.pid);
         std::thread::sleep(Duration::from_millis(delay_ms));
@@ -300,10 +389,19 @@ fn the_program_survives_sigkill_of_everything_on_the_source_before_commit() {
         std::thread::sleep(Duration::from_millis(200));
         let what = format!("everything on the source killed after {delay_ms} ms");
         if subject.runs_on(&pair.a) {
-            assert_eq!(one_copy(&pair, &mut subject, &what).map(|host| host.name), Some("A"));
+            assert_eq!(
+                one_copy(&pair, &mut subject, &what).map(|host| host.name),
+                Some("A")
+            );
         } else {
-            let copy = subject.copy_on(&pair.a).expect("nobody kills the source copy");
-            assert!(matches!(copy.state, 'T' | 't'), "{what}: the source copy is in state {}", copy.state);
+            let copy = subject
+                .copy_on(&pair.a)
+                .expect("nobody kills the source copy");
+            assert!(
+                matches!(copy.state, 'T' | 't'),
+                "{what}: the source copy is in state {}",
+                copy.state
+            );
         }
         for host in [&pair.a, &pair.b] {
             if let Some(copy) = host.process(subject.pid) {
@@ -319,7 +417,9 @@ fn the_program_survives_sigkill_of_everything_on_the_source_before_commit() {
             process.signal(Signal::SIGKILL);
         }
         drop(receive);
-        eventually("B to be empty", || pair.b.processes().is_empty().then_some(()));
+        eventually("B to be empty", || {
+            pair.b.processes().is_empty().then_some(())
+        });
         for name in ["state", "state.ask"] {
             let _ = fs::remove_file(pair.path(&format!("steadfast.{name}")));
         }
@@ -333,7 +433,8 @@ fn ctrl_c_before_commit_aborts_and_the_program_runs_on() {
     }
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
     // Nobody listens: it waits for the connection when the signal comes.
     let migrate = ferry.migrate(subject.pid);
     std::thread::sleep(Duration::from_millis(300));
@@ -351,7 +452,8 @@ fn a_target_that_is_not_there_is_exit_1() {
     }
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2"]).expect("it needs nothing");
     ferry.migrate(subject.pid).wait().must_exit(1);
     subject.must_pass("after a target that was not there");
     subject.end(&pair.a);

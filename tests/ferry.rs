@@ -20,7 +20,12 @@ pub(crate) const PORT: u16 = 7700;
 
 /// One line of `--json`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(tag = "type", content = "data", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(
+    tag = "type",
+    content = "data",
+    rename_all = "snake_case",
+    deny_unknown_fields
+)]
 pub(crate) enum Event {
     /// A phase begins.
     Phase(Phase),
@@ -78,12 +83,20 @@ pub(crate) struct Ledger {
 /// Where the program lies: beside the test binary, or what `PAGEFERRY_PROGRAM` says.
 pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| match (std::env::var_os("PAGEFERRY_PROGRAM"), option_env!("CARGO_BIN_EXE_pageferry")) {
-        (Some(path), _) => path.into(),
-        (None, Some(path)) => path.into(),
-        (None, None) => {
-            let this = std::env::current_exe().expect("a running program has a path");
-            this.parent().and_then(Path::parent).expect("examples lie in a directory of the target").join("pageferry")
+    PROGRAM.get_or_init(|| {
+        match (
+            std::env::var_os("PAGEFERRY_PROGRAM"),
+            option_env!("CARGO_BIN_EXE_pageferry"),
+        ) {
+            (Some(path), _) => path.into(),
+            (None, Some(path)) => path.into(),
+            (None, None) => {
+                let this = std::env::current_exe().expect("a running program has a path");
+                this.parent()
+                    .and_then(Path::parent)
+                    .expect("examples lie in a directory of the target")
+                    .join("pageferry")
+            }
         }
     })
 }
@@ -102,10 +115,23 @@ impl Identity {
     #[track_caller]
     pub(crate) fn make(pair: &Pair, host: &Host, name: &str) -> Self {
         let directory = pair.path(name);
-        let printed = host.must(program().to_str().expect("its path is text"), &["identity", "--identity", directory.to_str().expect("it is ASCII")]);
+        let printed = host.must(
+            program().to_str().expect("its path is text"),
+            &[
+                "identity",
+                "--identity",
+                directory.to_str().expect("it is ASCII"),
+            ],
+        );
         let fingerprint = printed.strip_suffix('\n').expect("one line").to_owned();
-        assert!(fingerprint.starts_with("SHA256:") && !fingerprint.contains(char::is_whitespace), "identity prints {printed:?}");
-        Self { directory, fingerprint }
+        assert!(
+            fingerprint.starts_with("SHA256:") && !fingerprint.contains(char::is_whitespace),
+            "identity prints {printed:?}"
+        );
+        Self {
+            directory,
+            fingerprint,
+        }
     }
 }
 
@@ -132,10 +158,15 @@ impl Stream {
         let reader = std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(length @ 1..) = from.read(&mut buffer) {
-                into.lock().expect("nobody panics with it").extend_from_slice(&buffer[..length]);
+                into.lock()
+                    .expect("nobody panics with it")
+                    .extend_from_slice(&buffer[..length]);
             }
         });
-        Self { bytes, reader: Some(reader) }
+        Self {
+            bytes,
+            reader: Some(reader),
+        }
     }
 
     fn so_far(&self) -> String {
@@ -167,7 +198,9 @@ impl Finished {
     /// The ledger, which must be the last line.
     #[track_caller]
     pub(crate) fn ledger(&self) -> &Ledger {
-        let Some(Event::Ledger(ledger)) = self.events.last() else { panic!("no ledger at the end of {self:?}") };
+        let Some(Event::Ledger(ledger)) = self.events.last() else {
+            panic!("no ledger at the end of {self:?}")
+        };
         ledger
     }
 
@@ -184,7 +217,13 @@ impl Finished {
 
     #[track_caller]
     pub(crate) fn must_exit(&self, code: i32) -> &Self {
-        assert_eq!(self.code, Some(code), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(code),
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout,
+            self.stderr
+        );
         self
     }
 }
@@ -193,14 +232,28 @@ impl Running {
     /// Starts `pageferry ARGUMENTS --json` on a host.
     pub(crate) fn start(host: &Host, arguments: &[&str], environment: &[(&str, String)]) -> Self {
         let mut command: Command = host.command(program());
-        command.args(arguments).arg("--json").stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(arguments)
+            .arg("--json")
+            .args(std::env::var("PAGEFERRY_TEST_VERBOSE").ok())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         for (name, value) in environment {
             command.env(name, value);
         }
         let mut child = command.spawn().expect("nsenter was found");
         let stdout = Stream::collect(child.stdout.take().expect("it is piped"));
         let stderr = Stream::collect(child.stderr.take().expect("it is piped"));
-        Self { what: format!("pageferry {} on {}", arguments.first().unwrap_or(&""), host.name), child, stdout, stderr }
+        Self {
+            what: format!(
+                "pageferry {} on {}",
+                arguments.first().unwrap_or(&""),
+                host.name
+            ),
+            child,
+            stdout,
+            stderr,
+        }
     }
 
     /// True while it has not ended.
@@ -217,16 +270,33 @@ impl Running {
         let status = self.wait_status();
         // Whatever still holds the stream (a keeper, a cradle) does so without a word; it must not be waited for.
         let deadline = Instant::now() + Duration::from_secs(2);
-        while [&self.stdout, &self.stderr].iter().any(|stream| stream.reader.as_ref().is_some_and(|reader| !reader.is_finished())) {
-            assert!(Instant::now() < deadline, "{} has ended, but something of it holds its output open", self.what);
+        while [&self.stdout, &self.stderr].iter().any(|stream| {
+            stream
+                .reader
+                .as_ref()
+                .is_some_and(|reader| !reader.is_finished())
+        }) {
+            assert!(
+                Instant::now() < deadline,
+                "{} has ended, but something of it holds its output open",
+                self.what
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
         let (stdout, stderr) = (self.stdout.all(), self.stderr.all());
         let events = stdout
             .lines()
-            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{}: {line:?} on stdout: {error}", self.what)))
+            .map(|line| {
+                serde_json::from_str(line)
+                    .unwrap_or_else(|error| panic!("{}: {line:?} on stdout: {error}", self.what))
+            })
             .collect();
-        Finished { code: status.code(), events, stdout, stderr }
+        Finished {
+            code: status.code(),
+            events,
+            stdout,
+            stderr,
+        }
     }
 
     #[track_caller]
@@ -236,7 +306,11 @@ impl Running {
             if let Ok(Some(status)) = self.child.try_wait() {
                 return status;
             }
-            assert!(started.elapsed() < patience() * 2, "{} does not end", self.what);
+            assert!(
+                started.elapsed() < patience() * 2,
+                "{} does not end",
+                self.what
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -255,7 +329,12 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{} has said so far:\n{}{}", self.what, self.stdout.so_far(), self.stderr.so_far());
+            eprintln!(
+                "{} has said so far:\n{}{}",
+                self.what,
+                self.stdout.so_far(),
+                self.stderr.so_far()
+            );
         }
         // Only nsenter; what runs inside ends with the host.
         let _ = self.child.kill();
@@ -335,7 +414,9 @@ impl<'a> Ferry<'a> {
         }
         arguments.extend(self.receive_options.iter().map(String::as_str));
         let mut running = Running::start(self.target, &arguments, &self.receive_environment);
-        eventually("receive to listen", || (self.target.udp_bound(PORT) || !running.runs()).then_some(()));
+        eventually("receive to listen", || {
+            (self.target.udp_bound(PORT) || !running.runs()).then_some(())
+        });
         running
     }
 
@@ -344,8 +425,21 @@ impl<'a> Ferry<'a> {
         let to = format!("{}:{PORT}", self.target.address);
         let identity = self.source_identity.directory.display().to_string();
         let pid = pid.to_string();
-        let mut arguments = vec!["migrate", "--pid", &pid, "--to", &to, "--identity", &identity];
-        arguments.extend(["--peer", &self.target_identity.fingerprint, "--mode", "post-copy"]);
+        let mut arguments = vec![
+            "migrate",
+            "--pid",
+            &pid,
+            "--to",
+            &to,
+            "--identity",
+            &identity,
+        ];
+        arguments.extend([
+            "--peer",
+            &self.target_identity.fingerprint,
+            "--mode",
+            "post-copy",
+        ]);
         if !self.migrate_options.iter().any(|option| option == "--tcp") {
             arguments.extend(["--tcp", "close"]);
         }
@@ -363,7 +457,11 @@ impl<'a> Ferry<'a> {
 
     /// Waits for both ends of a crossing that must succeed.
     #[track_caller]
-    pub(crate) fn must_succeed(&self, migrate: Running, mut receive: Running) -> (Finished, Finished) {
+    pub(crate) fn must_succeed(
+        &self,
+        migrate: Running,
+        mut receive: Running,
+    ) -> (Finished, Finished) {
         let source = migrate.wait();
         if source.code != Some(0) && receive.runs() {
             receive.signal(self.target, Signal::SIGTERM);
@@ -379,12 +477,28 @@ impl<'a> Ferry<'a> {
 /// Both ends must have succeeded, under one id, with figures that fit together.
 #[track_caller]
 pub(crate) fn check_success(source: &Finished, target: &Finished) {
-    assert!(source.code == Some(0) && target.code == Some(0), "source: {source:#?}\ntarget: {target:#?}");
+    assert!(
+        source.code == Some(0) && target.code == Some(0),
+        "source: {source:#?}\ntarget: {target:#?}"
+    );
     for ledger in [source.ledger(), target.ledger()] {
-        let parts = ledger.freeze_ms + ledger.capture_ms + ledger.rebuild_ms + ledger.commit_ms + ledger.hook_ms;
-        assert!((parts - ledger.downtime_ms).abs() < 0.01, "the parts sum to {parts}: {ledger:?}");
-        assert!(ledger.downtime_ms > 0.0 && ledger.exit == 0 && ledger.mode == "post-copy", "{ledger:?}");
-        assert!(ledger.pages_resident_at_run <= ledger.pages_total, "{ledger:?}");
+        let parts = ledger.freeze_ms
+            + ledger.capture_ms
+            + ledger.rebuild_ms
+            + ledger.commit_ms
+            + ledger.hook_ms;
+        assert!(
+            (parts - ledger.downtime_ms).abs() < 0.01,
+            "the parts sum to {parts}: {ledger:?}"
+        );
+        assert!(
+            ledger.downtime_ms > 0.0 && ledger.exit == 0 && ledger.mode == "post-copy",
+            "{ledger:?}"
+        );
+        assert!(
+            ledger.pages_resident_at_run <= ledger.pages_total,
+            "{ledger:?}"
+        );
     }
     assert_eq!(source.ledger().id, target.ledger().id);
     assert!(!source.ledger().id.is_empty());

@@ -33,7 +33,11 @@ pub(crate) fn eventually<T>(expected: &str, mut what: impl FnMut() -> Option<T>)
         if let Some(value) = what() {
             return value;
         }
-        assert!(started.elapsed() < patience(), "waited {:?} for {expected}", started.elapsed());
+        assert!(
+            started.elapsed() < patience(),
+            "waited {:?} for {expected}",
+            started.elapsed()
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -63,7 +67,10 @@ pub(crate) fn skip() -> Option<&'static str> {
     });
     if let Some(reason) = reason {
         let strict = std::env::var_os("PAGEFERRY_TEST_STRICT").is_some_and(|value| value != "0");
-        assert!(!strict, "skipped though PAGEFERRY_TEST_STRICT is set: {reason}");
+        assert!(
+            !strict,
+            "skipped though PAGEFERRY_TEST_STRICT is set: {reason}"
+        );
         eprintln!("skipped: {reason}");
     }
     reason
@@ -72,7 +79,9 @@ pub(crate) fn skip() -> Option<&'static str> {
 /// Where a program lies, searched as a shell of root would.
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/usr/bin:/sbin:/bin";
-    path.split(':').map(|directory| Path::new(directory).join(name)).find(|candidate| candidate.is_file())
+    path.split(':')
+        .map(|directory| Path::new(directory).join(name))
+        .find(|candidate| candidate.is_file())
 }
 
 /// Runs a command on the real host.
@@ -86,7 +95,11 @@ fn must_run(program: &str, arguments: &[&str]) {
         .stdin(Stdio::null())
         .output()
         .unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// A number that no other pair of hosts on this machine has.
@@ -98,7 +111,10 @@ fn unique_number() -> u32 {
 /// Seconds this machine has been up on CLOCK_BOOTTIME.
 fn uptime_s() -> i64 {
     let text = fs::read_to_string("/proc/uptime").expect("/proc/uptime can always be read");
-    text.split('.').next().and_then(|seconds| seconds.parse().ok()).expect("/proc/uptime begins with a number")
+    text.split('.')
+        .next()
+        .and_then(|seconds| seconds.parse().ok())
+        .expect("/proc/uptime begins with a number")
 }
 
 /// How B's CLOCK_MONOTONIC lies to A's.
@@ -127,7 +143,8 @@ impl Pair {
         let number = unique_number();
         let shared = PathBuf::from(format!("/var/tmp/pageferry-test-{number}"));
         fs::create_dir_all(&shared).expect("/var/tmp can be written by root");
-        fs::set_permissions(&shared, fs::Permissions::from_mode(0o1777)).expect("it was made a moment ago");
+        fs::set_permissions(&shared, fs::Permissions::from_mode(0o1777))
+            .expect("it was made a moment ago");
         let offset_s = match clocks {
             Clocks::Behind => -(uptime_s() / 2),
             Clocks::FarAhead => 40 * 86_400,
@@ -135,16 +152,37 @@ impl Pair {
         let a = Host::new("A", number, "10.77.0.1", 0);
         let b = Host::new("B", number, "10.77.0.2", offset_s);
         let (end_a, end_b) = (format!("pf{number}a"), format!("pf{number}b"));
-        must_run("ip", &["link", "add", &end_a, "type", "veth", "peer", "name", &end_b]);
+        must_run(
+            "ip",
+            &[
+                "link", "add", &end_a, "type", "veth", "peer", "name", &end_b,
+            ],
+        );
         let pair = Self { a, b, shared };
         for (host, end) in [(&pair.a, &end_a), (&pair.b, &end_b)] {
-            must_run("ip", &["link", "set", end, "netns", &host.init.to_string(), "name", "eth0"]);
-            let script = format!("ip link set lo up && ip address add {}/24 dev eth0 && ip link set eth0 up", host.address);
+            must_run(
+                "ip",
+                &[
+                    "link",
+                    "set",
+                    end,
+                    "netns",
+                    &host.init.to_string(),
+                    "name",
+                    "eth0",
+                ],
+            );
+            let script = format!(
+                "ip link set lo up && ip address add {}/24 dev eth0 && ip link set eth0 up",
+                host.address
+            );
             host.must("sh", &["-c", &script]);
         }
         // Programs of A get numbers that nobody on B has: the target must not refuse a taken pid by accident.
-        pair.a.must("sh", &["-c", "echo 20000 > /proc/sys/kernel/ns_last_pid"]);
-        pair.b.must("sh", &["-c", "echo 300 > /proc/sys/kernel/ns_last_pid"]);
+        pair.a
+            .must("sh", &["-c", "echo 20000 > /proc/sys/kernel/ns_last_pid"]);
+        pair.b
+            .must("sh", &["-c", "echo 300 > /proc/sys/kernel/ns_last_pid"]);
         pair
     }
 
@@ -187,7 +225,10 @@ impl Process {
     /// Reads its memory; `None` when the page cannot be had (or it is gone).
     pub(crate) fn memory(&self, address: u64, length: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; length];
-        fs::File::open(self.proc("mem")).ok()?.read_exact_at(&mut bytes, address).ok()?;
+        fs::File::open(self.proc("mem"))
+            .ok()?
+            .read_exact_at(&mut bytes, address)
+            .ok()?;
         Some(bytes)
     }
 
@@ -201,7 +242,12 @@ impl Process {
     /// Who traces it (0: nobody).
     pub(crate) fn tracer(&self) -> Option<i32> {
         let status = fs::read_to_string(self.proc("status")).ok()?;
-        status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"))?
+            .trim()
+            .parse()
+            .ok()
     }
 
     /// Sends a signal to it.
@@ -214,10 +260,19 @@ impl Process {
             return None;
         }
         let status = fs::read_to_string(format!("/proc/{outer}/status")).ok()?;
-        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let field = |name: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .map(str::trim)
+        };
         Some(Self {
             outer,
-            inner: field("NSpid:")?.split_whitespace().next_back()?.parse().ok()?,
+            inner: field("NSpid:")?
+                .split_whitespace()
+                .next_back()?
+                .parse()
+                .ok()?,
             name: field("Name:")?.to_owned(),
             state: field("State:")?.chars().next()?,
         })
@@ -244,7 +299,17 @@ impl Host {
         let hostname = format!("pageferry-{}-{number}", name.to_lowercase());
         let offset = clock_offset_s.to_string();
         let mut holder = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "--net", "--mount", "--uts", "--ipc", "--time", "--mount-proc"])
+            .args([
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--net",
+                "--mount",
+                "--uts",
+                "--ipc",
+                "--time",
+                "--mount-proc",
+            ])
             .args(["--monotonic", &offset, "--boottime", &offset])
             .arg(host_program("init"))
             .arg(&hostname)
@@ -254,22 +319,50 @@ impl Host {
             .spawn()
             .expect("unshare was found");
         let mut line = String::new();
-        BufReader::new(holder.stdout.take().expect("it is piped")).read_line(&mut line).expect("a pipe can be read");
-        assert_eq!(line, "ready\n", "host {name} did not come up: {:?}", holder.try_wait());
-        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", holder.id())).expect("the holder lives");
+        BufReader::new(holder.stdout.take().expect("it is piped"))
+            .read_line(&mut line)
+            .expect("a pipe can be read");
+        assert_eq!(
+            line,
+            "ready\n",
+            "host {name} did not come up: {:?}",
+            holder.try_wait()
+        );
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", holder.id()))
+            .expect("the holder lives");
         let init = children.trim().parse().expect("unshare has one child");
         let pid_namespace = fs::read_link(format!("/proc/{init}/ns/pid")).expect("process 1 lives");
-        Self { name, hostname, address, init, holder, pid_namespace }
+        Self {
+            name,
+            hostname,
+            address,
+            init,
+            holder,
+            pid_namespace,
+        }
     }
 
     /// A command that will run inside this host, as root, with an empty environment and `/` as its directory.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command
-            .args(["--target", &self.init.to_string(), "--pid", "--net", "--mount", "--uts", "--ipc", "--time", "--"])
+            .args([
+                "--target",
+                &self.init.to_string(),
+                "--pid",
+                "--net",
+                "--mount",
+                "--uts",
+                "--ipc",
+                "--time",
+                "--",
+            ])
             .arg(program)
             .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env(
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            )
             .env("LANG", "C.UTF-8")
             .current_dir("/")
             .stdin(Stdio::null());
@@ -278,7 +371,10 @@ impl Host {
 
     /// Runs a command inside and gives what came of it.
     pub(crate) fn run(&self, program: &str, arguments: &[&str]) -> Output {
-        self.command(program).args(arguments).output().expect("nsenter was found")
+        self.command(program)
+            .args(arguments)
+            .output()
+            .expect("nsenter was found")
     }
 
     /// Runs a command inside and gives its output.
@@ -289,7 +385,12 @@ impl Host {
     pub(crate) fn must(&self, program: &str, arguments: &[&str]) -> String {
         let output = self.run(program, arguments);
         let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "on {}: {program} {arguments:?}: {}{errors}", self.name, output.status);
+        assert!(
+            output.status.success(),
+            "on {}: {program} {arguments:?}: {}{errors}",
+            self.name,
+            output.status
+        );
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
@@ -306,12 +407,18 @@ impl Host {
             .stderr(Stdio::null())
             .status()
             .expect("nsenter was found");
-        assert!(status.success(), "on {}: {program:?} cannot be started: {status}", self.name);
+        assert!(
+            status.success(),
+            "on {}: {program:?} cannot be started: {status}",
+            self.name
+        );
     }
 
     /// Every process inside but process 1, ascending by inner number. Zombies too.
     pub(crate) fn processes(&self) -> Vec<Process> {
-        let mut found: Vec<Process> = numbers_in("/proc").filter_map(|outer| Process::read(outer, &self.pid_namespace)).collect();
+        let mut found: Vec<Process> = numbers_in("/proc")
+            .filter_map(|outer| Process::read(outer, &self.pid_namespace))
+            .collect();
         found.retain(|process| process.inner != 1);
         found.sort_by_key(|process| process.inner);
         found
@@ -319,7 +426,9 @@ impl Host {
 
     /// The process with this number inside.
     pub(crate) fn process(&self, inner: i32) -> Option<Process> {
-        self.processes().into_iter().find(|process| process.inner == inner)
+        self.processes()
+            .into_iter()
+            .find(|process| process.inner == inner)
     }
 
     /// A path of this host as the real host can open it.
@@ -330,9 +439,14 @@ impl Host {
     /// True when a socket is bound to this UDP port here.
     pub(crate) fn udp_bound(&self, port: u16) -> bool {
         ["udp", "udp6"].iter().any(|table| {
-            let text = fs::read_to_string(format!("/proc/{}/net/{table}", self.init)).unwrap_or_default();
+            let text =
+                fs::read_to_string(format!("/proc/{}/net/{table}", self.init)).unwrap_or_default();
             let suffix = format!(":{port:04X}");
-            text.lines().skip(1).any(|line| line.split_whitespace().nth(1).is_some_and(|local| local.ends_with(&suffix)))
+            text.lines().skip(1).any(|line| {
+                line.split_whitespace()
+                    .nth(1)
+                    .is_some_and(|local| local.ends_with(&suffix))
+            })
         })
     }
 
@@ -340,13 +454,19 @@ impl Host {
     pub(crate) fn inventory(&self) -> BTreeSet<String> {
         let mut lines = BTreeSet::new();
         for process in self.processes() {
-            lines.insert(format!("process {} {} {}", process.inner, process.name, process.state));
+            lines.insert(format!(
+                "process {} {} {}",
+                process.inner, process.name, process.state
+            ));
             let root = format!("/proc/{}", process.outer);
             for descriptor in numbers_in(&format!("{root}/fd")) {
                 if let Ok(link) = fs::read_link(format!("{root}/fd/{descriptor}")) {
                     let link = link.to_string_lossy();
                     if link.contains("userfaultfd") {
-                        lines.insert(format!("userfaultfd of process {} {}", process.inner, process.name));
+                        lines.insert(format!(
+                            "userfaultfd of process {} {}",
+                            process.inner, process.name
+                        ));
                     }
                 }
             }
@@ -379,7 +499,10 @@ impl Host {
                 if table.starts_with("tcp") && fields.get(3) == Some(&"06") {
                     continue;
                 }
-                let kept: Vec<&str> = columns.iter().filter_map(|&column| fields.get(column).copied()).collect();
+                let kept: Vec<&str> = columns
+                    .iter()
+                    .filter_map(|&column| fields.get(column).copied())
+                    .collect();
                 lines.insert(format!("socket {table} {}", kept.join(" ")));
             }
         }
@@ -409,7 +532,9 @@ impl Host {
         let _ = self.holder.wait();
         // unshare --kill-child: process 1 dies with the holder, and the kernel reaps the rest before it lets go of it.
         let started = Instant::now();
-        while Path::new(&format!("/proc/{}", self.init)).exists() && started.elapsed() < Duration::from_secs(10) {
+        while Path::new(&format!("/proc/{}", self.init)).exists()
+            && started.elapsed() < Duration::from_secs(10)
+        {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
@@ -431,7 +556,10 @@ pub(crate) struct Before {
 impl Before {
     /// Takes stock.
     pub(crate) fn of(pair: &Pair) -> Self {
-        Self { a: pair.a.inventory(), b: pair.b.inventory() }
+        Self {
+            a: pair.a.inventory(),
+            b: pair.b.inventory(),
+        }
     }
 
     /// Waits until both hosts hold exactly what they held before.
@@ -452,8 +580,10 @@ impl Before {
             let mut differences = String::new();
             for (host, before) in [(&pair.a, &self.a), (&pair.b, &self.b)] {
                 let now = host.inventory();
-                for (sign, line) in
-                    now.difference(before).map(|line| ("left on", line)).chain(before.difference(&now).map(|line| ("gone from", line)))
+                for (sign, line) in now
+                    .difference(before)
+                    .map(|line| ("left on", line))
+                    .chain(before.difference(&now).map(|line| ("gone from", line)))
                 {
                     if !line.starts_with(&own) {
                         differences += &format!("\n  {sign} {}: {line}", host.name);
@@ -463,7 +593,10 @@ impl Before {
             if differences.is_empty() {
                 return;
             }
-            assert!(started.elapsed() < Duration::from_secs(5), "the hosts are not what they were {when}:{differences}");
+            assert!(
+                started.elapsed() < Duration::from_secs(5),
+                "the hosts are not what they were {when}:{differences}"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -471,7 +604,11 @@ impl Before {
 
 /// The entries of a directory of /proc that are numbers.
 fn numbers_in(directory: &str) -> impl Iterator<Item = i32> + use<> {
-    fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 fn list_files(outside: &Path, inside: &str, lines: &mut BTreeSet<String>) {
@@ -489,7 +626,11 @@ fn list_files(outside: &Path, inside: &str, lines: &mut BTreeSet<String>) {
 
 /// A program of `tests/hosts`, compiled where that is still to be done.
 fn host_program(name: &str) -> PathBuf {
-    compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/hosts/{name}.c")), &format!("host-{name}"), &[])
+    compile(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/hosts/{name}.c")),
+        &format!("host-{name}"),
+        &[],
+    )
 }
 
 /// Where what this test run compiles lies: readable by every user, unlike perhaps the checkout. Removed by nobody but the
@@ -511,7 +652,9 @@ pub(crate) fn compile(source: &Path, name: &str, options: &[&str]) -> PathBuf {
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|entry| entry.path() == source || entry.path().extension().is_some_and(|suffix| suffix == "h"))
+        .filter(|entry| {
+            entry.path() == source || entry.path().extension().is_some_and(|suffix| suffix == "h")
+        })
         .filter_map(|entry| modified(&entry.path()))
         .max();
     if modified(&program).is_some_and(|built| Some(built) > newest) {
@@ -519,13 +662,25 @@ pub(crate) fn compile(source: &Path, name: &str, options: &[&str]) -> PathBuf {
     }
     let fresh = programs_directory().join(format!("{name}.{}", unique_number()));
     let output = Command::new("cc")
-        .args(["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"])
+        .args([
+            "-std=gnu11",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-pthread",
+            "-o",
+        ])
         .arg(&fresh)
         .arg(source)
         .args(options)
         .output()
         .expect("cc was found");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     fs::rename(&fresh, &program).expect("both lie in one directory");
     program
 }

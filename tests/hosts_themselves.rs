@@ -12,7 +12,10 @@ fn monotonic_s(pair: &Pair, of_b: bool) -> f64 {
     let host = if of_b { &pair.b } else { &pair.a };
     // /proc/uptime shows CLOCK_BOOTTIME of the reader's time namespace.
     let text = host.must("cat", &["/proc/uptime"]);
-    text.split(' ').next().and_then(|seconds| seconds.parse().ok()).expect("/proc/uptime begins with a number")
+    text.split(' ')
+        .next()
+        .and_then(|seconds| seconds.parse().ok())
+        .expect("/proc/uptime begins with a number")
 }
 
 #[test]
@@ -22,21 +25,38 @@ fn two_hosts_have_namespaces_of_their_own_and_reach_each_other() {
     }
     let pair = Pair::new(Clocks::FarAhead);
     for namespace in ["pid", "net", "mnt", "uts", "ipc", "time"] {
-        let link = |init: i32| fs::read_link(format!("/proc/{init}/ns/{namespace}")).expect("process 1 lives");
+        let link = |init: i32| {
+            fs::read_link(format!("/proc/{init}/ns/{namespace}")).expect("process 1 lives")
+        };
         let own = fs::read_link(format!("/proc/self/ns/{namespace}")).expect("we live");
-        assert!(link(pair.a.init) != link(pair.b.init) && link(pair.a.init) != own, "{namespace}");
+        assert!(
+            link(pair.a.init) != link(pair.b.init) && link(pair.a.init) != own,
+            "{namespace}"
+        );
     }
     for host in [&pair.a, &pair.b] {
         assert_eq!(host.must("uname", &["-n"]).trim(), host.hostname);
     }
-    assert!(monotonic_s(&pair, true) - monotonic_s(&pair, false) > 3e6, "B is far ahead");
-    pair.a.must("sh", &["-c", "touch /tmp/mine /run/mine /dev/shm/mine"]);
-    assert!(!pair.b.run("ls", &["/tmp/mine"]).status.success(), "/tmp is private");
+    assert!(
+        monotonic_s(&pair, true) - monotonic_s(&pair, false) > 3e6,
+        "B is far ahead"
+    );
+    pair.a
+        .must("sh", &["-c", "touch /tmp/mine /run/mine /dev/shm/mine"]);
+    assert!(
+        !pair.b.run("ls", &["/tmp/mine"]).status.success(),
+        "/tmp is private"
+    );
     fs::write(pair.path("ours"), "x").expect("the directory is ours");
-    pair.b.must("ls", &[pair.path("ours").to_str().expect("it is ASCII")]);
+    pair.b
+        .must("ls", &[pair.path("ours").to_str().expect("it is ASCII")]);
     let bash = "exec 3<>/dev/tcp/10.77.0.2/9 || exit 0";
     pair.a.must("bash", &["-c", bash]);
-    assert!(pair.b.must("ip", &["-brief", "address"]).contains("10.77.0.2/24"));
+    assert!(
+        pair.b
+            .must("ip", &["-brief", "address"])
+            .contains("10.77.0.2/24")
+    );
 }
 
 #[test]
@@ -61,15 +81,31 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(('127.0.0.1', 4444)) if Fa
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 4444))
 l = ctypes.CDLL(None); l.shmget(4711, 4096, 0o1600); l.syscall(323, 0)
 open('/tmp/left', 'w'); time.sleep(1000)";
-    pair.b.start(&["--reuid=0"], &["/usr/bin/python3", "-c", python]);
+    pair.b
+        .start(&["--reuid=0"], &["/usr/bin/python3", "-c", python]);
     pair.b.must("nft", &["add", "table", "inet", "left"]);
     pair.b.must("mount", &["-t", "tmpfs", "left", "/mnt"]);
-    eventually("the leftovers to appear", || pair.b.outside("/tmp/left").exists().then_some(()));
+    eventually("the leftovers to appear", || {
+        pair.b.outside("/tmp/left").exists().then_some(())
+    });
     let now = pair.b.inventory();
-    for wanted in ["process ", "socket udp 0100007F:115C", "ipc shm", "file /tmp/left", "nftables table inet left", "/mnt ", "userfaultfd of"] {
-        assert!(now.iter().any(|line| line.contains(wanted)), "{wanted:?} was not found in {now:#?}");
+    for wanted in [
+        "process ",
+        "socket udp 0100007F:115C",
+        "ipc shm",
+        "file /tmp/left",
+        "nftables table inet left",
+        "/mnt ",
+        "userfaultfd of",
+    ] {
+        assert!(
+            now.iter().any(|line| line.contains(wanted)),
+            "{wanted:?} was not found in {now:#?}"
+        );
     }
-    let complaint = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| before.assert_nothing_left(&pair)));
+    let complaint = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        before.assert_nothing_left(&pair)
+    }));
     assert!(complaint.is_err(), "the comparison is blind");
 }
 
@@ -80,7 +116,12 @@ fn a_host_goes_with_everything_in_it() {
     }
     let pair = Pair::new(Clocks::Behind);
     pair.a.start(ORDINARY, &["/bin/sleep", "12345"]);
-    let sleeper = eventually("the sleeper", || pair.a.processes().into_iter().find(|process| process.name == "sleep"));
+    let sleeper = eventually("the sleeper", || {
+        pair.a
+            .processes()
+            .into_iter()
+            .find(|process| process.name == "sleep")
+    });
     let shared = pair.shared.clone();
     drop(pair);
     assert!(!sleeper.proc("").exists() && !shared.exists());
@@ -98,15 +139,21 @@ fn subjects_pass_when_nothing_is_done_to_them() {
     let pair = Pair::new(Clocks::Behind);
     let before = Before::of(&pair);
     for group in names.chunks(5) {
-        let mut subjects: Vec<Subject> =
-            group.iter().filter_map(|(name, privileges)| Subject::start(&pair, &pair.a, name, privileges, &[])).collect();
+        let mut subjects: Vec<Subject> = group
+            .iter()
+            .filter_map(|(name, privileges)| Subject::start(&pair, &pair.a, name, privileges, &[]))
+            .collect();
         for round in 1..=3 {
             for subject in &mut subjects {
                 subject.must_pass(&format!("undisturbed, round {round}"));
             }
         }
         for subject in subjects {
-            assert!(subject.heartbeat(&pair.a).is_some_and(|beats| beats > 0), "{} has no heartbeat", subject.name());
+            assert!(
+                subject.heartbeat(&pair.a).is_some_and(|beats| beats > 0),
+                "{} has no heartbeat",
+                subject.name()
+            );
             subject.end(&pair.a);
         }
     }
@@ -121,7 +168,8 @@ fn the_steadfast_subject_notices_a_changed_byte() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let mut subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["1"]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["1"]).expect("it needs nothing");
     let process = subject.copy_on(&pair.a).expect("it runs");
     let status = Command::new(compile(
         &std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hosts/touch.c"),
@@ -132,5 +180,9 @@ fn the_steadfast_subject_notices_a_changed_byte() {
     .status()
     .expect("it was compiled a moment ago");
     assert!(status.success());
-    assert_ne!(subject.ask(), crate::subject::Answer::Pass, "a changed byte went unnoticed");
+    assert_ne!(
+        subject.ask(),
+        crate::subject::Answer::Pass,
+        "a changed byte went unnoticed"
+    );
 }

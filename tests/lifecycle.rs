@@ -22,11 +22,25 @@ pub(crate) enum Action {
 use Action::{Cross, CrossWithoutDrain, Verify};
 
 /// There with the drain off, back with the drain on, there again.
-pub(crate) const THERE_AND_BACK: &[Action] = &[Verify, CrossWithoutDrain, Verify, Cross, Verify, Cross, Verify];
+pub(crate) const THERE_AND_BACK: &[Action] = &[
+    Verify,
+    CrossWithoutDrain,
+    Verify,
+    Cross,
+    Verify,
+    Cross,
+    Verify,
+];
 
 /// A subject goes through a list of actions; both hosts are then as they were.
 #[track_caller]
-pub(crate) fn lifecycle(name: &str, privileges: &[&str], arguments: &[&str], clocks: Clocks, actions: &[Action]) {
+pub(crate) fn lifecycle(
+    name: &str,
+    privileges: &[&str],
+    arguments: &[&str],
+    clocks: Clocks,
+    actions: &[Action],
+) {
     if skip().is_some() {
         return;
     }
@@ -34,11 +48,16 @@ pub(crate) fn lifecycle(name: &str, privileges: &[&str], arguments: &[&str], clo
     let forth = Ferry::new(&pair);
     let back = forth.back();
     let before = Before::of(&pair);
-    let Some(mut subject) = Subject::start(&pair, &pair.a, name, privileges, arguments) else { return };
+    let Some(mut subject) = Subject::start(&pair, &pair.a, name, privileges, arguments) else {
+        return;
+    };
     let mut at_home = true;
     for (number, action) in actions.iter().enumerate() {
         let ferry = if at_home { &forth } else { &back };
-        let when = format!("at action {number} of {actions:?}, now on {}", ferry.source.name);
+        let when = format!(
+            "at action {number} of {actions:?}, now on {}",
+            ferry.source.name
+        );
         match action {
             Verify => subject.must_pass(&when),
             Cross => {
@@ -57,9 +76,21 @@ pub(crate) fn lifecycle(name: &str, privileges: &[&str], arguments: &[&str], clo
                 at_home = !at_home;
             }
         }
-        let (here, there) = if at_home { (&pair.a, &pair.b) } else { (&pair.b, &pair.a) };
-        assert!(subject.runs_on(here), "{name} does not run on {} {when}", here.name);
-        assert!(there.process(subject.pid).is_none(), "{name} is still on {} {when}", there.name);
+        let (here, there) = if at_home {
+            (&pair.a, &pair.b)
+        } else {
+            (&pair.b, &pair.a)
+        };
+        assert!(
+            subject.runs_on(here),
+            "{name} does not run on {} {when}",
+            here.name
+        );
+        assert!(
+            there.process(subject.pid).is_none(),
+            "{name} is still on {} {when}",
+            there.name
+        );
     }
     subject.end(if at_home { &pair.a } else { &pair.b });
     before.assert_nothing_left(&pair);

@@ -18,17 +18,33 @@ fn refused(ferry: &Ferry<'_>, subject: &mut Subject) -> Finished {
         receive.signal(ferry.target, nix::sys::signal::Signal::SIGTERM);
     }
     receive.wait();
-    assert!(!finished.refusals().is_empty(), "exit 7 without a reason: {finished:?}");
+    assert!(
+        !finished.refusals().is_empty(),
+        "exit 7 without a reason: {finished:?}"
+    );
     assert_eq!(subject.ask(), Answer::Pass, "after the refusal");
     assert!(subject.runs_on(ferry.source), "it was left stopped");
-    assert!(subject.copy_on(ferry.source).and_then(|process| process.tracer()) == Some(0), "it is still traced");
+    assert!(
+        subject
+            .copy_on(ferry.source)
+            .and_then(|process| process.tracer())
+            == Some(0),
+        "it is still traced"
+    );
     finished
 }
 
 #[track_caller]
 fn assert_some(finished: &Finished, what: &str, parts: &[&str]) {
-    let found = finished.refusals().iter().any(|text| parts.iter().all(|part| text.contains(part)));
-    assert!(found, "{what}: no refusal with {parts:?} among {:#?}", finished.refusals());
+    let found = finished
+        .refusals()
+        .iter()
+        .any(|text| parts.iter().all(|part| text.contains(part)));
+    assert!(
+        found,
+        "{what}: no refusal with {parts:?} among {:#?}",
+        finished.refusals()
+    );
 }
 
 #[test]
@@ -38,27 +54,46 @@ fn everything_that_cannot_be_carried_is_named_at_once() {
     }
     let pair = Pair::new(Clocks::Behind);
     let before = Before::of(&pair);
-    let mut subject = Subject::start(&pair, &pair.a, "refused", ORDINARY, &[]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "refused", ORDINARY, &[]).expect("it needs nothing");
     let mut ferry = Ferry::new(&pair);
-    ferry.migrate_options.extend(["--tcp".to_owned(), "refuse".to_owned()]);
+    ferry
+        .migrate_options
+        .extend(["--tcp".to_owned(), "refuse".to_owned()]);
     let finished = refused(&ferry, &mut subject);
     let pid = format!("pid {}", subject.pid);
     for line in subject.lines() {
         match line.split(' ').collect::<Vec<_>>()[..] {
             ["OBJECT", "tcp", "fd", fd] => {
-                assert_some(&finished, "tcp", &[&format!("{pid} fd {fd}: established TCP 127.0.0.1:"), "--tcp close"]);
+                assert_some(
+                    &finished,
+                    "tcp",
+                    &[
+                        &format!("{pid} fd {fd}: established TCP 127.0.0.1:"),
+                        "--tcp close",
+                    ],
+                );
             }
-            ["OBJECT", kind, "fd", fd] => assert_some(&finished, kind, &[&format!("{pid} fd {fd}: ")]),
+            ["OBJECT", kind, "fd", fd] => {
+                assert_some(&finished, kind, &[&format!("{pid} fd {fd}: ")])
+            }
             ["OBJECT", kind, "at", address] => assert_some(&finished, kind, &[&pid, address]),
             ["OBJECT", kind, "pid", child] => assert_some(&finished, kind, &[child]),
-            ["ABSENT", kind, errno] => eprintln!("skipped: {kind} cannot be had here (errno {errno})"),
+            ["ABSENT", kind, errno] => {
+                eprintln!("skipped: {kind} cannot be had here (errno {errno})")
+            }
             _ => {}
         }
     }
     // The default of --tcp is refuse; with close those two are no reason any more, all others still are.
     let closing = Ferry::new(&pair);
     let with_close = refused(&closing, &mut subject);
-    assert_eq!(with_close.refusals().len() + 2, finished.refusals().len(), "{:#?}", with_close.refusals());
+    assert_eq!(
+        with_close.refusals().len() + 2,
+        finished.refusals().len(),
+        "{:#?}",
+        with_close.refusals()
+    );
     subject.end(&pair.a);
     before.assert_nothing_left(&pair);
 }
@@ -69,10 +104,21 @@ fn a_pid_that_is_taken_is_refused_naming_its_holder() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let mut subject = Subject::start(&pair, &pair.a, "registers", ORDINARY, &[]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "registers", ORDINARY, &[]).expect("it needs nothing");
     let ferry = Ferry::new(&pair);
-    let holder = format!("echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & echo $!", subject.pid - 1);
-    let taken = pair.b.must("setsid", &["sh", "-c", &format!("({holder}) < /dev/null 2> /dev/null & wait")]);
+    let holder = format!(
+        "echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & echo $!",
+        subject.pid - 1
+    );
+    let taken = pair.b.must(
+        "setsid",
+        &[
+            "sh",
+            "-c",
+            &format!("({holder}) < /dev/null 2> /dev/null & wait"),
+        ],
+    );
     assert_eq!(taken.trim(), subject.pid.to_string());
     let finished = refused(&ferry, &mut subject);
     assert_some(&finished, "taken pid", &[&subject.pid.to_string(), "sleep"]);
@@ -83,7 +129,11 @@ fn a_pid_that_is_taken_is_refused_naming_its_holder() {
 fn sample_library(folder: &Path, value: i32) -> PathBuf {
     fs::create_dir_all(folder).expect("the folder is ours");
     let source = folder.join("sample.c");
-    fs::write(&source, format!("int sample_value(void) {{ return {value}; }}\n")).expect("the folder is ours");
+    fs::write(
+        &source,
+        format!("int sample_value(void) {{ return {value}; }}\n"),
+    )
+    .expect("the folder is ours");
     let library = folder.join("libsample.so");
     let status = Command::new("cc")
         .args(["-shared", "-fPIC", "-Wl,--build-id", "-o"])
@@ -113,22 +163,40 @@ fn a_library_that_differs_on_the_target_is_refused() {
         .expect("cc was found");
     assert!(status.success());
     let command = [program.to_str().expect("it is ASCII")];
-    let mut subject = Subject::launch(&pair, &pair.a, "library_user", &program, ORDINARY, &command).expect("it needs nothing");
+    let mut subject = Subject::launch(&pair, &pair.a, "library_user", &program, ORDINARY, &command)
+        .expect("it needs nothing");
     let mut ferry = Ferry::new(&pair);
     // Not even a promise that files are the same helps against a build id.
     ferry.migrate_options.clear();
     for check in ["build-id", "content"] {
-        pair.b.must("mount", &["--bind", other.to_str().expect("it is ASCII"), library.to_str().expect("it is ASCII")]);
+        pair.b.must(
+            "mount",
+            &[
+                "--bind",
+                other.to_str().expect("it is ASCII"),
+                library.to_str().expect("it is ASCII"),
+            ],
+        );
         ferry.migrate_options = vec!["--file-check".to_owned(), check.to_owned()];
         let finished = refused(&ferry, &mut subject);
         assert_some(&finished, check, &["libsample.so"]);
-        pair.b.must("umount", &[library.to_str().expect("it is ASCII")]);
+        pair.b
+            .must("umount", &[library.to_str().expect("it is ASCII")]);
     }
     // A file that is missing there is refused too.
-    pair.b.must("mount", &["-t", "tmpfs", "none", pair.path("lib").to_str().expect("it is ASCII")]);
+    pair.b.must(
+        "mount",
+        &[
+            "-t",
+            "tmpfs",
+            "none",
+            pair.path("lib").to_str().expect("it is ASCII"),
+        ],
+    );
     let finished = refused(&ferry, &mut subject);
     assert_some(&finished, "missing library", &["libsample.so"]);
-    pair.b.must("umount", &[pair.path("lib").to_str().expect("it is ASCII")]);
+    pair.b
+        .must("umount", &[pair.path("lib").to_str().expect("it is ASCII")]);
     // And with the same file everywhere it crosses.
     ferry.cross(subject.pid);
     subject.must_pass("after the library was the same again");
@@ -141,11 +209,21 @@ fn a_target_whose_processor_lacks_something_is_refused_unless_forced() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let mut subject = Subject::start(&pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
-    let poorer = fs::read_to_string("/proc/cpuinfo").expect("it is always there").replace(" sse4_2 ", " ");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
+    let poorer = fs::read_to_string("/proc/cpuinfo")
+        .expect("it is always there")
+        .replace(" sse4_2 ", " ");
     let path = pair.path("cpuinfo");
     fs::write(&path, poorer).expect("the directory is ours");
-    pair.b.must("mount", &["--bind", path.to_str().expect("it is ASCII"), "/proc/cpuinfo"]);
+    pair.b.must(
+        "mount",
+        &[
+            "--bind",
+            path.to_str().expect("it is ASCII"),
+            "/proc/cpuinfo",
+        ],
+    );
     let mut ferry = Ferry::new(&pair);
     let finished = refused(&ferry, &mut subject);
     assert_some(&finished, "processor", &["sse4_2", "--force-cpu"]);
@@ -161,7 +239,8 @@ fn a_target_without_enough_memory_is_refused() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["64"]).expect("it needs nothing");
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["64"])
+        .expect("it needs nothing");
     let real = fs::read_to_string("/proc/meminfo").expect("it is always there");
     let poorer: String = real
         .lines()
@@ -172,7 +251,14 @@ fn a_target_without_enough_memory_is_refused() {
         .collect();
     let path = pair.path("meminfo");
     fs::write(&path, poorer).expect("the directory is ours");
-    pair.b.must("mount", &["--bind", path.to_str().expect("it is ASCII"), "/proc/meminfo"]);
+    pair.b.must(
+        "mount",
+        &[
+            "--bind",
+            path.to_str().expect("it is ASCII"),
+            "/proc/meminfo",
+        ],
+    );
     let finished = refused(&Ferry::new(&pair), &mut subject);
     assert_some(&finished, "memory", &["20 MiB"]);
     subject.end(&pair.a);
@@ -183,7 +269,9 @@ struct ServiceGroup(Vec<PathBuf>);
 
 impl ServiceGroup {
     fn make(name: &str) -> Option<Self> {
-        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().find(|root| Path::new(root).join("cgroup.procs").exists())?;
+        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .find(|root| Path::new(root).join("cgroup.procs").exists())?;
         let slice = Path::new(root).join("system.slice");
         let mut made = Vec::new();
         if !slice.exists() {
@@ -215,9 +303,14 @@ fn a_service_that_would_be_started_again_is_refused_unless_told_otherwise() {
         return;
     };
     let pair = Pair::new(Clocks::Behind);
-    let mut subject = Subject::start(&pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
     let process = subject.copy_on(&pair.a).expect("it runs");
-    fs::write(group.0.last().expect("one was made").join("cgroup.procs"), process.outer.to_string()).expect("root may move it");
+    fs::write(
+        group.0.last().expect("one was made").join("cgroup.procs"),
+        process.outer.to_string(),
+    )
+    .expect("root may move it");
     let mut ferry = Ferry::new(&pair);
     let finished = refused(&ferry, &mut subject);
     assert_some(&finished, "service", &[".service", "--unmanaged"]);
@@ -235,10 +328,15 @@ fn a_writable_file_that_only_this_host_has_is_refused() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let mut subject = Subject::start(&pair, &pair.a, "regular_file", ORDINARY, &[]).expect("it needs nothing");
+    let mut subject =
+        Subject::start(&pair, &pair.a, "regular_file", ORDINARY, &[]).expect("it needs nothing");
     let mut ferry = Ferry::new(&pair);
     ferry.migrate_options.clear();
     let finished = refused(&ferry, &mut subject);
-    assert_some(&finished, "writable file", &["regular_file.state.file", "--same-file"]);
+    assert_some(
+        &finished,
+        "writable file",
+        &["regular_file.state.file", "--same-file"],
+    );
     subject.end(&pair.a);
 }

@@ -11,8 +11,14 @@ use std::time::Instant;
 use crate::hosts::{Host, Pair, Process, compile, eventually, patience};
 
 /// As an ordinary service: no capabilities, none to be had.
-pub(crate) const ORDINARY: &[&str] =
-    &["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"];
+pub(crate) const ORDINARY: &[&str] = &[
+    "--reuid=65534",
+    "--regid=65534",
+    "--clear-groups",
+    "--no-new-privs",
+    "--bounding-set=-all",
+    "--inh-caps=-all",
+];
 
 /// As root, with all it has.
 pub(crate) const ROOT: &[&str] = &["--reuid=0"];
@@ -41,7 +47,13 @@ impl Subject {
     /// Compiles `tests/subjects/NAME.c`, starts it on `host` and waits until it is set up. `None`: the machine lacks what
     /// it is about, which it has said on stderr.
     #[track_caller]
-    pub(crate) fn start(pair: &Pair, host: &Host, name: &str, privileges: &[&str], arguments: &[&str]) -> Option<Self> {
+    pub(crate) fn start(
+        pair: &Pair,
+        host: &Host,
+        name: &str,
+        privileges: &[&str],
+        arguments: &[&str],
+    ) -> Option<Self> {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/subjects/{name}.c"));
         Self::start_program(pair, host, &source, privileges, arguments)
     }
@@ -55,7 +67,10 @@ impl Subject {
         privileges: &[&str],
         arguments: &[&str],
     ) -> Option<Self> {
-        let name = source.file_stem().and_then(|name| name.to_str()).expect("a source has a name");
+        let name = source
+            .file_stem()
+            .and_then(|name| name.to_str())
+            .expect("a source has a name");
         let program = compile(source, name, &[]);
         let mut command = vec![program.to_str().expect("it is ASCII")];
         let state = pair.path(&format!("{name}.state"));
@@ -82,14 +97,20 @@ impl Subject {
         }
         host.start(privileges, &command);
         let first = eventually(&format!("{name} to be READY"), || {
-            lines(&state).into_iter().find(|line| ["READY ", "SKIP ", "FAIL "].iter().any(|word| line.starts_with(word)))
+            lines(&state).into_iter().find(|line| {
+                ["READY ", "SKIP ", "FAIL "]
+                    .iter()
+                    .any(|word| line.starts_with(word))
+            })
         });
         if let Some(what) = first.strip_prefix("SKIP ") {
             eprintln!("skipped: {what}");
             return None;
         }
         let fields: Vec<&str> = first.split(' ').collect();
-        let ["READY", pid, address] = fields[..] else { panic!("{name} says {first:?}") };
+        let ["READY", pid, address] = fields[..] else {
+            panic!("{name} says {first:?}")
+        };
         Some(Self {
             pid: pid.parse().expect("READY gives the pid"),
             heartbeat_address: u64::from_str_radix(address, 16).expect("READY gives an address"),
@@ -121,7 +142,10 @@ impl Subject {
     #[track_caller]
     pub(crate) fn answer(&self) -> Answer {
         let started = Instant::now();
-        let (pass, fail) = (format!("PASS {}", self.asked), format!("FAIL {} ", self.asked));
+        let (pass, fail) = (
+            format!("PASS {}", self.asked),
+            format!("FAIL {} ", self.asked),
+        );
         loop {
             for line in lines(&self.state) {
                 if line == pass {
@@ -132,7 +156,11 @@ impl Subject {
                 }
             }
             if started.elapsed() > patience() {
-                return Answer::Fail(format!("no answer within {:?}: {}", patience(), self.description()));
+                return Answer::Fail(format!(
+                    "no answer within {:?}: {}",
+                    patience(),
+                    self.description()
+                ));
             }
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
@@ -149,13 +177,21 @@ impl Subject {
     #[track_caller]
     pub(crate) fn end(self, host: &Host) {
         self.put_question("end\n");
-        eventually(&format!("{} to end", self.name()), || host.process(self.pid).is_none().then_some(()));
-        assert_eq!(lines(&self.state).last().map(String::as_str), Some("BYE"), "{} did not end by itself", self.name());
+        eventually(&format!("{} to end", self.name()), || {
+            host.process(self.pid).is_none().then_some(())
+        });
+        assert_eq!(
+            lines(&self.state).last().map(String::as_str),
+            Some("BYE"),
+            "{} did not end by itself",
+            self.name()
+        );
     }
 
     /// True when the process with its number on this host is it, and runs (or sleeps) untouched by a debugger's stop.
     pub(crate) fn runs_on(&self, host: &Host) -> bool {
-        self.copy_on(host).is_some_and(|process| matches!(process.state, 'R' | 'S' | 'D'))
+        self.copy_on(host)
+            .is_some_and(|process| matches!(process.state, 'R' | 'S' | 'D'))
     }
 
     /// The process on this host that executes its program under its number, in whatever state.
@@ -167,19 +203,30 @@ impl Subject {
     /// Its counter, read from the memory of the copy on this host; `None` when that page is not there (yet).
     pub(crate) fn heartbeat(&self, host: &Host) -> Option<u64> {
         let bytes = host.process(self.pid)?.memory(self.heartbeat_address, 8)?;
-        Some(u64::from_le_bytes(bytes.try_into().expect("eight bytes were asked for")))
+        Some(u64::from_le_bytes(
+            bytes.try_into().expect("eight bytes were asked for"),
+        ))
     }
 
     /// What it is called.
     pub(crate) fn name(&self) -> &str {
-        self.program.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+        self.program
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default()
     }
 
     fn put_question(&self, question: &str) {
         // Written aside and renamed, so that it never reads half a question.
         let ask = PathBuf::from(format!("{}.ask", self.state.display()));
         let fresh = PathBuf::from(format!("{}.fresh", self.state.display()));
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&fresh).expect("the directory is ours");
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o644)
+            .open(&fresh)
+            .expect("the directory is ours");
         file.write_all(question.as_bytes()).expect("there is room");
         drop(file);
         fs::rename(&fresh, &ask).expect("both lie in one directory");

@@ -41,7 +41,10 @@ fn main() -> ExitCode {
         match (argument.as_str(), argument.strip_prefix("--memory=")) {
             ("--json", _) => as_json = true,
             ("--memory", _) | (_, Some(_)) => {
-                let text = argument.strip_prefix("--memory=").map(str::to_owned).or_else(|| arguments.next());
+                let text = argument
+                    .strip_prefix("--memory=")
+                    .map(str::to_owned)
+                    .or_else(|| arguments.next());
                 let Some(bytes) = text.as_deref().and_then(parse_size) else {
                     eprintln!("--memory takes a size such as 512MiB or 2GiB");
                     return ExitCode::from(2);
@@ -71,7 +74,11 @@ fn parse_size(text: &str) -> Option<u64> {
         "GiB" | "G" => 1 << 30,
         _ => return None,
     };
-    digits.parse::<u64>().ok()?.checked_mul(unit).filter(|bytes| *bytes >= 1 << 20)
+    digits
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(unit)
+        .filter(|bytes| *bytes >= 1 << 20)
 }
 
 /// The whole show. False: it ended, but not as promised.
@@ -79,22 +86,38 @@ fn demonstrate(memory: u64, as_json: bool) -> bool {
     let started = Instant::now();
     let show = |text: &str| eprintln!("{:6.2} s  {text}", started.elapsed().as_secs_f64());
     let pair = Pair::new(Clocks::FarAhead);
-    show(&format!("two hosts: {} and {}", pair.a.hostname, pair.b.hostname));
+    show(&format!(
+        "two hosts: {} and {}",
+        pair.a.hostname, pair.b.hostname
+    ));
     let ferry = Ferry::new(&pair);
     let program = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/demo/workload.c");
     let bytes = memory.to_string();
-    let mut workload = Subject::start_program(&pair, &pair.a, &program, ORDINARY, &[&bytes, SEED]).expect("it needs nothing special");
+    let mut workload = Subject::start_program(&pair, &pair.a, &program, ORDINARY, &[&bytes, SEED])
+        .expect("it needs nothing special");
     let mut right = workload.ask() == Answer::Pass;
     let before = told(&workload, "before");
-    show(&format!("process {} holds {} MiB on {}, step {}", workload.pid, memory >> 20, text(&before, "host"), before["step"]));
+    show(&format!(
+        "process {} holds {} MiB on {}, step {}",
+        workload.pid,
+        memory >> 20,
+        text(&before, "host"),
+        before["step"]
+    ));
 
     let receive = ferry.receive(Drain::On);
     let mut migrate = ferry.migrate(workload.pid);
-    eventually("the program to run on B", || (workload.runs_on(&pair.b) || !migrate.runs()).then_some(()));
+    eventually("the program to run on B", || {
+        (workload.runs_on(&pair.b) || !migrate.runs()).then_some(())
+    });
     // Asked while its pages are on their way.
     right &= workload.ask() == Answer::Pass;
     let after = told(&workload, "after");
-    show(&format!("it runs on {}, step {}", text(&after, "host"), after["step"]));
+    show(&format!(
+        "it runs on {}, step {}",
+        text(&after, "host"),
+        after["step"]
+    ));
     let (source, target) = ferry.must_succeed(migrate, receive);
     let ledger = target.ledger().clone();
     let source_ledger = source.ledger();
@@ -113,32 +136,63 @@ fn demonstrate(memory: u64, as_json: bool) -> bool {
     right &= verdict == Answer::Pass;
     let complete = told(&workload, "complete");
     show(&match &verdict {
-        Answer::Pass => format!("every byte is right after {} steps, {} forks and {} moves", complete["step"], complete["forks"], complete["remaps"]),
+        Answer::Pass => format!(
+            "every byte is right after {} steps, {} forks and {} moves",
+            complete["step"], complete["forks"], complete["remaps"]
+        ),
         Answer::Fail(reason) => format!("it finds: {reason}"),
     });
 
-    let grew = |name: &str, earlier: &Value, later: &Value| later[name].as_u64() > earlier[name].as_u64();
+    let grew =
+        |name: &str, earlier: &Value, later: &Value| later[name].as_u64() > earlier[name].as_u64();
     let checks = [
-        ("moved", before["host"] != after["host"] && before["network_namespace"] != after["network_namespace"]),
+        (
+            "moved",
+            before["host"] != after["host"]
+                && before["network_namespace"] != after["network_namespace"],
+        ),
         ("same_process", before["pid"] == after["pid"]),
-        ("steps_went_on", grew("step", &before, &after) && grew("step", &after, &complete)),
+        (
+            "steps_went_on",
+            grew("step", &before, &after) && grew("step", &after, &complete),
+        ),
         ("forked_after_the_move", grew("forks", &before, &complete)),
-        ("remapped_after_the_move", grew("remaps", &before, &complete)),
+        (
+            "remapped_after_the_move",
+            grew("remaps", &before, &complete),
+        ),
         ("memory_right", right),
-        ("faulted_over_the_network", ledger.pages_faulted > FAULTS_MIN),
-        ("little_resident_at_run", ledger.pages_resident_at_run <= RESIDENT_AT_RUN_MAX),
+        (
+            "faulted_over_the_network",
+            ledger.pages_faulted > FAULTS_MIN,
+        ),
+        (
+            "little_resident_at_run",
+            ledger.pages_resident_at_run <= RESIDENT_AT_RUN_MAX,
+        ),
         ("source_is_gone", pair.a.process(workload.pid).is_none()),
     ];
     let ok = checks.iter().all(|(_, holds)| *holds);
     if as_json {
-        for line in source.stdout.lines().chain(target.stdout.lines()).filter(|line| line.contains("\"ledger\"")) {
+        for line in source
+            .stdout
+            .lines()
+            .chain(target.stdout.lines())
+            .filter(|line| line.contains("\"ledger\""))
+        {
             println!("{line}");
         }
         for line in [&before, &after, &complete] {
             println!("{}", json!({"type": "workload", "data": line}));
         }
-        let checks: serde_json::Map<String, Value> = checks.iter().map(|(name, holds)| ((*name).to_owned(), json!(holds))).collect();
-        println!("{}", json!({"type": "demo", "data": {"ok": ok, "memory_bytes": memory, "elapsed_ms": started.elapsed().as_secs_f64() * 1e3, "checks": checks}}));
+        let checks: serde_json::Map<String, Value> = checks
+            .iter()
+            .map(|(name, holds)| ((*name).to_owned(), json!(holds)))
+            .collect();
+        println!(
+            "{}",
+            json!({"type": "demo", "data": {"ok": ok, "memory_bytes": memory, "elapsed_ms": started.elapsed().as_secs_f64() * 1e3, "checks": checks}})
+        );
     }
     for (name, holds) in checks {
         if !holds {
