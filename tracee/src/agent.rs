@@ -139,14 +139,15 @@ global_asm!(
     "mov r9, [rbx + r9]",
     "5:",
     "mov rax, [r13 + {number}]",
+    "mov r12, [r13 + {child_slot}]",
     "syscall",
-    // Is this the new thread of a clone? It has a slot of its own.
+    // Is this the new thread of a clone? It has a slot of its own. It may wake up when its maker works at another batch
+    // already, so it must not look at the maker's slot any more.
     "test rax, rax",
     "jnz 5f",
-    "mov rdx, [r13 + {child_slot}]",
-    "test rdx, rdx",
+    "test r12, r12",
     "jz 5f",
-    "mov rbx, rdx",
+    "mov rbx, r12",
     "jmp 2b",
     "5:",
     "mov [r13 + {result}], rax",

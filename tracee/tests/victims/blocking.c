@@ -24,7 +24,7 @@
 #include <sys/wait.h>
 #include <termios.h>
 
-enum { WAIT_MS = 1500 };
+enum { WAIT_MS = 2500 };
 static const struct timespec WAIT = {WAIT_MS / 1000, WAIT_MS % 1000 * 1000000L};
 static struct timespec timeout_() { return WAIT; }
 #define TIMEOUT ({ static struct timespec t; t = timeout_(); &t; })
@@ -71,7 +71,8 @@ static void make_full_pair(void) {
 	static char zeros[4096];
 	while (send(fd[0], zeros, sizeof zeros, MSG_DONTWAIT) > 0) ;
 }
-static void set_timeout(int option) { struct timeval t = {WAIT_MS / 1000, WAIT_MS % 1000 * 1000}; must(setsockopt(fd[0], SOL_SOCKET, option, &t, sizeof t) == 0, "timeout"); }
+/* Longer than the wait: it starts anew when the call is resumed, and is not what ends it. */
+static void set_timeout(int option) { struct timeval t = {3 * WAIT_MS / 1000, 0}; must(setsockopt(fd[0], SOL_SOCKET, option, &t, sizeof t) == 0, "timeout"); }
 static void make_listener(void) {
 	fd[0] = socket(AF_UNIX, SOCK_STREAM, 0);
 	name.sun_family = AF_UNIX;
