@@ -806,7 +806,7 @@ impl<'a> Injection<'a> {
             return Ok(());
         };
         let len = self.len as u64;
-        let result = match self.unmap(address, len) {
+        match self.unmap(address, len) {
             Err(error) if !error.is_gone() => {
                 if let Some(gate) = &self.gate {
                     let index = gate.index;
@@ -815,8 +815,7 @@ impl<'a> Injection<'a> {
                 self.unmap(address, len)
             }
             result => result,
-        };
-        result
+        }
     }
 
     fn unmap(&mut self, address: u64, len: u64) -> Result<()> {

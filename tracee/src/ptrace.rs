@@ -224,7 +224,7 @@ pub(crate) fn pending(tid: i32, shared: bool) -> Result<Vec<[u8; 128]>> {
         let arguments = PeekSiginfo {
             offset: all.len() as u64,
             flags: if shared {
-                libc::PTRACE_PEEKSIGINFO_SHARED as u32
+                libc::PTRACE_PEEKSIGINFO_SHARED
             } else {
                 0
             },

@@ -431,10 +431,9 @@ impl Tracee {
             Stop::Event(event) => {
                 let other = ptrace::event_message(tid)?;
                 match event {
-                    libc::PTRACE_EVENT_CLONE => {
-                        if !self.threads.iter().any(|thread| thread.tid == other) {
-                            self.threads.push(Thread::running(other));
-                        }
+                    libc::PTRACE_EVENT_CLONE if self.tids.iter().all(|&tid| tid != other) => {
+                        self.threads.push(Thread::running(other));
+                        self.tids.push(other);
                     }
                     libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => release_child(other)?,
                     libc::PTRACE_EVENT_EXEC => self.code = None,
