@@ -83,6 +83,8 @@ const _: () = assert!(SLOT_LEN % CODE_LEN == 0);
 global_asm!(
     ".pushsection .rodata.pageferry_agent, \"a\"",
     ".balign 16",
+    ".globl pageferry_agent_start",
+    ".hidden pageferry_agent_start",
     "pageferry_agent_start:",
     // Whose turn is it?
     "2:",
@@ -181,6 +183,8 @@ global_asm!(
     "mov eax, {sys_sigreturn}",
     "syscall",
     "ud2",
+    ".globl pageferry_agent_end",
+    ".hidden pageferry_agent_end",
     "pageferry_agent_end:",
     ".popsection",
     word = const offset_of!(SlotMemory, word),
