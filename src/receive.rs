@@ -481,7 +481,7 @@ impl Shell<'_> {
                     match self.cradle.destroy() {
                         Ok(()) => self.in_cradle = false,
                         Err(error) => {
-                            session.handle_failed(&error);
+                            session.handle_destroy_failed(&error);
                             return;
                         }
                     }

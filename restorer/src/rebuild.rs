@@ -219,6 +219,7 @@ impl<'w, 'i> Work<'w, 'i> {
 /// On `Err` the husk is of no further use: kill it.
 pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl Fn() -> pageferry_tracee::Result<TreeClock>) -> Result<Rebuilt> {
 
+    tree.validate()?;
     let process = tree.root.as_ref().ok_or_else(|| model::Invalid::new("the tree", "has no process"))?;
     let space = process.space.as_ref().ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
     let pid = husk.pid();

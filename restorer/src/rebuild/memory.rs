@@ -25,6 +25,8 @@ const HOLE_MAX: u64 = 0x7fff_ffff_0000;
 const STACK_ROOM: u64 = 64 << 20;
 /// `arch_prctl(2)`: map the 64-bit vdso at (a hint of) an address. Linux 4.8, CONFIG_CHECKPOINT_RESTORE.
 const ARCH_MAP_VDSO_64: u64 = 0x2003;
+/// mmap(2), Linux 6.11: the kernel may drop the pages under pressure.
+const MAP_DROPPABLE: i32 = 0x08;
 const MADV_GUARD_INSTALL: u64 = 102;
 const PR_SET_MM: u64 = 35;
 const PR_SET_MM_MAP: u64 = 14;
@@ -113,6 +115,10 @@ fn mmap_flags(mapping: &Mapping) -> u64 {
     }
     if mapping.no_reserve {
         flags |= libc::MAP_NORESERVE;
+    }
+    if mapping.droppable {
+        // Instead of MAP_PRIVATE: its own kind of sharing.
+        flags = (flags & !libc::MAP_PRIVATE) | MAP_DROPPABLE;
     }
     if mapping.grows_down {
         flags |= libc::MAP_GROWSDOWN;

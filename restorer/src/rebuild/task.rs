@@ -128,6 +128,11 @@ pub(crate) fn rebuild_process(injection: &mut Injection<'_>, process: &Process) 
     if process.child_subreaper {
         prctl(&mut work, "the process", "prctl(PR_SET_CHILD_SUBREAPER)", PR_SET_CHILD_SUBREAPER, 1);
     }
+    for command in (0..u32::BITS).map(|bit| 1u32 << bit).filter(|command| process.membarrier & command != 0) {
+        work.room()?;
+        let args = [u64::from(command).into(), 0u64.into(), 0u64.into()];
+        work.call("the process", "membarrier", libc::SYS_membarrier, &args);
+    }
     if space.lock_future {
         work.call("the process", "mlockall(MCL_FUTURE)", libc::SYS_mlockall, &[MCL_FUTURE.into()]);
     }
