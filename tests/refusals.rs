@@ -108,17 +108,10 @@ fn a_pid_that_is_taken_is_refused_naming_its_holder() {
         Subject::start(&pair, &pair.a, "registers", ORDINARY, &[]).expect("it needs nothing");
     let ferry = Ferry::new(&pair);
     let holder = format!(
-        "echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 & echo $!",
+        "echo {} > /proc/sys/kernel/ns_last_pid; sleep 1000 > /dev/null 2>&1 & echo $!",
         subject.pid - 1
     );
-    let taken = pair.b.must(
-        "setsid",
-        &[
-            "sh",
-            "-c",
-            &format!("({holder}) < /dev/null 2> /dev/null & wait"),
-        ],
-    );
+    let taken = pair.b.must("sh", &["-c", &holder]);
     assert_eq!(taken.trim(), subject.pid.to_string());
     let finished = refused(&ferry, &mut subject);
     assert_some(&finished, "taken pid", &[&subject.pid.to_string(), "sleep"]);
