@@ -1,6 +1,8 @@
 /* A program that moves, drops and unmaps memory all the time, so also while its pages are still on the way. It keeps
  * account of what each page must hold: what it was filled with (tied to the page's number, not its address, since it
- * moves), zeros after MADV_DONTNEED, zeros in a mapping made where another was. */
+ * moves), zeros after MADV_DONTNEED, zeros in a mapping made where another was. Even regions move, odd ones have parts
+ * replaced: a mapping made next to one that is still filled does not merge with it, and mremap(2) across both would
+ * fail, which is documented. */
 #include "subject.h"
 
 enum { REGIONS = 24, PAGES = 128 };
@@ -40,7 +42,10 @@ static void step(void) {
     uint64_t dice = mix(++turn);
     int r = (int)(dice % REGIONS), page = (int)(dice >> 16) % (PAGES - 8);
     if (page < 0) page = -page;
-    switch (dice >> 8 & 7) {
+    unsigned what = dice >> 8 & 7;
+    if (what < 2) r &= ~1;
+    if (what == 3 || what == 5) r |= 1;
+    switch (what) {
     case 0: /* move it to wherever there is room */
     case 1: {
         char *room = pages(PAGES * PAGE, PROT_NONE);
