@@ -36,6 +36,10 @@ static void maps_object(const char *kind, void *at) {
     say("OBJECT %s at %lx", kind, (unsigned long)(uintptr_t)at);
 }
 
+static char local_path[64];
+
+static void remove_local(void) { unlink(local_path); }
+
 static void setup(void) {
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof at;
@@ -77,8 +81,9 @@ static void setup(void) {
     int deleted = open(path, O_RDWR | O_CREAT, 0600);
     unlink(path);
     holds("deleted-file", deleted);
-    snprintf(path, sizeof path, "/tmp/local.%d", getpid());
-    int local = open(path, O_RDWR | O_CREAT, 0600);
+    snprintf(local_path, sizeof local_path, "/tmp/local.%d", getpid());
+    int local = open(local_path, O_RDWR | O_CREAT, 0600);
+    atexit(remove_local);
     holds("local-file", local);
     snprintf(path, sizeof path, "%s.locked", state_path);
     int locked = open(path, O_RDWR | O_CREAT, 0600);
