@@ -261,6 +261,15 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Waits until it says that this phase has begun, or has ended without.
+    #[track_caller]
+    pub(crate) fn wait_for_phase(&mut self, phase: &str) {
+        let wanted = format!("\"phase\":\"{phase}\"");
+        eventually(&format!("{} to reach {phase}", self.what.clone()), || {
+            (self.stdout.so_far().contains(&wanted) || !self.runs()).then_some(())
+        });
+    }
+
     /// Waits until it has ended.
     ///
     /// # Panics

@@ -5,7 +5,7 @@
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Pair, eventually, skip};
+use crate::hosts::{Before, Clocks, Pair, skip};
 use crate::subject::{ORDINARY, ROOT, Subject};
 
 /// What may happen to a subject.
@@ -67,9 +67,7 @@ pub(crate) fn lifecycle(
             CrossWithoutDrain => {
                 let receive = ferry.receive(Drain::Off);
                 let mut migrate = ferry.migrate(subject.pid);
-                eventually(&format!("{name} to run on {}", ferry.target.name), || {
-                    (subject.runs_on(ferry.target) || !migrate.runs()).then_some(())
-                });
+                migrate.wait_for_phase("drain");
                 subject.must_pass(&format!("with its drain off, {when}"));
                 receive.signal(ferry.target, Signal::SIGTERM);
                 ferry.must_succeed(migrate, receive);

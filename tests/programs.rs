@@ -134,12 +134,7 @@ fn server_crosses(
             // Drain off: the source's copy stands still and can be read at leisure.
             let receive = ferry.receive(Drain::Off);
             let mut migrate = ferry.migrate(pid);
-            eventually("it to run on B", || {
-                let there = ferry.target.process(pid).is_some_and(|copy| {
-                    matches!(copy.state, 'R' | 'S') && copy.name.starts_with(kind)
-                });
-                (there || !migrate.runs()).then_some(())
-            });
+            migrate.wait_for_phase("drain");
             if let Some(copy) = ferry.source.process(pid) {
                 source_pages = pages(&copy);
             }

@@ -95,6 +95,13 @@ impl Subject {
         if command.len() == 1 {
             command.extend(["--state", state.to_str().expect("it is ASCII")]);
         }
+        // One of the same name may have been here before.
+        for old in [
+            state.clone(),
+            PathBuf::from(format!("{}.ask", state.display())),
+        ] {
+            let _ = fs::remove_file(old);
+        }
         host.start(privileges, &command);
         let first = eventually(&format!("{name} to be READY"), || {
             lines(&state).into_iter().find(|line| {

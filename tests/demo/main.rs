@@ -107,9 +107,7 @@ fn demonstrate(memory: u64, as_json: bool) -> bool {
 
     let receive = ferry.receive(Drain::On);
     let mut migrate = ferry.migrate(workload.pid);
-    eventually("the program to run on B", || {
-        (workload.runs_on(&pair.b) || !migrate.runs()).then_some(())
-    });
+    migrate.wait_for_phase("drain");
     // Asked while its pages are on their way.
     right &= workload.ask() == Answer::Pass;
     let after = told(&workload, "after");
