@@ -25,5 +25,9 @@ pub fn first_missing() -> Option<String> {
     if !geteuid().is_root() {
         return Some("pageferry needs root here: run it with sudo".into());
     }
-    host::checks().into_iter().find_map(|check| check.problem.map(|_| format!("{} is missing: {}", check.name, check.help)))
+    host::checks().into_iter().find_map(|check| {
+        check
+            .problem
+            .map(|_| format!("{} is missing: {}", check.name, check.help))
+    })
 }

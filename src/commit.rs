@@ -90,13 +90,20 @@ impl SourceTree {
     /// Starts the thread; the process is not touched yet.
     pub fn new(pid: i32) -> std::io::Result<Self> {
         let (commands, inbox) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("hold".into()).spawn(move || hold_source(pid, &inbox))?;
-        Ok(Self { commands, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("hold".into())
+            .spawn(move || hold_source(pid, &inbox))?;
+        Ok(Self {
+            commands,
+            thread: Some(thread),
+        })
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> SourceCommand) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).map_err(|_| Error::Thread)?;
+        self.commands
+            .send(command(reply))
+            .map_err(|_| Error::Thread)?;
         answer.await.map_err(|_| Error::Thread)?
     }
 
@@ -107,7 +114,8 @@ impl SourceTree {
 
     /// Reads the frozen process. On `Err` it stays frozen, until it is rolled back.
     pub async fn capture(&self, survey: Survey, options: SurveyOptions) -> Result<Captured, Error> {
-        self.ask(|reply| SourceCommand::Capture(Box::new((survey, options)), reply)).await
+        self.ask(|reply| SourceCommand::Capture(Box::new((survey, options)), reply))
+            .await
     }
 
     /// Queues the SIGSTOP that outlives us. On `Err` nothing is queued.
@@ -159,14 +167,16 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
             }
             SourceCommand::Capture(work, reply) => {
                 let (survey, options) = *work;
-                let outcome = held
-                    .as_mut()
-                    .ok_or(Error::Thread)
-                    .and_then(|tracee| capture::capture(tracee, &survey, &options).map_err(Error::Capture));
+                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|tracee| {
+                    capture::capture(tracee, &survey, &options).map_err(Error::Capture)
+                });
                 let _ = reply.send(outcome);
             }
             SourceCommand::Park(reply) => {
-                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|tracee| tracee.park().map_err(Error::Park));
+                let outcome = held
+                    .as_mut()
+                    .ok_or(Error::Thread)
+                    .and_then(|tracee| tracee.park().map_err(Error::Park));
                 parked = outcome.is_ok();
                 let _ = reply.send(outcome);
             }
@@ -174,7 +184,10 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
                 let _ = reply.send(roll_back(held.take(), std::mem::take(&mut parked)));
             }
             SourceCommand::Kill(reply) => {
-                let outcome = held.take().ok_or(Error::Thread).and_then(|tracee| tracee.kill().map_err(Error::Kill));
+                let outcome = held
+                    .take()
+                    .ok_or(Error::Thread)
+                    .and_then(|tracee| tracee.kill().map_err(Error::Kill));
                 let _ = reply.send(outcome);
             }
             SourceCommand::Abandon => break,
@@ -187,15 +200,29 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
 }
 
 fn freeze(pid: i32) -> Result<(Tracee, Frozen), Error> {
-    let seize = SeizeOptions { exit_kill: false, follow: true, suspend_seccomp: true };
+    let seize = SeizeOptions {
+        exit_kill: false,
+        follow: true,
+        suspend_seccomp: true,
+    };
     let mut tracee = Tracee::seize(pid, seize).map_err(Error::Freeze)?;
     let began = Instant::now();
-    tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(Error::Freeze)?;
-    Ok((tracee, Frozen { began, stopped: Instant::now() }))
+    tracee
+        .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)
+        .map_err(Error::Freeze)?;
+    Ok((
+        tracee,
+        Frozen {
+            began,
+            stopped: Instant::now(),
+        },
+    ))
 }
 
 fn roll_back(held: Option<Tracee>, parked: bool) -> Result<(), Error> {
-    let Some(mut tracee) = held else { return Ok(()) };
+    let Some(mut tracee) = held else {
+        return Ok(());
+    };
     if parked {
         tracee.unpark().map_err(Error::Thaw)?;
     }
@@ -224,18 +251,32 @@ impl TargetTree {
     pub fn new(pid: i32) -> std::io::Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let (end, ended) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("hold".into()).spawn(move || hold_target(pid, &inbox, end))?;
-        Ok(Self { commands, thread: Some(thread), ended: Some(ended) })
+        let thread = std::thread::Builder::new()
+            .name("hold".into())
+            .spawn(move || hold_target(pid, &inbox, end))?;
+        Ok(Self {
+            commands,
+            thread: Some(thread),
+            ended: Some(ended),
+        })
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> TargetCommand) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).map_err(|_| Error::Thread)?;
+        self.commands
+            .send(command(reply))
+            .map_err(|_| Error::Thread)?;
         answer.await.map_err(|_| Error::Thread)?
     }
 
     /// Rebuilds `tree` in the husk. The tree's clocks are this host's plus the two offsets, nanoseconds.
-    pub async fn rebuild(&self, tree: Tree, eager: Vec<EagerPage>, monotonic_offset_ns: i64, boottime_offset_ns: i64) -> Result<Rebuilt, Error> {
+    pub async fn rebuild(
+        &self,
+        tree: Tree,
+        eager: Vec<EagerPage>,
+        monotonic_offset_ns: i64,
+        boottime_offset_ns: i64,
+    ) -> Result<Rebuilt, Error> {
         let work = Box::new((tree, eager, monotonic_offset_ns, boottime_offset_ns));
         self.ask(|reply| TargetCommand::Rebuild(work, reply)).await
     }
@@ -275,7 +316,11 @@ impl Drop for TargetTree {
 const PUMP_PAUSE: Duration = Duration::from_millis(20);
 
 fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Sender<i32>) {
-    let seize = SeizeOptions { exit_kill: true, follow: false, suspend_seccomp: false };
+    let seize = SeizeOptions {
+        exit_kill: true,
+        follow: false,
+        suspend_seccomp: false,
+    };
     let mut husk: Option<Tracee> = None;
     let mut held = None;
     let mut end = Some(end);
@@ -308,19 +353,28 @@ fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Se
         match command {
             TargetCommand::Rebuild(work, reply) => {
                 let (tree, eager, monotonic, boottime) = *work;
-                let outcome = seize_and_rebuild(pid, seize, &tree, &eager, monotonic, boottime, &mut husk);
+                let outcome =
+                    seize_and_rebuild(pid, seize, &tree, &eager, monotonic, boottime, &mut husk);
                 let _ = reply.send(outcome);
             }
             TargetCommand::ClearExitKill(reply) => {
-                let outcome = husk.as_mut().ok_or(Error::Thread).and_then(|h| h.clear_exit_kill().map_err(Error::Release));
+                let outcome = husk
+                    .as_mut()
+                    .ok_or(Error::Thread)
+                    .and_then(|h| h.clear_exit_kill().map_err(Error::Release));
                 let _ = reply.send(outcome);
             }
             TargetCommand::Release(reply) => {
-                let outcome = husk.take().ok_or(Error::Thread).and_then(|h| h.release(true).map_err(Error::Release));
+                let outcome = husk
+                    .take()
+                    .ok_or(Error::Thread)
+                    .and_then(|h| h.release(true).map_err(Error::Release));
                 let _ = reply.send(outcome.map(|leader| held = leader));
             }
             TargetCommand::LetGo(reply) => {
-                let outcome = held.take().map_or(Ok(()), |leader| Held::release(leader).map_err(Error::Release));
+                let outcome = held.take().map_or(Ok(()), |leader| {
+                    Held::release(leader).map_err(Error::Release)
+                });
                 let _ = reply.send(outcome);
             }
         }
@@ -341,7 +395,9 @@ fn seize_and_rebuild(
     husk: &mut Option<Tracee>,
 ) -> Result<Rebuilt, Error> {
     let tracee = husk.insert(Tracee::seize(pid, seize).map_err(|e| Error::Rebuild(e.into()))?);
-    tracee.freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS).map_err(|e| Error::Rebuild(e.into()))?;
+    tracee
+        .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)
+        .map_err(|e| Error::Rebuild(e.into()))?;
     let clock = || {
         let now = host::clocks()?;
         Ok(TreeClock {

@@ -44,7 +44,10 @@ pub struct Cradle {
 
 impl Cradle {
     fn new(socket: UnixStream) -> std::io::Result<Self> {
-        Ok(Self { writer: socket.try_clone()?, reader: BufReader::new(socket) })
+        Ok(Self {
+            writer: socket.try_clone()?,
+            reader: BufReader::new(socket),
+        })
     }
 
     /// Has a husk made. Blocks for a millisecond or so.
@@ -88,7 +91,11 @@ impl Cradle {
         writeln!(self.writer, "{line}")
             .and_then(|()| self.reader.read_line(&mut answer))
             .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
-        if answer.is_empty() { Err("the supervisor is gone".into()) } else { Ok(answer.trim_end().to_owned()) }
+        if answer.is_empty() {
+            Err("the supervisor is gone".into())
+        } else {
+            Ok(answer.trim_end().to_owned())
+        }
     }
 }
 
@@ -105,7 +112,9 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
     };
     let mut both = Some((ours, theirs));
     let forked = process::fork(true, || {
-        let Some((ours, theirs)) = both.take() else { return i32::from(exit::FAILED) };
+        let Some((ours, theirs)) = both.take() else {
+            return i32::from(exit::FAILED);
+        };
         // The table is shared: closing the supervisor's end here would close it there.
         std::mem::forget(ours);
         match Cradle::new(theirs) {
@@ -116,7 +125,9 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
             }
         }
     });
-    let Some((ours, theirs)) = both.take() else { return exit::FAILED };
+    let Some((ours, theirs)) = both.take() else {
+        return exit::FAILED;
+    };
     std::mem::forget(theirs);
     match forked {
         Ok(engine) => supervisor(Pid::from_raw(engine), ours),
@@ -195,8 +206,15 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
     }
     let made = order
         .clock_offsets_ns
-        .map_or(Ok(()), |(monotonic, boottime)| process::unshare_time(monotonic, boottime))
-        .and_then(|()| husk::spawn(&HuskRequest { set_sid: order.set_sid, ..HuskRequest::new(order.pid) }));
+        .map_or(Ok(()), |(monotonic, boottime)| {
+            process::unshare_time(monotonic, boottime)
+        })
+        .and_then(|()| {
+            husk::spawn(&HuskRequest {
+                set_sid: order.set_sid,
+                ..HuskRequest::new(order.pid)
+            })
+        });
     match made {
         Ok(_) => lines.answer("made it"),
         Err(error) => {
@@ -219,15 +237,25 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             Some("destroy") => {
                 end_all(order.pid);
                 lines.answer("gone it");
-                return if may_have_run { exit::LOST } else { exit::FAILED };
+                return if may_have_run {
+                    exit::LOST
+                } else {
+                    exit::FAILED
+                };
             }
             Some(_) => lines.answer("failed not understood"),
             None => {}
         }
-        let alive = engine.as_ref().is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
+        let alive = engine
+            .as_ref()
+            .is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
         if !alive {
             end_all(order.pid);
-            return if may_have_run { exit::LOST } else { exit::FAILED };
+            return if may_have_run {
+                exit::LOST
+            } else {
+                exit::FAILED
+            };
         }
         if may_have_run {
             reap();
@@ -242,12 +270,18 @@ fn parse(line: &str) -> Option<HuskOrder> {
     let keep = words.next()? == "1";
     let monotonic = words.next()?.parse().ok()?;
     let boottime = words.next()?.parse().ok()?;
-    Some(HuskOrder { pid, set_sid, clock_offsets_ns: keep.then_some((monotonic, boottime)) })
+    Some(HuskOrder {
+        pid,
+        set_sid,
+        clock_offsets_ns: keep.then_some((monotonic, boottime)),
+    })
 }
 
 /// Reaps what ended, the process itself included: its status is told by the one who traces it.
 fn reap() {
-    while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {}
+    while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) =
+        waitpid(None, Some(WaitPidFlag::WNOHANG))
+    {}
 }
 
 /// Kills the process and every descendant, and reaps them. We are their subreaper: what is orphaned meanwhile becomes
@@ -273,7 +307,10 @@ struct Lines {
 
 impl Lines {
     fn new(socket: UnixStream) -> Self {
-        Self { reader: BufReader::new(socket), partial: String::new() }
+        Self {
+            reader: BufReader::new(socket),
+            partial: String::new(),
+        }
     }
 
     /// The next line, or `None` if none came within [`LOOK_PAUSE`].

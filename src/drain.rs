@@ -30,24 +30,58 @@ pub enum Error {
 ///
 /// # Errors
 /// The process must then never run.
-pub async fn start(pid: i32, rebuilt: Rebuilt, faults: &Link, bulk: &Link, drain: bool) -> Result<(Driver, DriverHandle), Error> {
+pub async fn start(
+    pid: i32,
+    rebuilt: Rebuilt,
+    faults: &Link,
+    bulk: &Link,
+    drain: bool,
+) -> Result<(Driver, DriverHandle), Error> {
     let (fault_fetches, fault_pages) = channel(faults).await?;
     let (bulk_fetches, bulk_pages) = channel(bulk).await?;
-    let Rebuilt { uffd, lazy, resident, wipe_on_fork } = rebuilt;
-    let memory = Memory { pid, uffd, lazy, resident, wipe_on_fork };
-    let connections = Connections { fault_fetches, fault_pages, bulk_fetches, bulk_pages };
-    Ok(Driver::new(memory, connections, Options { drain, ..Options::default() })?)
+    let Rebuilt {
+        uffd,
+        lazy,
+        resident,
+        wipe_on_fork,
+    } = rebuilt;
+    let memory = Memory {
+        pid,
+        uffd,
+        lazy,
+        resident,
+        wipe_on_fork,
+    };
+    let connections = Connections {
+        fault_fetches,
+        fault_pages,
+        bulk_fetches,
+        bulk_pages,
+    };
+    Ok(Driver::new(
+        memory,
+        connections,
+        Options {
+            drain,
+            ..Options::default()
+        },
+    )?)
 }
 
 /// A page stream on `link`.
-async fn channel(link: &Link) -> Result<(mpsc::UnboundedSender<Fetch>, mpsc::Receiver<PageBatch>), transport::Error> {
+async fn channel(
+    link: &Link,
+) -> Result<(mpsc::UnboundedSender<Fetch>, mpsc::Receiver<PageBatch>), transport::Error> {
     let (mut sender, mut receiver) = link.open().await?;
     let (fetches, mut wanted) = mpsc::unbounded_channel::<Fetch>();
     let (arrived, pages) = mpsc::channel(BATCHES_WAITING_MAX);
     tokio::spawn(async move {
         while let Some(fetch) = wanted.recv().await {
             if let Err(error) = sender.send(fetch).await {
-                tracing::debug!("a request for pages was not sent: {}", report::chain(&error));
+                tracing::debug!(
+                    "a request for pages was not sent: {}",
+                    report::chain(&error)
+                );
                 return;
             }
         }

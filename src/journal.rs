@@ -11,10 +11,10 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::exit;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tracee::procfs;
-use crate::exit;
 use pageferry_wire::session::{Record, source_may_run};
 
 /// Where journals lie. On a tmpfs: they mean nothing after a reboot.
@@ -34,11 +34,22 @@ impl Journal {
     /// # Errors
     /// What the file system says, with the path.
     pub fn create(id: &str, side: &str, pid: i32, keeper: Option<File>) -> std::io::Result<Self> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(FOLDER)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(FOLDER)?;
         let path = PathBuf::from(FOLDER).join(format!("{id}.{side}"));
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)?;
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        writeln!(file, "pageferry 1 {side} migration {id} pid {pid} boot {}", boot.trim())?;
+        writeln!(
+            file,
+            "pageferry 1 {side} migration {id} pid {pid} boot {}",
+            boot.trim()
+        )?;
         Ok(Self { path, file, keeper })
     }
 
@@ -71,7 +82,10 @@ impl Journal {
     /// The outcome is known to both sides: nothing is left to decide.
     pub fn settle(self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!("journal {} could not be removed: {error}", self.path.display());
+            tracing::warn!(
+                "journal {} could not be removed: {error}",
+                self.path.display()
+            );
         }
         // An empty folder is ours to take away; one with other journals stays.
         let _ = std::fs::remove_dir(FOLDER);
@@ -119,7 +133,9 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
 
 fn release(pid: i32) {
     for _ in 0..RELEASE_TRIES {
-        let Ok(status) = procfs::status(pid, pid) else { return };
+        let Ok(status) = procfs::status(pid, pid) else {
+            return;
+        };
         if status.tracer_pid == 0 {
             if status.state == 'T' {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);

@@ -59,7 +59,12 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
         }
     };
     let mut waited = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD] {
+    for signal in [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGCHLD,
+    ] {
         waited.add(signal);
     }
     if let Err(errno) = waited.thread_block() {
@@ -70,7 +75,9 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
     let keeper = process::fork(false, || {
         drop(keeper_pipe.take());
         let _ = setsid();
-        records.take().map_or(i32::from(exit::FAILED), |records| i32::from(keep(File::from(records), args.pid, was_stopped)))
+        records.take().map_or(i32::from(exit::FAILED), |records| {
+            i32::from(keep(File::from(records), args.pid, was_stopped))
+        })
     });
     drop(records.take());
     let keeper = match keeper {
@@ -83,7 +90,9 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
     let engine = process::fork(false, || {
         let _ = setsid();
         let _ = waited.thread_unblock();
-        let code = keeper_pipe.take().map_or(exit::FAILED, |pipe| engine(args, common, pipe));
+        let code = keeper_pipe
+            .take()
+            .map_or(exit::FAILED, |pipe| engine(args, common, pipe));
         pageferry_tracee::choke::report();
         i32::from(code)
     });
@@ -104,12 +113,21 @@ fn front(engine: Pid, keeper: Pid, waited: &SigSet, pid: i32) -> u8 {
         match waited.wait() {
             Ok(Signal::SIGCHLD) => {}
             Ok(signal) => {
-                let _ = kill(engine, if signal == Signal::SIGHUP { Signal::SIGHUP } else { signal });
+                let _ = kill(
+                    engine,
+                    if signal == Signal::SIGHUP {
+                        Signal::SIGHUP
+                    } else {
+                        signal
+                    },
+                );
             }
             Err(_) => {}
         }
         match waitpid(engine, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => engine_code = Some(u8::try_from(code).unwrap_or(exit::FAILED)),
+            Ok(WaitStatus::Exited(_, code)) => {
+                engine_code = Some(u8::try_from(code).unwrap_or(exit::FAILED))
+            }
             Ok(WaitStatus::StillAlive) => continue,
             _ => {}
         }
@@ -126,10 +144,17 @@ fn front(engine: Pid, keeper: Pid, waited: &SigSet, pid: i32) -> u8 {
         return code;
     }
     let where_is_it = match keeper_code {
-        exit::DONE => "every page had arrived; it lives on the target and the source copy was ended".to_owned(),
+        exit::DONE => {
+            "every page had arrived; it lives on the target and the source copy was ended"
+                .to_owned()
+        }
         exit::FAILED => format!("pid {pid} runs on here, as before"),
-        exit::LOST => format!("it ran on the target, without all its pages; the source copy pid {pid} stays stopped"),
-        _ => format!("the target may run it; the source copy pid {pid} stays stopped. Look at the target before continuing it"),
+        exit::LOST => format!(
+            "it ran on the target, without all its pages; the source copy pid {pid} stays stopped"
+        ),
+        _ => format!(
+            "the target may run it; the source copy pid {pid} stays stopped. Look at the target before continuing it"
+        ),
     };
     eprintln!("pageferry: the engine was killed; {where_is_it}");
     keeper_code
@@ -139,25 +164,40 @@ fn front(engine: Pid, keeper: Pid, waited: &SigSet, pid: i32) -> u8 {
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error("{what}; pid {pid} runs on here, as before")]
-    Before { what: String, pid: i32, #[source] source: Option<Box<dyn std::error::Error + Send + Sync>> },
+    Before {
+        what: String,
+        pid: i32,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
     #[error("refused; nothing was touched")]
     Refused,
-    #[error("{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped. Look at the target before continuing it")]
+    #[error(
+        "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped. Look at the target before continuing it"
+    )]
     Undecided { what: String, pid: i32 },
-    #[error("{what}; the process ran on the target and pages were missing: the source copy pid {pid} stays stopped")]
+    #[error(
+        "{what}; the process ran on the target and pages were missing: the source copy pid {pid} stays stopped"
+    )]
     Lost { what: String, pid: i32 },
 }
 
 fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
     let mut report = Report::new(common);
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("pageferry: no runtime: {error}; nothing was touched");
             return exit::FAILED;
         }
     };
-    let mut ledger = Ledger { mode: args.mode.to_string(), ..Ledger::default() };
+    let mut ledger = Ledger {
+        mode: args.mode.to_string(),
+        ..Ledger::default()
+    };
     let outcome = runtime.block_on(crossing(args, &mut report, &mut ledger, File::from(keeper)));
     let code = match &outcome {
         Ok(code) => *code,
@@ -204,22 +244,34 @@ struct Links {
 }
 
 /// Walks the phases. On `Err` the failure itself says where the process is; before COMMIT it always runs on here.
-async fn crossing(args: &MigrateArgs, report: &mut Report, ledger: &mut Ledger, keeper: File) -> Result<u8, Failure> {
+async fn crossing(
+    args: &MigrateArgs,
+    report: &mut Report,
+    ledger: &mut Ledger,
+    keeper: File,
+) -> Result<u8, Failure> {
     let pid = args.pid;
     let before = |what: &str| {
         let what = what.to_owned();
-        move |source: BoxError| Failure::Before { what, pid, source: Some(source) }
+        move |source: BoxError| Failure::Before {
+            what,
+            pid,
+            source: Some(source),
+        }
     };
     let mut stop = Stop::new().map_err(|e| before("signals cannot be watched")(e.into()))?;
     report.phase(Phase::Hello);
-    let identity = Identity::open(&args.identity.identity).map_err(|e| before("this host's identity cannot be used")(e.into()))?;
-    let peers = Peers::load(PEERS.as_ref()).map_err(|e| before("the peers file cannot be used")(e.into()))?;
+    let identity = Identity::open(&args.identity.identity)
+        .map_err(|e| before("this host's identity cannot be used")(e.into()))?;
+    let peers = Peers::load(PEERS.as_ref())
+        .map_err(|e| before("the peers file cannot be used")(e.into()))?;
     let trust = peers
         .resolve(args.peer.iter().map(String::as_str))
         .map_err(|e| before("the peer is not known")(e.into()))?;
 
     let options = survey_options(args);
-    let survey = survey::survey(pid, &options).map_err(|e| before("the process cannot be looked at")(e.into()))?;
+    let survey = survey::survey(pid, &options)
+        .map_err(|e| before("the process cannot be looked at")(e.into()))?;
     for note in &survey.notes {
         tracing::warn!("{note}");
     }
@@ -232,11 +284,16 @@ async fn crossing(args: &MigrateArgs, report: &mut Report, ledger: &mut Ledger, 
 
     let id = new_id().map_err(|e| before("no migration id")(e.into()))?;
     report.set_id(hex(&id));
-    let links = connect(args, &identity, &trust, id).await.map_err(before("the target cannot be reached"))?;
-    let plan = make_plan(args, &survey).map_err(|e| before("this host cannot be described")(e.into()))?;
-    let journal =
-        Journal::create(report.id(), "source", pid, Some(keeper)).map_err(|e| before("the journal cannot be written")(e.into()))?;
-    journal.sync().map_err(|e| before("the journal cannot be written")(e.into()))?;
+    let links = connect(args, &identity, &trust, id)
+        .await
+        .map_err(before("the target cannot be reached"))?;
+    let plan =
+        make_plan(args, &survey).map_err(|e| before("this host cannot be described")(e.into()))?;
+    let journal = Journal::create(report.id(), "source", pid, Some(keeper))
+        .map_err(|e| before("the journal cannot be written")(e.into()))?;
+    journal
+        .sync()
+        .map_err(|e| before("the journal cannot be written")(e.into()))?;
 
     let mut shell = Shell {
         pid,
@@ -308,7 +365,9 @@ impl Shell<'_> {
                 match action {
                     SourceAction::Finish(end) => {
                         return match cancelled {
-                            Some(signal) if matches!(end, SourceEnd::Failed { .. }) => End::Cancelled(signal),
+                            Some(signal) if matches!(end, SourceEnd::Failed { .. }) => {
+                                End::Cancelled(signal)
+                            }
                             _ => End::Session(end),
                         };
                     }
@@ -386,7 +445,12 @@ impl Shell<'_> {
             }
             SourceAction::Freeze => {
                 let frozen = match SourceTree::new(self.pid) {
-                    Ok(tree) => self.tree.insert(tree).freeze().await.map_err(|error| report::chain(&error)),
+                    Ok(tree) => self
+                        .tree
+                        .insert(tree)
+                        .freeze()
+                        .await
+                        .map_err(|error| report::chain(&error)),
                     Err(error) => Err(format!("no thread to hold the process: {error}")),
                 };
                 match frozen {
@@ -403,7 +467,10 @@ impl Shell<'_> {
             },
             SourceAction::Record(record) => match self.journal.record(record) {
                 Ok(()) => session.handle_recorded(record),
-                Err(error) => session.handle_record_failed(record, &format!("the journal cannot be written: {error}")),
+                Err(error) => session.handle_record_failed(
+                    record,
+                    &format!("the journal cannot be written: {error}"),
+                ),
             },
             SourceAction::Park => match self.tree() {
                 Ok(tree) => match tree.park().await {
@@ -444,12 +511,18 @@ impl Shell<'_> {
     }
 
     fn tree(&self) -> Result<&SourceTree, String> {
-        self.tree.as_ref().ok_or_else(|| "nothing is held".to_owned())
+        self.tree
+            .as_ref()
+            .ok_or_else(|| "nothing is held".to_owned())
     }
 
     async fn capture(&mut self) -> Result<State, String> {
         let (survey, options) = self.surveyed.take().ok_or("it was captured before")?;
-        let captured = self.tree()?.capture(survey, options).await.map_err(|error| report::chain(&error))?;
+        let captured = self
+            .tree()?
+            .capture(survey, options)
+            .await
+            .map_err(|error| report::chain(&error))?;
         self.lazy = captured.lazy;
         self.eager = captured.eager;
         Ok(State::new(&captured.tree))
@@ -462,10 +535,22 @@ impl Shell<'_> {
         for range in &self.eager {
             let mut next = range.start;
             while next < range.end {
-                let batch = reader.batch(0, PageRange { start: next, end: range.end }).map_err(|error| report::chain(&error))?;
+                let batch = reader
+                    .batch(
+                        0,
+                        PageRange {
+                            start: next,
+                            end: range.end,
+                        },
+                    )
+                    .map_err(|error| report::chain(&error))?;
                 next = batch.range().end;
                 page_count += batch.data_page_count() as u64;
-                self.links.sender.send(batch).await.map_err(|error| report::chain(&error))?;
+                self.links
+                    .sender
+                    .send(batch)
+                    .await
+                    .map_err(|error| report::chain(&error))?;
             }
         }
         Ok(page_count)
@@ -486,17 +571,27 @@ impl Shell<'_> {
         for piece in reader.page_map(&self.lazy) {
             let (map, page_count) = piece.map_err(|error| report::chain(&error))?;
             total += page_count;
-            self.links.sender.send(map).await.map_err(|error| report::chain(&error))?;
+            self.links
+                .sender
+                .send(map)
+                .await
+                .map_err(|error| report::chain(&error))?;
             // Others serve pages on this thread.
             tokio::task::yield_now().await;
         }
-        self.links.sender.send(MapEnd { pages_total: total }).await.map_err(|error| report::chain(&error))
+        self.links
+            .sender
+            .send(MapEnd { pages_total: total })
+            .await
+            .map_err(|error| report::chain(&error))
     }
 
     /// Fills in the times.
     fn account(&mut self) {
         let clock = &self.clock;
-        let (Some(frozen), Some(sent), Some(ready), Some(running)) = (clock.frozen, clock.sent, clock.ready, clock.running) else {
+        let (Some(frozen), Some(sent), Some(ready), Some(running)) =
+            (clock.frozen, clock.sent, clock.ready, clock.running)
+        else {
             return;
         };
         self.ledger.freeze_ms = ms(frozen.stopped - frozen.began);
@@ -509,7 +604,10 @@ impl Shell<'_> {
 
     /// The same for the target's ledger.
     fn done(&self) -> Done {
-        let ns = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX));
+        let ns = |ms: f64| {
+            Duration::try_from_secs_f64(ms / 1e3)
+                .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+        };
         Done {
             downtime_ns: ns(self.ledger.downtime_ms),
             freeze_ns: ns(self.ledger.freeze_ms),
@@ -531,13 +629,16 @@ impl Shell<'_> {
             }
             End::Session(SourceEnd::Refused(verdict)) => {
                 for refusal in &verdict.refusals {
-                    self.report.refusal(&format!("{}: {}", refusal.object, refusal.text));
+                    self.report
+                        .refusal(&format!("{}: {}", refusal.object, refusal.text));
                 }
                 Err(Failure::Refused)
             }
-            End::Session(SourceEnd::Failed { phase, text }) => {
-                Err(Failure::Before { what: format!("failed in phase {phase}: {text}"), pid, source: None })
-            }
+            End::Session(SourceEnd::Failed { phase, text }) => Err(Failure::Before {
+                what: format!("failed in phase {phase}: {text}"),
+                pid,
+                source: None,
+            }),
             End::Cancelled(signal) => {
                 eprintln!("pageferry: cancelled; pid {pid} runs on here, as before");
                 Ok(exit::signalled(signal))
@@ -552,10 +653,15 @@ impl Shell<'_> {
         };
         // What was said last must arrive: the target closes the link when it has read it.
         let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
-        self.ledger.wire_bytes = self.links.control.udp_bytes() + self.links.faults.link.udp_bytes() + self.links.bulk.udp_bytes();
+        self.ledger.wire_bytes = self.links.control.udp_bytes()
+            + self.links.faults.link.udp_bytes()
+            + self.links.bulk.udp_bytes();
         match &outcome {
             Err(Failure::Undecided { .. } | Failure::Lost { .. }) => {
-                tracing::error!("what was recorded lies in {}", self.journal.path().display());
+                tracing::error!(
+                    "what was recorded lies in {}",
+                    self.journal.path().display()
+                );
                 if let Some(tree) = self.tree.take() {
                     tree.abandon();
                 }
@@ -609,7 +715,12 @@ pub(crate) fn hex(id: &[u8]) -> String {
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-async fn connect(args: &MigrateArgs, identity: &Identity, trust: &TrustSet, id: [u8; 16]) -> Result<Links, BoxError> {
+async fn connect(
+    args: &MigrateArgs,
+    identity: &Identity,
+    trust: &TrustSet,
+    id: [u8; 16],
+) -> Result<Links, BoxError> {
     let address = tokio::net::lookup_host(&args.to)
         .await
         .map_err(|error| format!("{}: {error}", args.to))?
@@ -623,7 +734,13 @@ async fn connect(args: &MigrateArgs, identity: &Identity, trust: &TrustSet, id: 
     if faults.link.peer() != control.peer() || bulk.peer() != control.peer() {
         return Err("the connections ended at different hosts".into());
     }
-    Ok(Links { control, sender, receiver, faults, bulk })
+    Ok(Links {
+        control,
+        sender,
+        receiver,
+        faults,
+        bulk,
+    })
 }
 
 fn hello(id: [u8; 16], role: Role) -> Hello {
@@ -637,45 +754,59 @@ struct FaultServer {
 }
 
 impl FaultServer {
-    async fn start(address: SocketAddr, identity: Identity, trust: TrustSet, id: [u8; 16]) -> Result<Self, BoxError> {
+    async fn start(
+        address: SocketAddr,
+        identity: Identity,
+        trust: TrustSet,
+        id: [u8; 16],
+    ) -> Result<Self, BoxError> {
         let (ready, dialled) = oneshot::channel();
         let (serve, begin) = oneshot::channel();
-        std::thread::Builder::new().name("faults".into()).spawn(move || {
-            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime,
-                Err(error) => {
-                    let _ = ready.send(Err(BoxError::from(error)));
-                    return;
-                }
-            };
-            runtime.block_on(async move {
-                let greeted = async {
-                    let link = transport::dial(address, &identity, &trust, Role::Faults, None).await?;
-                    link.greet(hello(id, Role::Faults)).await?;
-                    Ok::<_, transport::Error>(link)
-                };
-                let link = match greeted.await {
-                    Ok(link) => link,
+        std::thread::Builder::new()
+            .name("faults".into())
+            .spawn(move || {
+                let runtime = match tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()
+                {
+                    Ok(runtime) => runtime,
                     Err(error) => {
-                        let _ = ready.send(Err(error.into()));
+                        let _ = ready.send(Err(BoxError::from(error)));
                         return;
                     }
                 };
-                if ready.send(Ok(link.clone())).is_err() {
-                    return;
-                }
-                let pid = tokio::select! {
-                    pid = begin => pid,
-                    _ = link.closed() => return,
-                };
-                if let Ok(pid) = pid {
-                    serve_pages(&link, pid).await;
-                }
-                link.close_and_wait().await;
-            });
-        })?;
+                runtime.block_on(async move {
+                    let greeted = async {
+                        let link =
+                            transport::dial(address, &identity, &trust, Role::Faults, None).await?;
+                        link.greet(hello(id, Role::Faults)).await?;
+                        Ok::<_, transport::Error>(link)
+                    };
+                    let link = match greeted.await {
+                        Ok(link) => link,
+                        Err(error) => {
+                            let _ = ready.send(Err(error.into()));
+                            return;
+                        }
+                    };
+                    if ready.send(Ok(link.clone())).is_err() {
+                        return;
+                    }
+                    let pid = tokio::select! {
+                        pid = begin => pid,
+                        _ = link.closed() => return,
+                    };
+                    if let Ok(pid) = pid {
+                        serve_pages(&link, pid).await;
+                    }
+                    link.close_and_wait().await;
+                });
+            })?;
         let link = dialled.await??;
-        Ok(Self { link, serve: Some(serve) })
+        Ok(Self {
+            link,
+            serve: Some(serve),
+        })
     }
 }
 
@@ -690,14 +821,26 @@ async fn serve_pages(link: &Link, pid: i32) {
     }
 }
 
-async fn serve_stream(mut sender: FramedSend, mut receiver: FramedRecv, pid: i32) -> Result<(), BoxError> {
+async fn serve_stream(
+    mut sender: FramedSend,
+    mut receiver: FramedRecv,
+    pid: i32,
+) -> Result<(), BoxError> {
     let mut reader = PageReader::open(pid)?;
     while let Some(frame) = receiver.recv().await? {
-        let Frame::Fetch(fetch) = frame else { return Err(format!("{:?} on a page stream", frame.tag()).into()) };
+        let Frame::Fetch(fetch) = frame else {
+            return Err(format!("{:?} on a page stream", frame.tag()).into());
+        };
         let wanted = fetch.range();
         let mut next = wanted.start;
         while next < wanted.end {
-            let batch = reader.batch(fetch.request, PageRange { start: next, end: wanted.end })?;
+            let batch = reader.batch(
+                fetch.request,
+                PageRange {
+                    start: next,
+                    end: wanted.end,
+                },
+            )?;
             next = batch.range().end;
             sender.send(batch).await?;
         }
@@ -708,8 +851,12 @@ async fn serve_stream(mut sender: FramedSend, mut receiver: FramedRecv, pid: i32
 fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_tracee::Error> {
     let now = host::clocks()?;
     // Both count from the host's first clocks, and we may be in a time namespace ourselves.
-    let (tree, own) = (procfs::timens_offsets(args.pid)?, procfs::timens_offsets(process::own_pid())?);
-    let (monotonic_offset, boottime_offset) = (tree.0.saturating_sub(own.0), tree.1.saturating_sub(own.1));
+    let (tree, own) = (
+        procfs::timens_offsets(args.pid)?,
+        procfs::timens_offsets(process::own_pid())?,
+    );
+    let (monotonic_offset, boottime_offset) =
+        (tree.0.saturating_sub(own.0), tree.1.saturating_sub(own.1));
     let mut plan = Plan {
         pid: args.pid,
         comm: survey.comm.clone(),
@@ -745,7 +892,11 @@ fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_trac
         cli::FileCheck::Mtime => FileCheck::Mtime,
         cli::FileCheck::Content => FileCheck::Content,
     });
-    plan.same_file = args.same_file.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+    plan.same_file = args
+        .same_file
+        .iter()
+        .map(|path| path.to_string_lossy().into_owned())
+        .collect();
     plan.force_cpu = args.force_cpu;
     plan.clock_keep = true;
     Ok(plan)

@@ -16,7 +16,10 @@ use pageferry_wire::message::{self, BoundSocket, Plan, Refusal, Verdict};
 const MEMORY_MARGIN: u64 = 64 << 20;
 
 fn refusal(object: impl Into<String>, text: impl Into<String>) -> Refusal {
-    Refusal { object: object.into(), text: text.into() }
+    Refusal {
+        object: object.into(),
+        text: text.into(),
+    }
 }
 
 /// What this host thinks of `plan`. `force_cpu`: the operator of this host accepts any CPU.
@@ -25,12 +28,28 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
     let mut notes = Vec::new();
     let process = format!("pid {}", plan.pid);
     if u64::from(plan.page_size) != PAGE_SIZE {
-        refusals.push(refusal(&process, format!("pages of {} bytes; this version moves pages of {PAGE_SIZE}", plan.page_size)));
+        refusals.push(refusal(
+            &process,
+            format!(
+                "pages of {} bytes; this version moves pages of {PAGE_SIZE}",
+                plan.page_size
+            ),
+        ));
     }
-    judge_cpu(plan, force_cpu || plan.force_cpu, &process, &mut refusals, &mut notes);
+    judge_cpu(
+        plan,
+        force_cpu || plan.force_cpu,
+        &process,
+        &mut refusals,
+        &mut notes,
+    );
     for &tid in &plan.tids {
         if let Ok(status) = procfs::status(tid, tid) {
-            let what = if tid == plan.pid { "process id" } else { "thread id" };
+            let what = if tid == plan.pid {
+                "process id"
+            } else {
+                "thread id"
+            };
             refusals.push(refusal(
                 format!("{process} thread {tid}"),
                 format!("{what} {tid} is taken on the target by {:?}; end it, or receive in a pid namespace of its own", status.name),
@@ -60,15 +79,34 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
     }
     let kernel_release = host::kernel_release().unwrap_or_default();
     if kernel_release != plan.kernel_release {
-        notes.push(format!("kernels differ: source {}, target {kernel_release}", plan.kernel_release));
+        notes.push(format!(
+            "kernels differ: source {}, target {kernel_release}",
+            plan.kernel_release
+        ));
     }
-    Verdict { refusals, notes, kernel_release, memory_available }
+    Verdict {
+        refusals,
+        notes,
+        kernel_release,
+        memory_available,
+    }
 }
 
-fn judge_cpu(plan: &Plan, force: bool, process: &str, refusals: &mut Vec<Refusal>, notes: &mut Vec<String>) {
+fn judge_cpu(
+    plan: &Plan,
+    force: bool,
+    process: &str,
+    refusals: &mut Vec<Refusal>,
+    notes: &mut Vec<String>,
+) {
     let mut found = Vec::new();
     let ours = host::cpu_flags().unwrap_or_default();
-    let missing: Vec<&str> = plan.cpu_flags.iter().filter(|flag| !ours.contains(*flag)).map(String::as_str).collect();
+    let missing: Vec<&str> = plan
+        .cpu_flags
+        .iter()
+        .filter(|flag| !ours.contains(*flag))
+        .map(String::as_str)
+        .collect();
     if !missing.is_empty() {
         found.push(format!("the target's CPU lacks {}", missing.join(" ")));
     }
@@ -78,17 +116,25 @@ fn judge_cpu(plan: &Plan, force: bool, process: &str, refusals: &mut Vec<Refusal
             "register state differs: source {:#x} in {} bytes, target {:#x} in {} bytes",
             plan.xcr0, plan.xsave_size, here.xcr0, here.size
         )),
-        Err(error) => found.push(format!("the target's register state cannot be read: {error}")),
+        Err(error) => found.push(format!(
+            "the target's register state cannot be read: {error}"
+        )),
     }
     for text in found {
         if force {
             notes.push(text);
         } else {
-            refusals.push(refusal(process, format!("{text} (--force-cpu to go on: the process may die of SIGILL)")));
+            refusals.push(refusal(
+                process,
+                format!("{text} (--force-cpu to go on: the process may die of SIGILL)"),
+            ));
         }
     }
     if host::vdso().is_ok_and(|vdso| vdso != plan.vdso) {
-        refusals.push(refusal(process, "the target's kernel brings another vdso; run the same kernel build on both hosts"));
+        refusals.push(refusal(
+            process,
+            "the target's kernel brings another vdso; run the same kernel build on both hosts",
+        ));
     }
 }
 
@@ -106,9 +152,19 @@ fn judge_file(file: &FileIdentity, plan: &Plan) -> Option<String> {
 /// Whether the address can be bound here: tried, and given back at once.
 fn judge_address(bound: &BoundSocket) -> Result<(), String> {
     let number = |value: u32| i32::try_from(value).unwrap_or(0);
-    let tried = socket::create(number(bound.family), number(bound.kind), number(bound.protocol)).and_then(|fd| {
+    let tried = socket::create(
+        number(bound.family),
+        number(bound.kind),
+        number(bound.protocol),
+    )
+    .and_then(|fd| {
         // So that an address in TIME_WAIT does not refuse what the real socket may take.
-        socket::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &1i32.to_le_bytes())?;
+        socket::set_option(
+            fd.as_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_REUSEADDR,
+            &1i32.to_le_bytes(),
+        )?;
         socket::bind_raw(fd.as_fd(), &bound.address)
     });
     tried.map_err(|error| {
@@ -121,10 +177,17 @@ fn judge_address(bound: &BoundSocket) -> Result<(), String> {
 
 /// `struct sockaddr_in` and `sockaddr_in6` as people write them; anything else by its length.
 fn address_text(raw: &[u8]) -> String {
-    let family = raw.first_chunk::<2>().map_or(0, |bytes| i32::from(u16::from_le_bytes(*bytes)));
-    let port = || raw.get(2..4).map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
+    let family = raw
+        .first_chunk::<2>()
+        .map_or(0, |bytes| i32::from(u16::from_le_bytes(*bytes)));
+    let port = || {
+        raw.get(2..4)
+            .map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
+    };
     match family {
-        libc::AF_INET if raw.len() >= 8 => SocketAddr::from(([raw[4], raw[5], raw[6], raw[7]], port())).to_string(),
+        libc::AF_INET if raw.len() >= 8 => {
+            SocketAddr::from(([raw[4], raw[5], raw[6], raw[7]], port())).to_string()
+        }
         libc::AF_INET6 if raw.len() >= 24 => {
             let mut address = [0; 16];
             address.copy_from_slice(&raw[8..24]);

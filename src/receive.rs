@@ -10,7 +10,8 @@ use pageferry_restorer::fault::driver::{DriverHandle, Summary};
 use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
 use pageferry_tracee::host;
 use pageferry_wire::message::{
-    Abort, AbortCode, Done, Hello, Plan, Progress, Ready, Refusal, Resident, Role, Running, State, Verdict, Welcome,
+    Abort, AbortCode, Done, Hello, Plan, Progress, Ready, Refusal, Resident, Role, Running, State,
+    Verdict, Welcome,
 };
 use pageferry_wire::session::{Target, TargetAction, TargetEnd};
 use pageferry_wire::{Frame, PageBatch, PageKind, Phase};
@@ -43,7 +44,12 @@ pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
     }
     let opened = Identity::open(&args.identity.identity)
         .and_then(|identity| Peers::load(PEERS.as_ref()).map(|peers| (identity, peers)))
-        .and_then(|(identity, peers)| Ok((identity, peers.resolve(args.trust.iter().map(String::as_str))?)));
+        .and_then(|(identity, peers)| {
+            Ok((
+                identity,
+                peers.resolve(args.trust.iter().map(String::as_str))?,
+            ))
+        });
     let (identity, trust) = match opened {
         Ok(opened) => opened,
         Err(error) => {
@@ -58,8 +64,17 @@ pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
     })
 }
 
-fn engine(args: &ReceiveArgs, common: &Common, identity: &Identity, trust: &TrustSet, mut cradle: Cradle) -> u8 {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+fn engine(
+    args: &ReceiveArgs,
+    common: &Common,
+    identity: &Identity,
+    trust: &TrustSet,
+    mut cradle: Cradle,
+) -> u8 {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("pageferry: no runtime: {error}");
@@ -81,7 +96,11 @@ fn engine(args: &ReceiveArgs, common: &Common, identity: &Identity, trust: &Trus
                 return exit::FAILED;
             }
         };
-        tracing::info!("listening on {} as {}", listener.local_address(), identity.fingerprint());
+        tracing::info!(
+            "listening on {} as {}",
+            listener.local_address(),
+            identity.fingerprint()
+        );
         let code = serve(args, common, &mut listener, &mut cradle, &mut stop).await;
         listener.close();
         let _ = tokio::time::timeout(Duration::from_secs(1), listener.wait_idle()).await;
@@ -89,7 +108,13 @@ fn engine(args: &ReceiveArgs, common: &Common, identity: &Identity, trust: &Trus
     })
 }
 
-async fn serve(args: &ReceiveArgs, common: &Common, listener: &mut Listener, cradle: &mut Cradle, stop: &mut Stop) -> u8 {
+async fn serve(
+    args: &ReceiveArgs,
+    common: &Common,
+    listener: &mut Listener,
+    cradle: &mut Cradle,
+    stop: &mut Stop,
+) -> u8 {
     let mut met = Met::default();
     loop {
         let links = tokio::select! {
@@ -106,7 +131,11 @@ async fn serve(args: &ReceiveArgs, common: &Common, listener: &mut Listener, cra
         };
         report.set_id(links.id.clone());
         tracing::info!(id = %links.id, "migration from {} ({})", links.control.remote_address(), links.hello.host_name);
-        let mut ledger = Ledger { id: links.id.clone(), mode: "post-copy".into(), ..Ledger::default() };
+        let mut ledger = Ledger {
+            id: links.id.clone(),
+            mode: "post-copy".into(),
+            ..Ledger::default()
+        };
         let outcome = {
             let crossing = crossing(args, &mut report, &mut ledger, links, cradle, stop);
             tokio::pin!(crossing);
@@ -137,7 +166,11 @@ async fn serve(args: &ReceiveArgs, common: &Common, listener: &mut Listener, cra
 /// Says that another migration is being served.
 async fn turn_away(link: Link) {
     if let Ok((_, mut sender, _)) = link.greeted().await {
-        let busy = Abort::new(Phase::Hello, AbortCode::Busy, "another migration is being received; try again when it is done");
+        let busy = Abort::new(
+            Phase::Hello,
+            AbortCode::Busy,
+            "another migration is being received; try again when it is done",
+        );
         if sender.send(busy).await.is_ok() {
             let _ = tokio::time::timeout(Duration::from_secs(1), link.closed()).await;
         }
@@ -204,12 +237,19 @@ impl Met {
 
     /// The connections of migration `id`, if all are here and end at the same peer.
     fn complete(&mut self, id: [u8; 16], own_name: &str) -> Option<Links> {
-        let place = |role: Role| self.waiting.iter().position(|(_, (_, hello, ..))| hello.id() == id && hello.role() == role);
+        let place = |role: Role| {
+            self.waiting
+                .iter()
+                .position(|(_, (_, hello, ..))| hello.id() == id && hello.role() == role)
+        };
         place(Role::Control)?;
         place(Role::Faults)?;
         place(Role::Bulk)?;
         let mut take = |role: Role| {
-            let at = self.waiting.iter().position(|(_, (_, hello, ..))| hello.id() == id && hello.role() == role)?;
+            let at = self
+                .waiting
+                .iter()
+                .position(|(_, (_, hello, ..))| hello.id() == id && hello.role() == role)?;
             Some(self.waiting.swap_remove(at).1)
         };
         let (control, hello, sender, receiver) = take(Role::Control)?;
@@ -218,15 +258,33 @@ impl Met {
             tracing::warn!("three connections of one migration came from different hosts");
             return None;
         }
-        Some(Links { id: hex(&id), hello, own_name: own_name.to_owned(), control, sender, receiver, faults, bulk })
+        Some(Links {
+            id: hex(&id),
+            hello,
+            own_name: own_name.to_owned(),
+            control,
+            sender,
+            receiver,
+            faults,
+            bulk,
+        })
     }
 }
 
 async fn greet(link: Link, own_name: String) -> Result<Greeted, String> {
-    let (hello, mut sender, receiver) = link.greeted().await.map_err(|error| report::chain(&error))?;
+    let (hello, mut sender, receiver) = link
+        .greeted()
+        .await
+        .map_err(|error| report::chain(&error))?;
     if hello.role() != Role::Control {
         let version = hello.version().map_err(|error| report::chain(&error))?;
-        sender.send(Welcome { version, host_name: own_name }).await.map_err(|error| report::chain(&error))?;
+        sender
+            .send(Welcome {
+                version,
+                host_name: own_name,
+            })
+            .await
+            .map_err(|error| report::chain(&error))?;
     }
     Ok((link, hello, sender, receiver))
 }
@@ -267,7 +325,11 @@ async fn crossing(
         cradle,
         in_cradle: false,
         pid: 0,
-        offsets: ClockOffsets { monotonic_ns: 0, boottime_ns: 0, keep: false },
+        offsets: ClockOffsets {
+            monotonic_ns: 0,
+            boottime_ns: 0,
+            keep: false,
+        },
         tree: None,
         state: None,
         eager: Vec::new(),
@@ -341,7 +403,9 @@ impl Shell<'_> {
                 match action {
                     TargetAction::Finish(end) => {
                         return match cancelled {
-                            Some(signal) if matches!(end, TargetEnd::Failed { .. }) => End::Cancelled(signal),
+                            Some(signal) if matches!(end, TargetEnd::Failed { .. }) => {
+                                End::Cancelled(signal)
+                            }
                             _ => End::Session(end),
                         };
                     }
@@ -445,7 +509,9 @@ impl Shell<'_> {
             },
             TargetAction::Prepare => match TargetTree::new(self.pid) {
                 Ok(tree) => self.tree = Some(tree),
-                Err(error) => session.handle_failed(&format!("no thread to hold the process: {error}")),
+                Err(error) => {
+                    session.handle_failed(&format!("no thread to hold the process: {error}"))
+                }
             },
             // Built when its eager pages are here too.
             TargetAction::Rebuild(state) => self.state = Some(state),
@@ -456,14 +522,19 @@ impl Shell<'_> {
             TargetAction::Record(record) => {
                 let written = match &mut self.journal {
                     Some(journal) => journal.record(record),
-                    None => Journal::create(self.report.id(), "target", self.pid, None).and_then(|journal| {
-                        let journal = self.journal.insert(journal);
-                        journal.record(record)
-                    }),
+                    None => Journal::create(self.report.id(), "target", self.pid, None).and_then(
+                        |journal| {
+                            let journal = self.journal.insert(journal);
+                            journal.record(record)
+                        },
+                    ),
                 };
                 match written {
                     Ok(()) => session.handle_recorded(record),
-                    Err(error) => session.handle_record_failed(record, &format!("the journal cannot be written: {error}")),
+                    Err(error) => session.handle_record_failed(
+                        record,
+                        &format!("the journal cannot be written: {error}"),
+                    ),
                 }
             }
             TargetAction::ClearExitKill => match self.take_right().await {
@@ -508,7 +579,10 @@ impl Shell<'_> {
                 }
             }
             TargetAction::SourceLost(abort) => {
-                session.handle_failed(&format!("the source lost the pages it served: {}", abort.text));
+                session.handle_failed(&format!(
+                    "the source lost the pages it served: {}",
+                    abort.text
+                ));
             }
             TargetAction::Finish(_) => {}
         }
@@ -525,7 +599,9 @@ impl Shell<'_> {
             let order = HuskOrder {
                 pid: plan.pid,
                 set_sid: true,
-                clock_offsets_ns: offsets.keep.then_some((offsets.monotonic_ns, offsets.boottime_ns)),
+                clock_offsets_ns: offsets
+                    .keep
+                    .then_some((offsets.monotonic_ns, offsets.boottime_ns)),
             };
             match self.cradle.make(order) {
                 Ok(()) => self.in_cradle = true,
@@ -536,7 +612,8 @@ impl Shell<'_> {
             }
         }
         for refusal in &verdict.refusals {
-            self.report.refusal(&format!("{}: {}", refusal.object, refusal.text));
+            self.report
+                .refusal(&format!("{}: {}", refusal.object, refusal.text));
         }
         Ok(verdict)
     }
@@ -545,42 +622,67 @@ impl Shell<'_> {
         let began = Instant::now();
         let eager = std::mem::take(&mut self.eager);
         if eager.len() as u64 != eager_page_count {
-            return Err(format!("{} of {eager_page_count} pages came with the state", eager.len()));
+            return Err(format!(
+                "{} of {eager_page_count} pages came with the state",
+                eager.len()
+            ));
         }
         let state = self.state.take().ok_or("no state came")?;
         let tree = state.decode().map_err(|error| report::chain(&error))?;
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
         let rebuilt = target
-            .rebuild(tree, eager, self.offsets.monotonic_ns, self.offsets.boottime_ns)
+            .rebuild(
+                tree,
+                eager,
+                self.offsets.monotonic_ns,
+                self.offsets.boottime_ns,
+            )
             .await
             .map_err(|error| report::chain(&error))?;
         self.resident_at_run = rebuilt.resident.len() as u64;
         self.rebuilt = Some(rebuilt);
-        Ok(Ready { rebuild_ns: nanoseconds(began), pages_resident: self.resident_at_run })
+        Ok(Ready {
+            rebuild_ns: nanoseconds(began),
+            pages_resident: self.resident_at_run,
+        })
     }
 
     /// COMMIT is here and RUN is recorded: faults can be answered, and our death may no longer leave the source in doubt.
     async fn take_right(&mut self) -> Result<(), String> {
         let rebuilt = self.rebuilt.take().ok_or("nothing is rebuilt")?;
         let drain = self.args.drain == Drain::On;
-        let (driver, handle) = drain::start(self.pid, rebuilt, &self.links.faults, &self.links.bulk, drain)
-            .await
-            .map_err(|error| report::chain(&error))?;
+        let (driver, handle) = drain::start(
+            self.pid,
+            rebuilt,
+            &self.links.faults,
+            &self.links.bulk,
+            drain,
+        )
+        .await
+        .map_err(|error| report::chain(&error))?;
         self.handle = Some(handle);
-        self.driver.spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
+        self.driver
+            .spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
         self.cradle.running()?;
         let tree = self.tree.as_ref().ok_or("nothing is prepared")?;
-        tree.clear_exit_kill().await.map_err(|error| report::chain(&error))
+        tree.clear_exit_kill()
+            .await
+            .map_err(|error| report::chain(&error))
     }
 
     async fn release(&mut self) -> Result<Running, String> {
         let tree = self.tree.as_mut().ok_or("nothing is prepared")?;
         self.ended = tree.ended();
-        tree.release().await.map_err(|error| report::chain(&error))?;
+        tree.release()
+            .await
+            .map_err(|error| report::chain(&error))?;
         self.running = Some(Instant::now());
         tracing::info!(id = %self.report.id(), "pid {} runs here; its pages follow", self.pid);
         let commit_ns = self.committed.map_or(0, nanoseconds);
-        Ok(Running { commit_ns, pages_resident: self.resident_at_run })
+        Ok(Running {
+            commit_ns,
+            pages_resident: self.resident_at_run,
+        })
     }
 
     fn resident(&mut self, summary: &Summary) -> Resident {
@@ -612,14 +714,20 @@ impl Shell<'_> {
                 }
                 self.in_cradle = false;
                 if !confirmed {
-                    tracing::warn!("the source did not say that its stopped copy ended; look there");
+                    tracing::warn!(
+                        "the source did not say that its stopped copy ended; look there"
+                    );
                 }
                 Ok(exit::DONE)
             }
             End::Session(TargetEnd::Refused(_)) => Ok(exit::REFUSED),
-            End::Session(TargetEnd::Failed { phase, text }) => Err(Failure::Before { what: format!("failed in phase {phase}: {text}") }),
+            End::Session(TargetEnd::Failed { phase, text }) => Err(Failure::Before {
+                what: format!("failed in phase {phase}: {text}"),
+            }),
             End::Cancelled(signal) => Ok(exit::signalled(signal)),
-            End::Session(TargetEnd::Lost { text: what }) | End::GivenUp(what) => Err(Failure::Lost { what }),
+            End::Session(TargetEnd::Lost { text: what }) | End::GivenUp(what) => {
+                Err(Failure::Lost { what })
+            }
         };
         self.driver.abort_all();
         self.tree = None;
@@ -632,7 +740,9 @@ impl Shell<'_> {
             // The source closes when it has read the last word.
             let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
         }
-        self.ledger.wire_bytes = self.links.control.udp_bytes() + self.links.faults.udp_bytes() + self.links.bulk.udp_bytes();
+        self.ledger.wire_bytes = self.links.control.udp_bytes()
+            + self.links.faults.udp_bytes()
+            + self.links.bulk.udp_bytes();
         self.links.control.close();
         match (&outcome, self.journal) {
             (Err(Failure::Lost { .. }), Some(journal)) => {
@@ -654,14 +764,27 @@ fn keep_eager(batch: &PageBatch, eager: &mut Vec<EagerPage>) -> Result<(), Strin
     for run in batch.runs() {
         match run.kind {
             PageKind::Data => {
-                let bytes = batch.verify_run(run).map_err(|error| report::chain(&error))?;
-                for (index, address) in (run.range.start..run.range.end).step_by(PAGE_LEN).enumerate() {
-                    eager.push(EagerPage { address, content: bytes.slice(index * PAGE_LEN..(index + 1) * PAGE_LEN) });
+                let bytes = batch
+                    .verify_run(run)
+                    .map_err(|error| report::chain(&error))?;
+                for (index, address) in (run.range.start..run.range.end)
+                    .step_by(PAGE_LEN)
+                    .enumerate()
+                {
+                    eager.push(EagerPage {
+                        address,
+                        content: bytes.slice(index * PAGE_LEN..(index + 1) * PAGE_LEN),
+                    });
                 }
             }
             // Untouched pages are so here too, and guard regions are part of the mapping.
             PageKind::Zero | PageKind::Guard => {}
-            PageKind::Gone => return Err(format!("page {:x} cannot be read on the source", run.range.start)),
+            PageKind::Gone => {
+                return Err(format!(
+                    "page {:x} cannot be read on the source",
+                    run.range.start
+                ));
+            }
         }
     }
     Ok(())
@@ -692,7 +815,11 @@ struct ClockOffsets {
 impl ClockOffsets {
     fn new(plan: &Plan, clock: Clock, now: host::Clocks) -> Self {
         if clock == Clock::Jump {
-            return Self { monotonic_ns: 0, boottime_ns: 0, keep: false };
+            return Self {
+                monotonic_ns: 0,
+                boottime_ns: 0,
+                keep: false,
+            };
         }
         let ahead = |tree: u64, ours: u64| tree.cast_signed().wrapping_sub(ours.cast_signed());
         Self {
@@ -711,7 +838,10 @@ struct Stop {
 
 impl Stop {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
     }
 
     async fn wait(&mut self) -> i32 {

@@ -14,7 +14,12 @@ use crate::cli::{Common, LogFormat};
 
 /// One line on stdout under `--json`: `{"type": …, "data": {…}}`. The last line of a run is the ledger.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(tag = "type", content = "data", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(
+    tag = "type",
+    content = "data",
+    rename_all = "snake_case",
+    deny_unknown_fields
+)]
 pub enum Event {
     /// A phase begins.
     Phase(PhaseEvent),
@@ -111,9 +116,19 @@ pub fn set_up_log(common: &Common) {
     let filter = tracing_subscriber::EnvFilter::default()
         .add_directive(LevelFilter::WARN.into())
         .add_directive(format!("pageferry={level}").parse().unwrap_or_default())
-        .add_directive(format!("pageferry_pageserver={level}").parse().unwrap_or_default())
-        .add_directive(format!("pageferry_restorer={level}").parse().unwrap_or_default());
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        .add_directive(
+            format!("pageferry_pageserver={level}")
+                .parse()
+                .unwrap_or_default(),
+        )
+        .add_directive(
+            format!("pageferry_restorer={level}")
+                .parse()
+                .unwrap_or_default(),
+        );
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     match common.log_format {
         LogFormat::Json => builder.json().init(),
         LogFormat::Text => builder
@@ -140,7 +155,13 @@ const PROGRESS_LINE_PAUSE: Duration = Duration::from_secs(5);
 impl Report {
     /// For migration `id` (may be set later by [`Report::set_id`]).
     pub fn new(common: &Common) -> Self {
-        Self { json: common.json, quiet: common.quiet, id: String::new(), bar: None, last_line: Mutex::new(None) }
+        Self {
+            json: common.json,
+            quiet: common.quiet,
+            id: String::new(),
+            bar: None,
+            last_line: Mutex::new(None),
+        }
     }
 
     /// The migration id that every line carries from now on.
@@ -167,22 +188,35 @@ impl Report {
     /// A phase begins.
     pub fn phase(&self, phase: Phase) {
         tracing::debug!(id = %self.id, %phase, "phase");
-        self.emit(&Event::Phase(PhaseEvent { id: self.id.clone(), phase }));
+        self.emit(&Event::Phase(PhaseEvent {
+            id: self.id.clone(),
+            phase,
+        }));
     }
 
     /// One object that cannot be carried.
     pub fn refusal(&self, text: &str) {
         eprintln!("refused: {text}");
-        self.emit(&Event::Refusal(RefusalEvent { id: self.id.clone(), text: text.to_owned() }));
+        self.emit(&Event::Refusal(RefusalEvent {
+            id: self.id.clone(),
+            text: text.to_owned(),
+        }));
     }
 
     /// How far the drain is; on a terminal a bar, elsewhere a line now and then.
     pub fn progress(&mut self, pages_total: u64, pages_resident: u64, pages_faulted: u64) {
-        let event = ProgressEvent { id: self.id.clone(), pages_total, pages_resident, pages_faulted };
+        let event = ProgressEvent {
+            id: self.id.clone(),
+            pages_total,
+            pages_resident,
+            pages_faulted,
+        };
         if std::io::stderr().is_terminal() && !self.quiet {
             let bar = self.bar.get_or_insert_with(|| {
                 let bar = indicatif::ProgressBar::new(pages_total);
-                if let Ok(style) = indicatif::ProgressStyle::with_template("drain {bar:40} {pos}/{len} pages, {msg}, {eta} left") {
+                if let Ok(style) = indicatif::ProgressStyle::with_template(
+                    "drain {bar:40} {pos}/{len} pages, {msg}, {eta} left",
+                ) {
                     bar.set_style(style);
                 }
                 bar

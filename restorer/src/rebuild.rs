@@ -63,8 +63,16 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn object(object: impl Into<String>, call: &'static str, source: impl Into<std::io::Error>) -> Self {
-        Self::Object { object: object.into(), call, source: source.into() }
+    pub(crate) fn object(
+        object: impl Into<String>,
+        call: &'static str,
+        source: impl Into<std::io::Error>,
+    ) -> Self {
+        Self::Object {
+            object: object.into(),
+            call,
+            source: source.into(),
+        }
     }
 }
 
@@ -128,14 +136,22 @@ const GROUP_SCRATCH_MAX: usize = 10 * 1024;
 
 impl<'w, 'i> Work<'w, 'i> {
     pub(crate) fn new(injection: &'w mut Injection<'i>, tid: i32) -> Self {
-        Self { injection, tid, batch: Batch::new(), named: Vec::new(), scratch_used: 0 }
+        Self {
+            injection,
+            tid,
+            batch: Batch::new(),
+            named: Vec::new(),
+            scratch_used: 0,
+        }
     }
 
     /// Makes sure that one object's calls fit into the batch at hand; runs what is collected if they would not.
     /// [`Slot`]s from before are then void.
     pub(crate) fn room(&mut self) -> Result<()> {
         let scratch_len = self.injection.scratch(self.tid).len();
-        if self.batch.len() + GROUP_OPS_MAX > Batch::LIMIT || self.scratch_used + GROUP_SCRATCH_MAX > scratch_len {
+        if self.batch.len() + GROUP_OPS_MAX > Batch::LIMIT
+            || self.scratch_used + GROUP_SCRATCH_MAX > scratch_len
+        {
             self.run()?;
         }
         Ok(())
@@ -150,7 +166,10 @@ impl<'w, 'i> Work<'w, 'i> {
         let Some(place) = scratch.get_mut(start..end) else {
             return Err(Error::Mismatch {
                 object: format!("thread {tid}"),
-                what: format!("{} bytes of arguments do not fit the agent's scratch memory", bytes.len()),
+                what: format!(
+                    "{} bytes of arguments do not fit the agent's scratch memory",
+                    bytes.len()
+                ),
             });
         };
         place.copy_from_slice(bytes);
@@ -166,12 +185,25 @@ impl<'w, 'i> Work<'w, 'i> {
     }
 
     /// Adds a call that must succeed.
-    pub(crate) fn call(&mut self, object: impl Into<String>, call: &'static str, nr: i64, args: &[Arg]) -> Slot {
+    pub(crate) fn call(
+        &mut self,
+        object: impl Into<String>,
+        call: &'static str,
+        nr: i64,
+        args: &[Arg],
+    ) -> Slot {
         self.add(object.into(), call, Outcome::MustWork, nr, args)
     }
 
     /// Adds a call that must return `value`.
-    pub(crate) fn exactly(&mut self, value: u64, object: impl Into<String>, call: &'static str, nr: i64, args: &[Arg]) -> Slot {
+    pub(crate) fn exactly(
+        &mut self,
+        value: u64,
+        object: impl Into<String>,
+        call: &'static str,
+        nr: i64,
+        args: &[Arg],
+    ) -> Slot {
         self.add(object.into(), call, Outcome::Exactly(value), nr, args)
     }
 
@@ -180,7 +212,14 @@ impl<'w, 'i> Work<'w, 'i> {
         self.add(String::new(), call, Outcome::Ignored, nr, args)
     }
 
-    fn add(&mut self, object: String, call: &'static str, outcome: Outcome, nr: i64, args: &[Arg]) -> Slot {
+    fn add(
+        &mut self,
+        object: String,
+        call: &'static str,
+        outcome: Outcome,
+        nr: i64,
+        args: &[Arg],
+    ) -> Slot {
         self.named.push((object, call, outcome));
         self.batch.call(nr, args)
     }
@@ -198,7 +237,10 @@ impl<'w, 'i> Work<'w, 'i> {
         for (result, (object, call, outcome)) in results.into_iter().zip(named) {
             match (result, outcome) {
                 (Ok(value), Outcome::Exactly(wanted)) if value != wanted => {
-                    return Err(Error::Mismatch { object, what: format!("{call} gave {value:#x} instead of {wanted:#x}") });
+                    return Err(Error::Mismatch {
+                        object,
+                        what: format!("{call} gave {value:#x} instead of {wanted:#x}"),
+                    });
                 }
                 (Ok(value), _) => values.push(value),
                 (Err(_), Outcome::Ignored) => values.push(u64::MAX),
@@ -217,11 +259,21 @@ impl<'w, 'i> Work<'w, 'i> {
 ///
 /// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
 /// On `Err` the husk is of no further use: kill it.
-pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl Fn() -> pageferry_tracee::Result<TreeClock>) -> Result<Rebuilt> {
-
+pub fn rebuild(
+    husk: &mut Tracee,
+    tree: &Tree,
+    eager: &[EagerPage],
+    clock: impl Fn() -> pageferry_tracee::Result<TreeClock>,
+) -> Result<Rebuilt> {
     tree.validate()?;
-    let process = tree.root.as_ref().ok_or_else(|| model::Invalid::new("the tree", "has no process"))?;
-    let space = process.space.as_ref().ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
+    let process = tree
+        .root
+        .as_ref()
+        .ok_or_else(|| model::Invalid::new("the tree", "has no process"))?;
+    let space = process
+        .space
+        .as_ref()
+        .ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
     let pid = husk.pid();
     if process.pid != pid {
         return Err(Error::Mismatch {
@@ -230,7 +282,11 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
         });
     }
 
-    let hole = memory::hole_for_agent(space, &pageferry_tracee::procfs::maps(pid)?, process.threads.len())?;
+    let hole = memory::hole_for_agent(
+        space,
+        &pageferry_tracee::procfs::maps(pid)?,
+        process.threads.len(),
+    )?;
     let mut injection = husk.plant_with_room(Some(hole), process.threads.len())?;
     let agent = injection.mapping();
 
@@ -247,7 +303,14 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
     let resident = memory::install(pid, space, &uffd, eager)?;
 
     let elapsed = |clock: TreeClock| timers::Elapsed::since_capture(tree, clock);
-    files::rebuild(&mut injection, pid, process, tree, &mut handed, elapsed(clock()?))?;
+    files::rebuild(
+        &mut injection,
+        pid,
+        process,
+        tree,
+        &mut handed,
+        elapsed(clock()?),
+    )?;
 
     for thread in process.threads.iter().skip(1) {
         injection.spawn_thread(thread.tid)?;
@@ -266,13 +329,24 @@ pub fn rebuild(husk: &mut Tracee, tree: &Tree, eager: &[EagerPage], clock: impl 
 
     let (mut lazy, mut wipe_on_fork) = (Vec::new(), Vec::new());
     for mapping in space.mappings.iter().filter(|m| m.kind() == Kind::Anon) {
-        let range = PageRange { start: mapping.start, end: mapping.end };
+        let range = PageRange {
+            start: mapping.start,
+            end: mapping.end,
+        };
         lazy.push(range);
-        if mapping.advice.contains(&(libc::MADV_WIPEONFORK.unsigned_abs())) {
+        if mapping
+            .advice
+            .contains(&(libc::MADV_WIPEONFORK.unsigned_abs()))
+        {
             wipe_on_fork.push(range);
         }
     }
-    Ok(Rebuilt { uffd, lazy, resident, wipe_on_fork })
+    Ok(Rebuilt {
+        uffd,
+        lazy,
+        resident,
+        wipe_on_fork,
+    })
 }
 
 /// Object names of the mappings, as operators read them.
@@ -289,10 +363,15 @@ pub(crate) fn runs(pages: &[EagerPage]) -> Vec<(u64, Vec<u8>)> {
     let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
     for (address, page) in sorted {
         match runs.last_mut() {
-            Some((start, bytes)) if *start + bytes.len() as u64 == address => bytes.extend_from_slice(&page.content),
+            Some((start, bytes)) if *start + bytes.len() as u64 == address => {
+                bytes.extend_from_slice(&page.content)
+            }
             _ => runs.push((address, page.content.to_vec())),
         }
     }
-    debug_assert!(runs.iter().all(|(start, bytes)| start % PAGE_SIZE == 0 && bytes.len() as u64 % PAGE_SIZE == 0));
+    debug_assert!(
+        runs.iter()
+            .all(|(start, bytes)| start % PAGE_SIZE == 0 && bytes.len() as u64 % PAGE_SIZE == 0)
+    );
     runs
 }

@@ -18,9 +18,14 @@ use super::timers::Elapsed;
 use super::{Error, Result, Work, sockets};
 
 /// Status flags that fcntl(F_SETFL) or open(2) can set again.
-const STATUS_FLAGS: u32 =
-    (libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_DSYNC | libc::O_SYNC)
-        .unsigned_abs();
+const STATUS_FLAGS: u32 = (libc::O_APPEND
+    | libc::O_NONBLOCK
+    | libc::O_ASYNC
+    | libc::O_DIRECT
+    | libc::O_NOATIME
+    | libc::O_DSYNC
+    | libc::O_SYNC)
+    .unsigned_abs();
 
 /// The way descriptors reach the husk: it takes them from us with pidfd_getfd(2) (Linux 5.6), as it may while it is
 /// privileged. Keeps account of which numbers are in use, since the kernel always gives the lowest free one.
@@ -35,16 +40,37 @@ pub struct Handover {
 impl Handover {
     /// `pid`: the husk.
     pub fn new(pid: i32) -> Result<Self> {
-        Ok(Self { pid, pidfd: 0, used: BTreeSet::new() })
+        Ok(Self {
+            pid,
+            pidfd: 0,
+            used: BTreeSet::new(),
+        })
     }
 
     /// Gives the husk a pidfd of ours, out of the way of the numbers the process uses.
     pub(crate) fn begin(&mut self, injection: &mut Injection<'_>, process: &Process) -> Result<()> {
-        let above = process.descriptors.iter().map(|d| u64::from(d.fd) + 1).max().unwrap_or(0) + 2;
+        let above = process
+            .descriptors
+            .iter()
+            .map(|d| u64::from(d.fd) + 1)
+            .max()
+            .unwrap_or(0)
+            + 2;
         let ours = std::process::id();
         let mut work = Work::new(injection, self.pid);
-        let opened = work.call("our pidfd", "pidfd_open", libc::SYS_pidfd_open, &[ours.into(), 0u64.into()]);
-        work.exactly(above, "our pidfd", "dup3", libc::SYS_dup3, &[opened.into(), above.into(), libc::O_CLOEXEC.into()]);
+        let opened = work.call(
+            "our pidfd",
+            "pidfd_open",
+            libc::SYS_pidfd_open,
+            &[ours.into(), 0u64.into()],
+        );
+        work.exactly(
+            above,
+            "our pidfd",
+            "dup3",
+            libc::SYS_dup3,
+            &[opened.into(), above.into(), libc::O_CLOEXEC.into()],
+        );
         work.call("our pidfd", "close", libc::SYS_close, &[opened.into()]);
         work.run()?;
         self.pidfd = above;
@@ -62,13 +88,21 @@ impl Handover {
     }
 
     fn lowest_free(&self) -> u64 {
-        (0..).find(|number| !self.used.contains(number)).unwrap_or(u64::MAX)
+        (0..)
+            .find(|number| !self.used.contains(number))
+            .unwrap_or(u64::MAX)
     }
 
     fn take(&mut self, work: &mut Work<'_, '_>, ours: &impl AsFd, object: &str) -> u64 {
         let at = self.lowest_free();
         let raw = ours.as_fd().as_raw_fd();
-        work.exactly(at, object, "pidfd_getfd", libc::SYS_pidfd_getfd, &[self.pidfd.into(), raw.into(), 0u64.into()]);
+        work.exactly(
+            at,
+            object,
+            "pidfd_getfd",
+            libc::SYS_pidfd_getfd,
+            &[self.pidfd.into(), raw.into(), 0u64.into()],
+        );
         at
     }
 
@@ -90,14 +124,28 @@ impl Handover {
     }
 
     /// Puts `ours` at exactly `target` in the husk.
-    fn put(&mut self, work: &mut Work<'_, '_>, ours: &impl AsFd, target: &Descriptor) -> Result<()> {
+    fn put(
+        &mut self,
+        work: &mut Work<'_, '_>,
+        ours: &impl AsFd,
+        target: &Descriptor,
+    ) -> Result<()> {
         work.room()?;
         let object = format!("fd {}", target.fd);
         let number = u64::from(target.fd);
         let at = self.take(work, ours, &object);
         if at == number {
-            let flag = if target.close_on_exec { libc::FD_CLOEXEC } else { 0 };
-            work.call(object, "fcntl(F_SETFD)", libc::SYS_fcntl, &[number.into(), libc::F_SETFD.into(), flag.into()]);
+            let flag = if target.close_on_exec {
+                libc::FD_CLOEXEC
+            } else {
+                0
+            };
+            work.call(
+                object,
+                "fcntl(F_SETFD)",
+                libc::SYS_fcntl,
+                &[number.into(), libc::F_SETFD.into(), flag.into()],
+            );
         } else {
             self.move_to(work, at, target, true);
         }
@@ -108,9 +156,19 @@ impl Handover {
     /// Duplicates descriptor `from` of the husk to `target`; closes `from` if asked.
     fn move_to(&mut self, work: &mut Work<'_, '_>, from: u64, target: &Descriptor, close: bool) {
         let number = u64::from(target.fd);
-        let flag = if target.close_on_exec { libc::O_CLOEXEC } else { 0 };
+        let flag = if target.close_on_exec {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
         let object = format!("fd {number}");
-        work.exactly(number, object.as_str(), "dup3", libc::SYS_dup3, &[from.into(), number.into(), flag.into()]);
+        work.exactly(
+            number,
+            object.as_str(),
+            "dup3",
+            libc::SYS_dup3,
+            &[from.into(), number.into(), flag.into()],
+        );
         if close {
             work.call(object, "close", libc::SYS_close, &[from.into()]);
         }
@@ -129,13 +187,22 @@ pub(crate) fn rebuild(
 ) -> Result<()> {
     let mut pipes: BTreeMap<u32, (OwnedFd, OwnedFd)> = BTreeMap::new();
     for carried in &tree.pipes {
-        let ends = pipe::create(carried.capacity, &carried.content)
-            .map_err(|error| Error::object(format!("pipe {}", carried.id), "pipe2", std::io::Error::other(error)))?;
+        let ends = pipe::create(carried.capacity, &carried.content).map_err(|error| {
+            Error::object(
+                format!("pipe {}", carried.id),
+                "pipe2",
+                std::io::Error::other(error),
+            )
+        })?;
         pipes.insert(carried.id, ends);
     }
     let mut made: BTreeMap<u32, OwnedFd> = BTreeMap::new();
     for carried in &tree.files {
-        let first = process.descriptors.iter().find(|d| d.file == carried.id).map_or(0, |d| d.fd);
+        let first = process
+            .descriptors
+            .iter()
+            .find(|d| d.file == carried.id)
+            .map_or(0, |d| d.fd);
         if let Some(fd) = make(carried, first, &pipes, elapsed)? {
             made.insert(carried.id, fd);
         }
@@ -163,7 +230,9 @@ pub(crate) fn rebuild(
         first_of.insert(descriptor.file, u64::from(descriptor.fd));
     }
     for carried in &tree.files {
-        if let (Some(file::Kind::Epoll(epoll)), Some(&number)) = (&carried.kind, first_of.get(&carried.id)) {
+        if let (Some(file::Kind::Epoll(epoll)), Some(&number)) =
+            (&carried.kind, first_of.get(&carried.id))
+        {
             for item in &epoll.items {
                 work.room()?;
                 // struct epoll_event is packed on x86-64 and naturally aligned elsewhere.
@@ -173,12 +242,17 @@ pub(crate) fn rebuild(
                 }
                 event.extend_from_slice(&item.data.to_le_bytes());
                 let at = work.bytes(&event)?;
-                work.call(format!("fd {number} (epoll), item fd {}", item.fd), "epoll_ctl", libc::SYS_epoll_ctl, &[
-                    number.into(),
-                    libc::EPOLL_CTL_ADD.into(),
-                    u64::from(item.fd).into(),
-                    at.into(),
-                ]);
+                work.call(
+                    format!("fd {number} (epoll), item fd {}", item.fd),
+                    "epoll_ctl",
+                    libc::SYS_epoll_ctl,
+                    &[
+                        number.into(),
+                        libc::EPOLL_CTL_ADD.into(),
+                        u64::from(item.fd).into(),
+                        at.into(),
+                    ],
+                );
             }
         }
         if let (Some(owner), Some(&number)) = (&carried.owner, first_of.get(&carried.id)) {
@@ -189,17 +263,23 @@ pub(crate) fn rebuild(
                 let at = work.bytes(&bytes)?;
                 let object = format!("fd {number}");
                 // F_SETOWN_EX
-                work.call(object, "fcntl(F_SETOWN_EX)", libc::SYS_fcntl, &[number.into(), 15u64.into(), at.into()]);
+                work.call(
+                    object,
+                    "fcntl(F_SETOWN_EX)",
+                    libc::SYS_fcntl,
+                    &[number.into(), 15u64.into(), at.into()],
+                );
             }
             if owner.signo != 0 {
                 work.room()?;
                 let object = format!("fd {number}");
                 // F_SETSIG
-                work.call(object, "fcntl(F_SETSIG)", libc::SYS_fcntl, &[
-                    number.into(),
-                    10u64.into(),
-                    u64::from(owner.signo).into(),
-                ]);
+                work.call(
+                    object,
+                    "fcntl(F_SETSIG)",
+                    libc::SYS_fcntl,
+                    &[number.into(), 10u64.into(), u64::from(owner.signo).into()],
+                );
             }
         }
     }
@@ -208,37 +288,74 @@ pub(crate) fn rebuild(
 }
 
 /// Makes one open file description in our process; `None` for those made in the husk.
-fn make(carried: &File, fd: u32, pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>, elapsed: Elapsed) -> Result<Option<OwnedFd>> {
+fn make(
+    carried: &File,
+    fd: u32,
+    pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    elapsed: Elapsed,
+) -> Result<Option<OwnedFd>> {
     let object = || format!("fd {fd}");
-    let kernel = |call: &'static str| move |error: pageferry_tracee::Error| Error::object(object(), call, std::io::Error::other(error));
-    let kind = carried.kind.as_ref().ok_or_else(|| Invalid::new(object(), "is of no known kind"))?;
+    let kernel = |call: &'static str| {
+        move |error: pageferry_tracee::Error| {
+            Error::object(object(), call, std::io::Error::other(error))
+        }
+    };
+    let kind = carried
+        .kind
+        .as_ref()
+        .ok_or_else(|| Invalid::new(object(), "is of no known kind"))?;
     let made: OwnedFd = match kind {
         file::Kind::Regular(regular) => {
-            let identity =
-                regular.identity.as_ref().ok_or_else(|| Invalid::new(object(), "names no file"))?;
-            open(&identity.path, carried.flags, Some(regular.position))
-                .map_err(|error| Error::object(format!("fd {fd} ({})", identity.path), "open", error))?
+            let identity = regular
+                .identity
+                .as_ref()
+                .ok_or_else(|| Invalid::new(object(), "names no file"))?;
+            open(&identity.path, carried.flags, Some(regular.position)).map_err(|error| {
+                Error::object(format!("fd {fd} ({})", identity.path), "open", error)
+            })?
         }
-        file::Kind::Directory(directory) => open(&directory.path, carried.flags, Some(directory.position))
-            .map_err(|error| Error::object(format!("fd {fd} ({})", directory.path), "open", error))?,
+        file::Kind::Directory(directory) => {
+            open(&directory.path, carried.flags, Some(directory.position)).map_err(|error| {
+                Error::object(format!("fd {fd} ({})", directory.path), "open", error)
+            })?
+        }
         file::Kind::Device(device) => {
-            let opened = open(&device.path, carried.flags, None)
-                .map_err(|error| Error::object(format!("fd {fd} ({})", device.path), "open", error))?;
-            let rdev = nix::sys::stat::fstat(&opened).map_err(|e| Error::object(object(), "fstat", e))?.st_rdev;
+            let opened = open(&device.path, carried.flags, None).map_err(|error| {
+                Error::object(format!("fd {fd} ({})", device.path), "open", error)
+            })?;
+            let rdev = nix::sys::stat::fstat(&opened)
+                .map_err(|e| Error::object(object(), "fstat", e))?
+                .st_rdev;
             if rdev != device.rdev {
-                return Err(Error::Mismatch { object: object(), what: format!("{} is another device here", device.path) });
+                return Err(Error::Mismatch {
+                    object: object(),
+                    what: format!("{} is another device here", device.path),
+                });
             }
             opened
         }
         file::Kind::Pipe(end) => {
-            let (read, write) =
-                pipes.get(&end.pipe).ok_or_else(|| Invalid::new(object(), format!("names pipe {}, which is not there", end.pipe)))?;
+            let (read, write) = pipes.get(&end.pipe).ok_or_else(|| {
+                Invalid::new(
+                    object(),
+                    format!("names pipe {}, which is not there", end.pipe),
+                )
+            })?;
             // Opened anew through /proc, so that two descriptions of one end stay two.
-            let path = format!("/proc/self/fd/{}", if end.write_end { write.as_raw_fd() } else { read.as_raw_fd() });
-            open(&path, carried.flags, None).map_err(|error| Error::object(object(), "open of a pipe end", error))?
+            let path = format!(
+                "/proc/self/fd/{}",
+                if end.write_end {
+                    write.as_raw_fd()
+                } else {
+                    read.as_raw_fd()
+                }
+            );
+            open(&path, carried.flags, None)
+                .map_err(|error| Error::object(object(), "open of a pipe end", error))?
         }
         file::Kind::Eventfd(eventfd) => {
-            descriptor::create_eventfd(eventfd.count, eventfd.semaphore).map_err(kernel("eventfd2"))?
+            descriptor::create_eventfd(eventfd.count, eventfd.semaphore)
+                .map_err(kernel("eventfd2"))?
         }
         file::Kind::Epoll(_) => {
             nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC)
@@ -253,14 +370,20 @@ fn make(carried: &File, fd: u32, pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>, elap
             interval_ns: carried.interval_ns,
         })
         .map_err(kernel("timerfd"))?,
-        file::Kind::Signalfd(carried) => descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?,
+        file::Kind::Signalfd(carried) => {
+            descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?
+        }
         file::Kind::Socket(socket) => match sockets::make(socket, &object())? {
             Some(fd) => fd,
             None => return Ok(None),
         },
     };
-    if !matches!(kind, file::Kind::Regular(_) | file::Kind::Directory(_) | file::Kind::Device(_)) {
-        set_status(&made, carried.flags).map_err(|errno| Error::object(object(), "fcntl(F_SETFL)", errno))?;
+    if !matches!(
+        kind,
+        file::Kind::Regular(_) | file::Kind::Directory(_) | file::Kind::Device(_)
+    ) {
+        set_status(&made, carried.flags)
+            .map_err(|errno| Error::object(object(), "fcntl(F_SETFL)", errno))?;
     }
     Ok(Some(made))
 }
@@ -273,9 +396,12 @@ pub(crate) fn set_status(fd: &OwnedFd, flags: u32) -> nix::Result<()> {
 
 fn open(path: &str, flags: u32, position: Option<u64>) -> std::io::Result<OwnedFd> {
     let mode = flags.cast_signed() & libc::O_ACCMODE;
-    let custom = (flags & STATUS_FLAGS).cast_signed() | (flags.cast_signed() & (libc::O_DIRECTORY | libc::O_LARGEFILE));
+    let custom = (flags & STATUS_FLAGS).cast_signed()
+        | (flags.cast_signed() & (libc::O_DIRECTORY | libc::O_LARGEFILE));
     let mut options = OpenOptions::new();
-    options.read(mode == libc::O_RDONLY || mode == libc::O_RDWR).write(mode == libc::O_WRONLY || mode == libc::O_RDWR);
+    options
+        .read(mode == libc::O_RDONLY || mode == libc::O_RDWR)
+        .write(mode == libc::O_WRONLY || mode == libc::O_RDWR);
     let mut file = options.custom_flags(custom | libc::O_NOCTTY).open(path)?;
     if let Some(position) = position.filter(|&p| p != 0) {
         file.seek(SeekFrom::Start(position))?;

@@ -7,8 +7,8 @@ use std::ops::Range;
 use pageferry_image::model::Invalid;
 use pageferry_image::model::memory::{Kind, Mapping, Space};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
-use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::agent;
+use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::injection::Injection;
 use pageferry_tracee::memory::RemoteMemory;
 use pageferry_tracee::procfs::{self, Vma};
@@ -85,22 +85,38 @@ pub(crate) fn clear(injection: &mut Injection<'_>, pid: i32) -> Result<()> {
 /// Maps the vdso where the captured process had it. The address given to the kernel is the start of vvar, and only a
 /// hint: where it landed is checked.
 pub(crate) fn map_vdso(injection: &mut Injection<'_>, pid: i32, space: &Space) -> Result<()> {
-    let wanted: Vec<&Mapping> = space.mappings.iter().filter(|m| matches!(m.kind(), Kind::Vvar | Kind::Vdso)).collect();
-    let Some(first) = wanted.first() else { return Ok(()) };
+    let wanted: Vec<&Mapping> = space
+        .mappings
+        .iter()
+        .filter(|m| matches!(m.kind(), Kind::Vvar | Kind::Vdso))
+        .collect();
+    let Some(first) = wanted.first() else {
+        return Ok(());
+    };
     let mut work = Work::new(injection, pid);
-    work.call("the vdso", "arch_prctl(ARCH_MAP_VDSO_64)", libc::SYS_arch_prctl, &[
-        ARCH_MAP_VDSO_64.into(),
-        first.start.into(),
-    ]);
+    work.call(
+        "the vdso",
+        "arch_prctl(ARCH_MAP_VDSO_64)",
+        libc::SYS_arch_prctl,
+        &[ARCH_MAP_VDSO_64.into(), first.start.into()],
+    );
     work.run()?;
     let maps = procfs::maps(pid)?;
     for mapping in wanted {
-        let name = if mapping.kind() == Kind::Vdso { "[vdso]" } else { "[vvar" };
-        let there = maps.iter().any(|v| v.start == mapping.start && v.end == mapping.end && v.path.starts_with(name));
+        let name = if mapping.kind() == Kind::Vdso {
+            "[vdso]"
+        } else {
+            "[vvar"
+        };
+        let there = maps
+            .iter()
+            .any(|v| v.start == mapping.start && v.end == mapping.end && v.path.starts_with(name));
         if !there {
             return Err(Error::Mismatch {
                 object: mapping_name(mapping.start, mapping.end),
-                what: format!("the kernel did not map {name} there: the target's kernel is built differently"),
+                what: format!(
+                    "the kernel did not map {name} there: the target's kernel is built differently"
+                ),
             });
         }
     }
@@ -109,7 +125,11 @@ pub(crate) fn map_vdso(injection: &mut Injection<'_>, pid: i32, space: &Space) -
 
 fn mmap_flags(mapping: &Mapping) -> u64 {
     let mut flags = libc::MAP_FIXED_NOREPLACE;
-    flags |= if mapping.kind() == Kind::FileShared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    flags |= if mapping.kind() == Kind::FileShared {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE
+    };
     if mapping.kind() == Kind::Anon {
         flags |= libc::MAP_ANONYMOUS;
     }
@@ -129,11 +149,20 @@ fn mmap_flags(mapping: &Mapping) -> u64 {
 /// A locked lazy mapping is made without access, locked (which then faults nothing in), registered, and only then
 /// given its access rights: `mlock` of a registered range would wait for pages that nobody fetches yet.
 fn first_prot(mapping: &Mapping) -> u64 {
-    if mapping.locked && mapping.kind() == Kind::Anon { 0 } else { u64::from(mapping.prot) }
+    if mapping.locked && mapping.kind() == Kind::Anon {
+        0
+    } else {
+        u64::from(mapping.prot)
+    }
 }
 
 /// Makes every mapping, with its advice, name and guard regions.
-pub(crate) fn map(injection: &mut Injection<'_>, pid: i32, space: &Space, handed: &mut Handover) -> Result<()> {
+pub(crate) fn map(
+    injection: &mut Injection<'_>,
+    pid: i32,
+    space: &Space,
+    handed: &mut Handover,
+) -> Result<()> {
     // Mappings of one file share one descriptor; (path, writable) keeps a shared writable one apart.
     let mut by_file: BTreeMap<(String, bool), Vec<&Mapping>> = BTreeMap::new();
     let mut anon: Vec<&Mapping> = Vec::new();
@@ -142,14 +171,25 @@ pub(crate) fn map(injection: &mut Injection<'_>, pid: i32, space: &Space, handed
             Kind::Anon => anon.push(mapping),
             Kind::FilePrivate | Kind::FileShared => {
                 let Some(file) = &mapping.file else {
-                    return Err(Invalid::new(mapping_name(mapping.start, mapping.end), "names no file").into());
+                    return Err(Invalid::new(
+                        mapping_name(mapping.start, mapping.end),
+                        "names no file",
+                    )
+                    .into());
                 };
                 let writable = mapping.kind() == Kind::FileShared && mapping.file_writable;
-                by_file.entry((file.path.clone(), writable)).or_default().push(mapping);
+                by_file
+                    .entry((file.path.clone(), writable))
+                    .or_default()
+                    .push(mapping);
             }
             Kind::Vvar | Kind::Vdso => {}
             Kind::Invalid => {
-                return Err(Invalid::new(mapping_name(mapping.start, mapping.end), "is of no known kind").into());
+                return Err(Invalid::new(
+                    mapping_name(mapping.start, mapping.end),
+                    "is of no known kind",
+                )
+                .into());
             }
         }
     }
@@ -184,61 +224,107 @@ fn files_open(path: &str, writable: bool) -> Result<std::fs::File> {
 }
 
 fn map_one(work: &mut Work<'_, '_>, mapping: &Mapping, fd: u64) {
-    let fd = if mapping.kind() == Kind::Anon { u64::MAX } else { fd };
-    work.exactly(mapping.start, mapping_name(mapping.start, mapping.end), "mmap", libc::SYS_mmap, &[
-        mapping.start.into(),
-        (mapping.end - mapping.start).into(),
-        first_prot(mapping).into(),
-        mmap_flags(mapping).into(),
-        fd.into(),
-        mapping.offset.into(),
-    ]);
+    let fd = if mapping.kind() == Kind::Anon {
+        u64::MAX
+    } else {
+        fd
+    };
+    work.exactly(
+        mapping.start,
+        mapping_name(mapping.start, mapping.end),
+        "mmap",
+        libc::SYS_mmap,
+        &[
+            mapping.start.into(),
+            (mapping.end - mapping.start).into(),
+            first_prot(mapping).into(),
+            mmap_flags(mapping).into(),
+            fd.into(),
+            mapping.offset.into(),
+        ],
+    );
 }
 
 fn decorate(work: &mut Work<'_, '_>, mapping: &Mapping) -> Result<()> {
     let len = mapping.end - mapping.start;
     let name = || mapping_name(mapping.start, mapping.end);
-    if mapping.advice.is_empty() && mapping.guards.is_empty() && mapping.name.is_empty() && !mapping.locked {
+    if mapping.advice.is_empty()
+        && mapping.guards.is_empty()
+        && mapping.name.is_empty()
+        && !mapping.locked
+    {
         return Ok(());
     }
     work.room()?;
     for advice in &mapping.advice {
-        work.call(name(), "madvise", libc::SYS_madvise, &[mapping.start.into(), len.into(), u64::from(*advice).into()]);
+        work.call(
+            name(),
+            "madvise",
+            libc::SYS_madvise,
+            &[mapping.start.into(), len.into(), u64::from(*advice).into()],
+        );
     }
     if !mapping.name.is_empty() {
         let text = work.text(&mapping.name)?;
-        work.call(name(), "prctl(PR_SET_VMA_ANON_NAME)", libc::SYS_prctl, &[
-            PR_SET_VMA.into(),
-            PR_SET_VMA_ANON_NAME.into(),
-            mapping.start.into(),
-            len.into(),
-            text.into(),
-        ]);
+        work.call(
+            name(),
+            "prctl(PR_SET_VMA_ANON_NAME)",
+            libc::SYS_prctl,
+            &[
+                PR_SET_VMA.into(),
+                PR_SET_VMA_ANON_NAME.into(),
+                mapping.start.into(),
+                len.into(),
+                text.into(),
+            ],
+        );
     }
     if mapping.locked {
         let flags = u64::from(mapping.lock_on_fault);
         if first_prot(mapping) == 0 {
             // ENOMEM: there is nothing to fault in; VM_LOCKED is set all the same, as `verify` checks.
-            work.ignored("mlock2", libc::SYS_mlock2, &[mapping.start.into(), len.into(), flags.into()]);
+            work.ignored(
+                "mlock2",
+                libc::SYS_mlock2,
+                &[mapping.start.into(), len.into(), flags.into()],
+            );
         } else {
-            work.call(name(), "mlock2", libc::SYS_mlock2, &[mapping.start.into(), len.into(), flags.into()]);
+            work.call(
+                name(),
+                "mlock2",
+                libc::SYS_mlock2,
+                &[mapping.start.into(), len.into(), flags.into()],
+            );
         }
     }
     for guard in &mapping.guards {
         work.room()?;
-        work.call(mapping_name(guard.start, guard.end), "madvise(MADV_GUARD_INSTALL)", libc::SYS_madvise, &[
-            guard.start.into(),
-            (guard.end - guard.start).into(),
-            MADV_GUARD_INSTALL.into(),
-        ]);
+        work.call(
+            mapping_name(guard.start, guard.end),
+            "madvise(MADV_GUARD_INSTALL)",
+            libc::SYS_madvise,
+            &[
+                guard.start.into(),
+                (guard.end - guard.start).into(),
+                MADV_GUARD_INSTALL.into(),
+            ],
+        );
     }
     Ok(())
 }
 
 /// Sets the fields of mm_struct that /proc shows (code, data, heap, arguments, environment, auxiliary vector) and the
 /// exe link, in one call. `struct prctl_mm_map`, Linux 3.18.
-pub(crate) fn set_mm(injection: &mut Injection<'_>, pid: i32, space: &Space, handed: &mut Handover) -> Result<()> {
-    let exe = space.exe.as_ref().ok_or_else(|| Invalid::new("the address space", "names no executable"))?;
+pub(crate) fn set_mm(
+    injection: &mut Injection<'_>,
+    pid: i32,
+    space: &Space,
+    handed: &mut Handover,
+) -> Result<()> {
+    let exe = space
+        .exe
+        .as_ref()
+        .ok_or_else(|| Invalid::new("the address space", "names no executable"))?;
     let file = files_open(&exe.path, false)?;
     let mut work = Work::new(injection, pid);
     let fd = handed.lend(&mut work, &file)?;
@@ -261,27 +347,39 @@ pub(crate) fn set_mm(injection: &mut Injection<'_>, pid: i32, space: &Space, han
     ] {
         map.extend_from_slice(&field.to_le_bytes());
     }
-    let auxv_len = u32::try_from(space.auxv.len()).map_err(|_| Invalid::new("the auxiliary vector", "is too long"))?;
-    let exe_fd = u32::try_from(fd).map_err(|_| Invalid::new("the executable", "has no descriptor"))?;
+    let auxv_len = u32::try_from(space.auxv.len())
+        .map_err(|_| Invalid::new("the auxiliary vector", "is too long"))?;
+    let exe_fd =
+        u32::try_from(fd).map_err(|_| Invalid::new("the executable", "has no descriptor"))?;
     map.extend_from_slice(&auxv_len.to_le_bytes());
     map.extend_from_slice(&exe_fd.to_le_bytes());
     let len = map.len() as u64;
     let at = work.bytes(&map)?;
-    work.call(format!("executable {}", exe.path), "prctl(PR_SET_MM_MAP)", libc::SYS_prctl, &[
-        PR_SET_MM.into(),
-        PR_SET_MM_MAP.into(),
-        at.into(),
-        len.into(),
-        0u64.into(),
-    ]);
+    work.call(
+        format!("executable {}", exe.path),
+        "prctl(PR_SET_MM_MAP)",
+        libc::SYS_prctl,
+        &[
+            PR_SET_MM.into(),
+            PR_SET_MM_MAP.into(),
+            at.into(),
+            len.into(),
+            0u64.into(),
+        ],
+    );
     if space.thp_disabled {
-        work.call("the address space", "prctl(PR_SET_THP_DISABLE)", libc::SYS_prctl, &[
-            PR_SET_THP_DISABLE.into(),
-            1u64.into(),
-            0u64.into(),
-            0u64.into(),
-            0u64.into(),
-        ]);
+        work.call(
+            "the address space",
+            "prctl(PR_SET_THP_DISABLE)",
+            libc::SYS_prctl,
+            &[
+                PR_SET_THP_DISABLE.into(),
+                1u64.into(),
+                0u64.into(),
+                0u64.into(),
+                0u64.into(),
+            ],
+        );
     }
     handed.take_back(&mut work, fd)?;
     work.run()?;
@@ -292,39 +390,71 @@ pub(crate) fn set_mm(injection: &mut Injection<'_>, pid: i32, space: &Space, han
 pub(crate) fn register(injection: &mut Injection<'_>, pid: i32, space: &Space) -> Result<Uffd> {
     let mut work = Work::new(injection, pid);
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    work.call("the run userfaultfd", "userfaultfd", libc::SYS_userfaultfd, &[flags.into()]);
+    work.call(
+        "the run userfaultfd",
+        "userfaultfd",
+        libc::SYS_userfaultfd,
+        &[flags.into()],
+    );
     let fd = work.run()?[0];
-    let number = u32::try_from(fd).map_err(|_| Invalid::new("the run userfaultfd", "has no number"))?;
+    let number =
+        u32::try_from(fd).map_err(|_| Invalid::new("the run userfaultfd", "has no number"))?;
     let uffd = Uffd::adopt(PidFd::open(pid)?.get_fd(number)?);
-    work.call("the run userfaultfd", "close", libc::SYS_close, &[fd.into()]);
+    work.call(
+        "the run userfaultfd",
+        "close",
+        libc::SYS_close,
+        &[fd.into()],
+    );
     work.run()?;
     uffd.handshake(
-        Features::EVENT_FORK | Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP | Features::THREAD_ID,
+        Features::EVENT_FORK
+            | Features::EVENT_REMAP
+            | Features::EVENT_REMOVE
+            | Features::EVENT_UNMAP
+            | Features::THREAD_ID,
     )?;
     let mut joined: Vec<PageRange> = Vec::new();
     for mapping in space.mappings.iter().filter(|m| m.kind() == Kind::Anon) {
         match joined.last_mut() {
             Some(last) if last.end == mapping.start => last.end = mapping.end,
-            _ => joined.push(PageRange { start: mapping.start, end: mapping.end }),
+            _ => joined.push(PageRange {
+                start: mapping.start,
+                end: mapping.end,
+            }),
         }
     }
     for range in &joined {
         uffd.register_missing(range.start..range.end)?;
     }
-    for mapping in space.mappings.iter().filter(|m| m.locked && m.kind() == Kind::Anon && m.prot != 0) {
+    for mapping in space
+        .mappings
+        .iter()
+        .filter(|m| m.locked && m.kind() == Kind::Anon && m.prot != 0)
+    {
         work.room()?;
-        work.call(mapping_name(mapping.start, mapping.end), "mprotect", libc::SYS_mprotect, &[
-            mapping.start.into(),
-            (mapping.end - mapping.start).into(),
-            u64::from(mapping.prot).into(),
-        ]);
+        work.call(
+            mapping_name(mapping.start, mapping.end),
+            "mprotect",
+            libc::SYS_mprotect,
+            &[
+                mapping.start.into(),
+                (mapping.end - mapping.start).into(),
+                u64::from(mapping.prot).into(),
+            ],
+        );
     }
     work.run()?;
     Ok(uffd)
 }
 
 /// Installs the pages that came with the state. Returns the addresses of those that lie in lazy mappings.
-pub(crate) fn install(pid: i32, space: &Space, uffd: &Uffd, eager: &[EagerPage]) -> Result<Vec<u64>> {
+pub(crate) fn install(
+    pid: i32,
+    space: &Space,
+    uffd: &Uffd,
+    eager: &[EagerPage],
+) -> Result<Vec<u64>> {
     let memory = RemoteMemory::open(pid)?;
     let mut resident = Vec::new();
     for (start, bytes) in runs(eager) {
@@ -332,19 +462,34 @@ pub(crate) fn install(pid: i32, space: &Space, uffd: &Uffd, eager: &[EagerPage])
         let mut offset = 0usize;
         while offset < bytes.len() {
             let address = start + offset as u64;
-            let mapping = space.mappings.iter().find(|m| m.start <= address && address < m.end).ok_or_else(|| {
-                Invalid::new(format!("page {address:x}"), "came with the state but lies in no mapping")
-            })?;
-            let len = usize::try_from(mapping.end - address).unwrap_or(usize::MAX).min(bytes.len() - offset);
+            let mapping = space
+                .mappings
+                .iter()
+                .find(|m| m.start <= address && address < m.end)
+                .ok_or_else(|| {
+                    Invalid::new(
+                        format!("page {address:x}"),
+                        "came with the state but lies in no mapping",
+                    )
+                })?;
+            let len = usize::try_from(mapping.end - address)
+                .unwrap_or(usize::MAX)
+                .min(bytes.len() - offset);
             let piece = &bytes[offset..offset + len];
             match mapping.kind() {
                 Kind::Anon => {
                     copy(uffd, address, piece)?;
-                    resident.extend((0..len as u64 / PAGE_SIZE).map(|index| address + index * PAGE_SIZE));
+                    resident.extend(
+                        (0..len as u64 / PAGE_SIZE).map(|index| address + index * PAGE_SIZE),
+                    );
                 }
                 Kind::FilePrivate => memory.write(address, piece)?,
                 Kind::FileShared | Kind::Vvar | Kind::Vdso | Kind::Invalid => {
-                    return Err(Invalid::new(format!("page {address:x}"), "lies in a mapping that takes no pages").into());
+                    return Err(Invalid::new(
+                        format!("page {address:x}"),
+                        "lies in a mapping that takes no pages",
+                    )
+                    .into());
                 }
             }
             offset += len;
@@ -358,7 +503,9 @@ fn copy(uffd: &Uffd, address: u64, bytes: &[u8]) -> Result<()> {
         Copied::Done => Ok(()),
         other => Err(Error::Mismatch {
             object: format!("page {address:x}"),
-            what: format!("UFFDIO_COPY into the prepared process did not take all bytes: {other:?}"),
+            what: format!(
+                "UFFDIO_COPY into the prepared process did not take all bytes: {other:?}"
+            ),
         }),
     }
 }
@@ -368,7 +515,9 @@ pub(crate) fn verify(pid: i32, space: &Space, agent: &Range<u64>) -> Result<()> 
     let maps = procfs::maps(pid)?;
     let mut found = maps
         .iter()
-        .filter(|vma| vma.path != "[vsyscall]" && !(vma.start >= agent.start && vma.end <= agent.end))
+        .filter(|vma| {
+            vma.path != "[vsyscall]" && !(vma.start >= agent.start && vma.end <= agent.end)
+        })
         .flat_map(|vma| [vma.start, vma.end])
         .peekable();
     // Neighbours may have merged, or one mapping may show as several: only the covered bytes count.
@@ -385,7 +534,10 @@ pub(crate) fn verify(pid: i32, space: &Space, agent: &Range<u64>) -> Result<()> 
     let is = covered(&mut found);
     let should = covered(&mut space.mappings.iter().flat_map(|m| [m.start, m.end]));
     if is != should {
-        let differs = is.iter().find(|r| !should.contains(r)).or_else(|| should.iter().find(|r| !is.contains(r)));
+        let differs = is
+            .iter()
+            .find(|r| !should.contains(r))
+            .or_else(|| should.iter().find(|r| !is.contains(r)));
         let (start, end) = differs.copied().unwrap_or_default();
         return Err(Error::Mismatch {
             object: mapping_name(start, end),

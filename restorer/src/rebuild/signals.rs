@@ -19,12 +19,17 @@ pub(crate) fn rebuild_actions(injection: &mut Injection<'_>, process: &Process) 
             bytes.extend_from_slice(&field.to_le_bytes());
         }
         let at = work.bytes(&bytes)?;
-        work.call(format!("action of signal {}", action.signo), "rt_sigaction", libc::SYS_rt_sigaction, &[
-            u64::from(action.signo).into(),
-            at.into(),
-            0u64.into(),
-            SIGSET_LEN.into(),
-        ]);
+        work.call(
+            format!("action of signal {}", action.signo),
+            "rt_sigaction",
+            libc::SYS_rt_sigaction,
+            &[
+                u64::from(action.signo).into(),
+                at.into(),
+                0u64.into(),
+                SIGSET_LEN.into(),
+            ],
+        );
     }
     work.run()?;
     Ok(())
@@ -39,11 +44,12 @@ pub(crate) fn rebuild_pending(injection: &mut Injection<'_>, process: &Process) 
         work.room()?;
         let at = work.bytes(&pending.siginfo)?;
         let signo = signo(pending);
-        work.call(format!("pending signal {signo}"), "rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[
-            pid.into(),
-            u64::from(signo).into(),
-            at.into(),
-        ]);
+        work.call(
+            format!("pending signal {signo}"),
+            "rt_sigqueueinfo",
+            libc::SYS_rt_sigqueueinfo,
+            &[pid.into(), u64::from(signo).into(), at.into()],
+        );
     }
     work.run()?;
     for thread in &process.threads {
@@ -53,12 +59,17 @@ pub(crate) fn rebuild_pending(injection: &mut Injection<'_>, process: &Process) 
             let at = work.bytes(&pending.siginfo)?;
             let signo = signo(pending);
             let object = format!("thread {}, pending signal {signo}", thread.tid);
-            work.call(object, "rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[
-                pid.into(),
-                thread.tid.into(),
-                u64::from(signo).into(),
-                at.into(),
-            ]);
+            work.call(
+                object,
+                "rt_tgsigqueueinfo",
+                libc::SYS_rt_tgsigqueueinfo,
+                &[
+                    pid.into(),
+                    thread.tid.into(),
+                    u64::from(signo).into(),
+                    at.into(),
+                ],
+            );
         }
         work.run()?;
     }
@@ -66,5 +77,8 @@ pub(crate) fn rebuild_pending(injection: &mut Injection<'_>, process: &Process) 
 }
 
 fn signo(pending: &Pending) -> u32 {
-    pending.siginfo.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    pending
+        .siginfo
+        .first_chunk::<4>()
+        .map_or(0, |bytes| u32::from_le_bytes(*bytes))
 }

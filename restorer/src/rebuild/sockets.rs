@@ -29,22 +29,33 @@ pub(crate) fn make(carried: &Socket, object: &str) -> Result<Option<OwnedFd>> {
     if state == State::Paired {
         return Ok(None);
     }
-    let kernel = |call: &'static str| move |error: pageferry_tracee::Error| Error::object(object, call, std::io::Error::other(error));
-    let made = socket::create(carried.family, carried.r#type, carried.protocol).map_err(kernel("socket"))?;
-    let (before, after): (Vec<_>, Vec<_>) =
-        carried.options.iter().partition(|option| BEFORE_BIND.contains(&(option.level, option.name)));
+    let kernel = |call: &'static str| {
+        move |error: pageferry_tracee::Error| {
+            Error::object(object, call, std::io::Error::other(error))
+        }
+    };
+    let made = socket::create(carried.family, carried.r#type, carried.protocol)
+        .map_err(kernel("socket"))?;
+    let (before, after): (Vec<_>, Vec<_>) = carried
+        .options
+        .iter()
+        .partition(|option| BEFORE_BIND.contains(&(option.level, option.name)));
     for option in before {
-        socket::set_option(made.as_fd(), option.level, option.name, &option.value).map_err(kernel("setsockopt"))?;
+        socket::set_option(made.as_fd(), option.level, option.name, &option.value)
+            .map_err(kernel("setsockopt"))?;
     }
     match state {
         State::Bound | State::Listening => {
             socket::bind_raw(made.as_fd(), &carried.local).map_err(kernel("bind"))?;
         }
         State::Unbound | State::Dropped => {}
-        State::Paired | State::Invalid => return Err(Invalid::new(object, "is in no known state").into()),
+        State::Paired | State::Invalid => {
+            return Err(Invalid::new(object, "is in no known state").into());
+        }
     }
     for option in after {
-        socket::set_option(made.as_fd(), option.level, option.name, &option.value).map_err(kernel("setsockopt"))?;
+        socket::set_option(made.as_fd(), option.level, option.name, &option.value)
+            .map_err(kernel("setsockopt"))?;
     }
     if state == State::Listening {
         socket::listen(made.as_fd(), carried.backlog).map_err(kernel("listen"))?;
@@ -64,18 +75,26 @@ pub(crate) fn make_pairs(
     for carried in &tree.files {
         if let Some(file::Kind::Socket(socket)) = &carried.kind {
             if socket.state() == State::Paired {
-                ends.entry(socket.pair).or_default().push((carried.id, socket, carried.flags));
+                ends.entry(socket.pair)
+                    .or_default()
+                    .push((carried.id, socket, carried.flags));
             }
         }
     }
     let mut made = Vec::new();
     for (pair, carried) in ends {
-        let fd = process.descriptors.iter().find(|d| d.file == carried[0].0).map_or(0, |d| d.fd);
+        let fd = process
+            .descriptors
+            .iter()
+            .find(|d| d.file == carried[0].0)
+            .map_or(0, |d| d.fd);
         let object = format!("fd {fd} (UNIX socket pair {pair})");
         let (first, second) = make_pair(injection, pid, carried[0].1, &object)?;
         let kernel = |call: &'static str| {
             let object = object.clone();
-            move |error: pageferry_tracee::Error| Error::object(object, call, std::io::Error::other(error))
+            move |error: pageferry_tracee::Error| {
+                Error::object(object, call, std::io::Error::other(error))
+            }
         };
         // What lies unread at one end was sent from the other.
         for (end, from) in [(carried.first(), &second), (carried.get(1), &first)] {
@@ -84,33 +103,55 @@ pub(crate) fn make_pairs(
             }
         }
         for (at, fd) in [(0usize, first), (1, second)] {
-            let Some((id, socket, flags)) = carried.get(at) else { continue };
+            let Some((id, socket, flags)) = carried.get(at) else {
+                continue;
+            };
             for option in &socket.options {
-                socket::set_option(fd.as_fd(), option.level, option.name, &option.value).map_err(kernel("setsockopt"))?;
+                socket::set_option(fd.as_fd(), option.level, option.name, &option.value)
+                    .map_err(kernel("setsockopt"))?;
             }
             if socket.shut_read || socket.shut_write {
-                socket::shutdown(fd.as_fd(), socket.shut_read, socket.shut_write).map_err(kernel("shutdown"))?;
+                socket::shutdown(fd.as_fd(), socket.shut_read, socket.shut_write)
+                    .map_err(kernel("shutdown"))?;
             }
-            files::set_status(&fd, *flags).map_err(|errno| Error::object(object.as_str(), "fcntl(F_SETFL)", errno))?;
+            files::set_status(&fd, *flags)
+                .map_err(|errno| Error::object(object.as_str(), "fcntl(F_SETFL)", errno))?;
             made.push((*id, fd));
         }
     }
     Ok(made)
 }
 
-fn make_pair(injection: &mut Injection<'_>, pid: i32, carried: &Socket, object: &str) -> Result<(OwnedFd, OwnedFd)> {
+fn make_pair(
+    injection: &mut Injection<'_>,
+    pid: i32,
+    carried: &Socket,
+    object: &str,
+) -> Result<(OwnedFd, OwnedFd)> {
     let mut work = Work::new(injection, pid);
     let at = work.bytes(&[0; 8])?;
-    work.call(object, "socketpair", libc::SYS_socketpair, &[
-        carried.family.into(),
-        (carried.r#type | libc::SOCK_CLOEXEC).into(),
-        carried.protocol.into(),
-        at.into(),
-    ]);
+    work.call(
+        object,
+        "socketpair",
+        libc::SYS_socketpair,
+        &[
+            carried.family.into(),
+            (carried.r#type | libc::SOCK_CLOEXEC).into(),
+            carried.protocol.into(),
+            at.into(),
+        ],
+    );
     work.run()?;
     let offset = usize::try_from(at - work.injection().scratch_address(pid)).unwrap_or(0);
     let numbers = work.injection().scratch(pid)[offset..offset + 8].to_vec();
-    let number = |index: usize| u32::from_le_bytes([numbers[index], numbers[index + 1], numbers[index + 2], numbers[index + 3]]);
+    let number = |index: usize| {
+        u32::from_le_bytes([
+            numbers[index],
+            numbers[index + 1],
+            numbers[index + 2],
+            numbers[index + 3],
+        ])
+    };
     let (first, second) = (number(0), number(4));
     let pidfd = PidFd::open(pid)?;
     let ours = (pidfd.get_fd(first)?, pidfd.get_fd(second)?);

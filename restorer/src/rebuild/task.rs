@@ -32,13 +32,25 @@ const SS_ONSTACK: i32 = 1;
 const CAPABILITIES_MAX: u32 = 64;
 
 fn prctl(work: &mut Work<'_, '_>, object: &str, call: &'static str, option: u64, argument: u64) {
-    let args = [option.into(), argument.into(), 0u64.into(), 0u64.into(), 0u64.into()];
+    let args = [
+        option.into(),
+        argument.into(),
+        0u64.into(),
+        0u64.into(),
+        0u64.into(),
+    ];
     work.call(object, call, libc::SYS_prctl, &args);
 }
 
 /// Makes room for the descriptors while the table is filled; the captured limit comes in [`limits_last`].
 pub(crate) fn limits_first(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
-    let needed = process.descriptors.iter().map(|d| u64::from(d.fd) + 1).max().unwrap_or(0) + 16;
+    let needed = process
+        .descriptors
+        .iter()
+        .map(|d| u64::from(d.fd) + 1)
+        .max()
+        .unwrap_or(0)
+        + 16;
     let (soft, hard) = procfs::limits(process.pid)?[RLIMIT_NOFILE as usize];
     if soft >= needed {
         return Ok(());
@@ -58,7 +70,12 @@ fn set_limit(work: &mut Work<'_, '_>, resource: u32, soft: u64, hard: u64) -> Re
         format!("resource limit {resource} (soft {soft}, hard {hard})"),
         "prlimit64",
         libc::SYS_prlimit64,
-        &[0u64.into(), u64::from(resource).into(), at.into(), 0u64.into()],
+        &[
+            0u64.into(),
+            u64::from(resource).into(),
+            at.into(),
+            0u64.into(),
+        ],
     );
     Ok(())
 }
@@ -79,7 +96,10 @@ pub(crate) fn limits_last(injection: &mut Injection<'_>, process: &Process) -> R
 
 /// Gives the leader its user and group ids early, capabilities kept.
 pub(crate) fn take_ids(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
-    let leader = process.threads.first().ok_or_else(|| Invalid::new("the process", "has no thread"))?;
+    let leader = process
+        .threads
+        .first()
+        .ok_or_else(|| Invalid::new("the process", "has no thread"))?;
     let credentials = credentials(leader)?;
     let mut work = Work::new(injection, process.pid);
     ids(&mut work, leader.tid, credentials)?;
@@ -88,67 +108,141 @@ pub(crate) fn take_ids(injection: &mut Injection<'_>, process: &Process) -> Resu
 }
 
 fn credentials(thread: &Thread) -> Result<&Credentials> {
-    Ok(thread.credentials.as_ref().ok_or_else(|| Invalid::new(format!("thread {}", thread.tid), "has no credentials"))?)
+    Ok(thread
+        .credentials
+        .as_ref()
+        .ok_or_else(|| Invalid::new(format!("thread {}", thread.tid), "has no credentials"))?)
 }
 
 fn ids(work: &mut Work<'_, '_>, tid: i32, credentials: &Credentials) -> Result<()> {
     work.room()?;
     let object = format!("thread {tid}: credentials");
     let bits = (credentials.securebits & !SECURE_ALL_LOCKS) | SECBIT_NO_SETUID_FIXUP;
-    prctl(work, &object, "prctl(PR_SET_SECUREBITS)", PR_SET_SECUREBITS, u64::from(bits));
-    let groups: Vec<u8> = credentials.groups.iter().flat_map(|group| group.to_le_bytes()).collect();
+    prctl(
+        work,
+        &object,
+        "prctl(PR_SET_SECUREBITS)",
+        PR_SET_SECUREBITS,
+        u64::from(bits),
+    );
+    let groups: Vec<u8> = credentials
+        .groups
+        .iter()
+        .flat_map(|group| group.to_le_bytes())
+        .collect();
     let at = work.bytes(&groups)?;
     let count = credentials.groups.len();
-    work.call(object.as_str(), "setgroups", libc::SYS_setgroups, &[count.into(), at.into()]);
+    work.call(
+        object.as_str(),
+        "setgroups",
+        libc::SYS_setgroups,
+        &[count.into(), at.into()],
+    );
     let id = |value: u32| u64::from(value).into();
-    work.call(object.as_str(), "setresgid", libc::SYS_setresgid, &[
-        id(credentials.rgid),
-        id(credentials.egid),
-        id(credentials.sgid),
-    ]);
-    work.call(object.as_str(), "setresuid", libc::SYS_setresuid, &[
-        id(credentials.ruid),
-        id(credentials.euid),
-        id(credentials.suid),
-    ]);
+    work.call(
+        object.as_str(),
+        "setresgid",
+        libc::SYS_setresgid,
+        &[
+            id(credentials.rgid),
+            id(credentials.egid),
+            id(credentials.sgid),
+        ],
+    );
+    work.call(
+        object.as_str(),
+        "setresuid",
+        libc::SYS_setresuid,
+        &[
+            id(credentials.ruid),
+            id(credentials.euid),
+            id(credentials.suid),
+        ],
+    );
     // These give back the former id and no error; the capture read them from /proc, so they are valid.
-    work.call(object.as_str(), "setfsgid", libc::SYS_setfsgid, &[id(credentials.fsgid)]);
-    work.call(object, "setfsuid", libc::SYS_setfsuid, &[id(credentials.fsuid)]);
+    work.call(
+        object.as_str(),
+        "setfsgid",
+        libc::SYS_setfsgid,
+        &[id(credentials.fsgid)],
+    );
+    work.call(
+        object,
+        "setfsuid",
+        libc::SYS_setfsuid,
+        &[id(credentials.fsuid)],
+    );
     Ok(())
 }
 
 /// What the process has once for all its threads, credentials excepted.
 pub(crate) fn rebuild_process(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
     let pid = process.pid;
-    let space = process.space.as_ref().ok_or_else(|| Invalid::new("the process", "has no memory"))?;
+    let space = process
+        .space
+        .as_ref()
+        .ok_or_else(|| Invalid::new("the process", "has no memory"))?;
     let mut work = Work::new(injection, pid);
     let cwd = work.text(&process.cwd)?;
-    work.call(format!("working directory {}", process.cwd), "chdir", libc::SYS_chdir, &[cwd.into()]);
-    work.call("the process", "umask", libc::SYS_umask, &[u64::from(process.umask).into()]);
+    work.call(
+        format!("working directory {}", process.cwd),
+        "chdir",
+        libc::SYS_chdir,
+        &[cwd.into()],
+    );
+    work.call(
+        "the process",
+        "umask",
+        libc::SYS_umask,
+        &[u64::from(process.umask).into()],
+    );
     if process.child_subreaper {
-        prctl(&mut work, "the process", "prctl(PR_SET_CHILD_SUBREAPER)", PR_SET_CHILD_SUBREAPER, 1);
+        prctl(
+            &mut work,
+            "the process",
+            "prctl(PR_SET_CHILD_SUBREAPER)",
+            PR_SET_CHILD_SUBREAPER,
+            1,
+        );
     }
-    for command in (0..u32::BITS).map(|bit| 1u32 << bit).filter(|command| process.membarrier & command != 0) {
+    for command in (0..u32::BITS)
+        .map(|bit| 1u32 << bit)
+        .filter(|command| process.membarrier & command != 0)
+    {
         work.room()?;
         let args = [u64::from(command).into(), 0u64.into(), 0u64.into()];
         work.call("the process", "membarrier", libc::SYS_membarrier, &args);
     }
     if space.lock_future {
-        work.call("the process", "mlockall(MCL_FUTURE)", libc::SYS_mlockall, &[MCL_FUTURE.into()]);
+        work.call(
+            "the process",
+            "mlockall(MCL_FUTURE)",
+            libc::SYS_mlockall,
+            &[MCL_FUTURE.into()],
+        );
     }
     work.run()?;
     write_if_different(pid, "oom_score_adj", &process.oom_score_adj.to_string())?;
-    write_if_different(pid, "coredump_filter", &format!("{:08x}", process.coredump_filter))
+    write_if_different(
+        pid,
+        "coredump_filter",
+        &format!("{:08x}", process.coredump_filter),
+    )
 }
 
 fn write_if_different(pid: i32, name: &'static str, value: &str) -> Result<()> {
     let path = format!("/proc/{pid}/{name}");
     let object = || format!("{name} {value}");
-    let now = std::fs::read_to_string(&path).map_err(|error| Error::object(object(), "read", error))?;
+    let now =
+        std::fs::read_to_string(&path).map_err(|error| Error::object(object(), "read", error))?;
     if now.trim() == value {
         return Ok(());
     }
-    let text = if name == "coredump_filter" { format!("0x{value}") } else { value.to_owned() };
+    let text = if name == "coredump_filter" {
+        format!("0x{value}")
+    } else {
+        value.to_owned()
+    };
     std::fs::write(&path, text).map_err(|error| Error::object(object(), "write", error))
 }
 
@@ -177,12 +271,19 @@ fn addresses(work: &mut Work<'_, '_>, thread: &Thread) -> Result<()> {
     let comm = work.bytes(&comm)?;
     prctl(work, &object, "prctl(PR_SET_NAME)", PR_SET_NAME, comm);
     if thread.robust_list != 0 {
-        work.call(object.as_str(), "set_robust_list", libc::SYS_set_robust_list, &[
-            thread.robust_list.into(),
-            thread.robust_list_len.into(),
-        ]);
+        work.call(
+            object.as_str(),
+            "set_robust_list",
+            libc::SYS_set_robust_list,
+            &[thread.robust_list.into(), thread.robust_list_len.into()],
+        );
     }
-    work.call(object.as_str(), "set_tid_address", libc::SYS_set_tid_address, &[thread.clear_child_tid.into()]);
+    work.call(
+        object.as_str(),
+        "set_tid_address",
+        libc::SYS_set_tid_address,
+        &[thread.clear_child_tid.into()],
+    );
     if let Some(stack) = &thread.altstack {
         let mut bytes = stack.sp.to_le_bytes().to_vec();
         // The kernel works out SS_ONSTACK from the stack pointer.
@@ -190,22 +291,39 @@ fn addresses(work: &mut Work<'_, '_>, thread: &Thread) -> Result<()> {
         bytes.extend_from_slice(&[0; 4]);
         bytes.extend_from_slice(&stack.size.to_le_bytes());
         let at = work.bytes(&bytes)?;
-        work.call(object.as_str(), "sigaltstack", libc::SYS_sigaltstack, &[at.into(), 0u64.into()]);
+        work.call(
+            object.as_str(),
+            "sigaltstack",
+            libc::SYS_sigaltstack,
+            &[at.into(), 0u64.into()],
+        );
     }
-    work.call(object.as_str(), "personality", libc::SYS_personality, &[u64::from(thread.personality).into()]);
+    work.call(
+        object.as_str(),
+        "personality",
+        libc::SYS_personality,
+        &[u64::from(thread.personality).into()],
+    );
     if let Some(rseq) = thread.rseq.as_ref().filter(|rseq| rseq.size != 0) {
-        work.call(object, "rseq", libc::SYS_rseq, &[
-            rseq.address.into(),
-            u64::from(rseq.size).into(),
-            0u64.into(),
-            u64::from(rseq.signature).into(),
-        ]);
+        work.call(
+            object,
+            "rseq",
+            libc::SYS_rseq,
+            &[
+                rseq.address.into(),
+                u64::from(rseq.size).into(),
+                0u64.into(),
+                u64::from(rseq.signature).into(),
+            ],
+        );
     }
     Ok(())
 }
 
 fn scheduling(work: &mut Work<'_, '_>, thread: &Thread) -> Result<()> {
-    let Some(carried) = &thread.scheduling else { return Ok(()) };
+    let Some(carried) = &thread.scheduling else {
+        return Ok(());
+    };
     let object = format!("thread {}: scheduling", thread.tid);
     work.room()?;
     // struct sched_attr, version 0: 48 bytes.
@@ -218,21 +336,42 @@ fn scheduling(work: &mut Work<'_, '_>, thread: &Thread) -> Result<()> {
         attr.extend_from_slice(&field.to_le_bytes());
     }
     let at = work.bytes(&attr)?;
-    work.call(object.as_str(), "sched_setattr", libc::SYS_sched_setattr, &[0u64.into(), at.into(), 0u64.into()]);
+    work.call(
+        object.as_str(),
+        "sched_setattr",
+        libc::SYS_sched_setattr,
+        &[0u64.into(), at.into(), 0u64.into()],
+    );
     if !carried.affinity_default && !carried.affinity.is_empty() {
         let at = work.bytes(&carried.affinity)?;
         let len = carried.affinity.len();
-        work.call(object.as_str(), "sched_setaffinity", libc::SYS_sched_setaffinity, &[0u64.into(), len.into(), at.into()]);
+        work.call(
+            object.as_str(),
+            "sched_setaffinity",
+            libc::SYS_sched_setaffinity,
+            &[0u64.into(), len.into(), at.into()],
+        );
     }
     if carried.ioprio != 0 {
-        work.call(object.as_str(), "ioprio_set", libc::SYS_ioprio_set, &[
-            IOPRIO_WHO_PROCESS.into(),
-            0u64.into(),
-            u64::from(carried.ioprio).into(),
-        ]);
+        work.call(
+            object.as_str(),
+            "ioprio_set",
+            libc::SYS_ioprio_set,
+            &[
+                IOPRIO_WHO_PROCESS.into(),
+                0u64.into(),
+                u64::from(carried.ioprio).into(),
+            ],
+        );
     }
     if carried.timer_slack_ns != 0 {
-        prctl(work, &object, "prctl(PR_SET_TIMERSLACK)", PR_SET_TIMERSLACK, carried.timer_slack_ns);
+        prctl(
+            work,
+            &object,
+            "prctl(PR_SET_TIMERSLACK)",
+            PR_SET_TIMERSLACK,
+            carried.timer_slack_ns,
+        );
     }
     Ok(())
 }
@@ -244,41 +383,102 @@ fn privileges(work: &mut Work<'_, '_>, process: &Process, thread: &Thread) -> Re
         if carried.cap_bounding & (1 << capability) == 0 {
             work.room()?;
             // EINVAL: this kernel knows no such capability.
-            let args = [PR_CAPBSET_DROP.into(), u64::from(capability).into(), 0u64.into(), 0u64.into(), 0u64.into()];
+            let args = [
+                PR_CAPBSET_DROP.into(),
+                u64::from(capability).into(),
+                0u64.into(),
+                0u64.into(),
+                0u64.into(),
+            ];
             work.ignored("prctl(PR_CAPBSET_DROP)", libc::SYS_prctl, &args);
         }
     }
     work.room()?;
     // Changing ids made the process undumpable; said while it may still be changed by root only.
-    prctl(work, &object, "prctl(PR_SET_DUMPABLE)", PR_SET_DUMPABLE, u64::from(process.dumpable));
-    prctl(work, &object, "prctl(PR_SET_SECUREBITS)", PR_SET_SECUREBITS, u64::from(carried.securebits));
-    let ambient = [PR_CAP_AMBIENT.into(), PR_CAP_AMBIENT_CLEAR_ALL.into(), 0u64.into(), 0u64.into(), 0u64.into()];
-    work.call(object.as_str(), "prctl(PR_CAP_AMBIENT_CLEAR_ALL)", libc::SYS_prctl, &ambient);
+    prctl(
+        work,
+        &object,
+        "prctl(PR_SET_DUMPABLE)",
+        PR_SET_DUMPABLE,
+        u64::from(process.dumpable),
+    );
+    prctl(
+        work,
+        &object,
+        "prctl(PR_SET_SECUREBITS)",
+        PR_SET_SECUREBITS,
+        u64::from(carried.securebits),
+    );
+    let ambient = [
+        PR_CAP_AMBIENT.into(),
+        PR_CAP_AMBIENT_CLEAR_ALL.into(),
+        0u64.into(),
+        0u64.into(),
+        0u64.into(),
+    ];
+    work.call(
+        object.as_str(),
+        "prctl(PR_CAP_AMBIENT_CLEAR_ALL)",
+        libc::SYS_prctl,
+        &ambient,
+    );
     let mut header = LINUX_CAPABILITY_VERSION_3.to_le_bytes().to_vec();
     header.extend_from_slice(&[0; 4]);
     let header = work.bytes(&header)?;
     let mut data = Vec::with_capacity(24);
     for shift in [0, 32] {
-        for set in [carried.cap_effective, carried.cap_permitted, carried.cap_inheritable] {
+        for set in [
+            carried.cap_effective,
+            carried.cap_permitted,
+            carried.cap_inheritable,
+        ] {
             data.extend_from_slice(&(((set >> shift) & u64::from(u32::MAX)) as u32).to_le_bytes());
         }
     }
     let data = work.bytes(&data)?;
-    work.call(object.as_str(), "capset", libc::SYS_capset, &[header.into(), data.into()]);
+    work.call(
+        object.as_str(),
+        "capset",
+        libc::SYS_capset,
+        &[header.into(), data.into()],
+    );
     for capability in 0..CAPABILITIES_MAX {
         if carried.cap_ambient & (1 << capability) != 0 {
             work.room()?;
-            let args = [PR_CAP_AMBIENT.into(), PR_CAP_AMBIENT_RAISE.into(), u64::from(capability).into(), 0u64.into(), 0u64.into()];
-            work.call(object.as_str(), "prctl(PR_CAP_AMBIENT_RAISE)", libc::SYS_prctl, &args);
+            let args = [
+                PR_CAP_AMBIENT.into(),
+                PR_CAP_AMBIENT_RAISE.into(),
+                u64::from(capability).into(),
+                0u64.into(),
+                0u64.into(),
+            ];
+            work.call(
+                object.as_str(),
+                "prctl(PR_CAP_AMBIENT_RAISE)",
+                libc::SYS_prctl,
+                &args,
+            );
         }
     }
     work.room()?;
     if carried.no_new_privs {
-        prctl(work, &object, "prctl(PR_SET_NO_NEW_PRIVS)", PR_SET_NO_NEW_PRIVS, 1);
+        prctl(
+            work,
+            &object,
+            "prctl(PR_SET_NO_NEW_PRIVS)",
+            PR_SET_NO_NEW_PRIVS,
+            1,
+        );
     }
     if thread.parent_death_signal != 0 {
         // Cleared by every change of credentials, so it comes last.
-        prctl(work, &object, "prctl(PR_SET_PDEATHSIG)", PR_SET_PDEATHSIG, u64::from(thread.parent_death_signal));
+        prctl(
+            work,
+            &object,
+            "prctl(PR_SET_PDEATHSIG)",
+            PR_SET_PDEATHSIG,
+            u64::from(thread.parent_death_signal),
+        );
     }
     Ok(())
 }
@@ -287,9 +487,18 @@ fn privileges(work: &mut Work<'_, '_>, process: &Process, thread: &Thread) -> Re
 pub(crate) fn starts(process: &Process) -> Result<Vec<ThreadStart>> {
     let mut starts = Vec::with_capacity(process.threads.len());
     for thread in &process.threads {
-        let registers = Registers::from_bytes(&thread.registers)
-            .ok_or_else(|| Invalid::new(format!("thread {}", thread.tid), "has registers of the wrong size"))?;
-        starts.push(ThreadStart { tid: thread.tid, registers, xsave: thread.xsave.clone(), sigmask: thread.sigmask });
+        let registers = Registers::from_bytes(&thread.registers).ok_or_else(|| {
+            Invalid::new(
+                format!("thread {}", thread.tid),
+                "has registers of the wrong size",
+            )
+        })?;
+        starts.push(ThreadStart {
+            tid: thread.tid,
+            registers,
+            xsave: thread.xsave.clone(),
+            sigmask: thread.sigmask,
+        });
     }
     Ok(starts)
 }

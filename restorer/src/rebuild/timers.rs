@@ -36,7 +36,11 @@ impl Elapsed {
             // CPU-time clocks stand still while the process does not run.
             _ => 0,
         };
-        if value_ns == 0 { 0 } else { value_ns.saturating_sub(passed).max(1) }
+        if value_ns == 0 {
+            0
+        } else {
+            value_ns.saturating_sub(passed).max(1)
+        }
     }
 }
 
@@ -48,16 +52,25 @@ fn pair(first: u64, second: u64) -> [u8; 16] {
 }
 
 /// Makes and arms the timers; every signal is blocked in the agent, so one that fires now stays pending.
-pub(crate) fn rebuild(injection: &mut Injection<'_>, process: &Process, elapsed: Elapsed) -> Result<()> {
+pub(crate) fn rebuild(
+    injection: &mut Injection<'_>,
+    process: &Process,
+    elapsed: Elapsed,
+) -> Result<()> {
     let mut work = Work::new(injection, process.pid);
     if !process.posix_timers.is_empty() {
-        work.call("POSIX timers", "prctl(PR_TIMER_CREATE_RESTORE_IDS)", libc::SYS_prctl, &[
-            PR_TIMER_CREATE_RESTORE_IDS.into(),
-            1u64.into(),
-            0u64.into(),
-            0u64.into(),
-            0u64.into(),
-        ]);
+        work.call(
+            "POSIX timers",
+            "prctl(PR_TIMER_CREATE_RESTORE_IDS)",
+            libc::SYS_prctl,
+            &[
+                PR_TIMER_CREATE_RESTORE_IDS.into(),
+                1u64.into(),
+                0u64.into(),
+                0u64.into(),
+                0u64.into(),
+            ],
+        );
     }
     for timer in &process.posix_timers {
         work.room()?;
@@ -70,42 +83,62 @@ pub(crate) fn rebuild(injection: &mut Injection<'_>, process: &Process, elapsed:
         event[16..20].copy_from_slice(&timer.tid.to_le_bytes());
         let event = work.bytes(&event)?;
         let id = work.bytes(&timer.id.to_le_bytes())?;
-        work.call(name.as_str(), "timer_create", libc::SYS_timer_create, &[timer.clock.into(), event.into(), id.into()]);
+        work.call(
+            name.as_str(),
+            "timer_create",
+            libc::SYS_timer_create,
+            &[timer.clock.into(), event.into(), id.into()],
+        );
         let value_ns = elapsed.remaining_ns(timer.clock, timer.value_ns);
         let mut spec = pair(timer.interval_ns / NS_PER_S, timer.interval_ns % NS_PER_S).to_vec();
         spec.extend_from_slice(&pair(value_ns / NS_PER_S, value_ns % NS_PER_S));
         let spec = work.bytes(&spec)?;
-        work.call(name, "timer_settime", libc::SYS_timer_settime, &[
-            u64::from(timer.id).into(),
-            0u64.into(),
-            spec.into(),
-            0u64.into(),
-        ]);
+        work.call(
+            name,
+            "timer_settime",
+            libc::SYS_timer_settime,
+            &[
+                u64::from(timer.id).into(),
+                0u64.into(),
+                spec.into(),
+                0u64.into(),
+            ],
+        );
     }
     if !process.posix_timers.is_empty() {
         work.room()?;
-        work.call("POSIX timers", "prctl(PR_TIMER_CREATE_RESTORE_IDS)", libc::SYS_prctl, &[
-            PR_TIMER_CREATE_RESTORE_IDS.into(),
-            0u64.into(),
-            0u64.into(),
-            0u64.into(),
-            0u64.into(),
-        ]);
+        work.call(
+            "POSIX timers",
+            "prctl(PR_TIMER_CREATE_RESTORE_IDS)",
+            libc::SYS_prctl,
+            &[
+                PR_TIMER_CREATE_RESTORE_IDS.into(),
+                0u64.into(),
+                0u64.into(),
+                0u64.into(),
+                0u64.into(),
+            ],
+        );
     }
     for timer in &process.itimers {
         work.room()?;
         // ITIMER_REAL (0) counts CLOCK_MONOTONIC; the others count CPU time.
-        let clock = if timer.which == 0 { libc::CLOCK_MONOTONIC } else { libc::CLOCK_PROCESS_CPUTIME_ID };
+        let clock = if timer.which == 0 {
+            libc::CLOCK_MONOTONIC
+        } else {
+            libc::CLOCK_PROCESS_CPUTIME_ID
+        };
         let left_ns = elapsed.remaining_ns(clock, timer.value_us.saturating_mul(1000));
         let value_us = left_ns.div_ceil(1000);
         let mut spec = pair(timer.interval_us / US_PER_S, timer.interval_us % US_PER_S).to_vec();
         spec.extend_from_slice(&pair(value_us / US_PER_S, value_us % US_PER_S));
         let spec = work.bytes(&spec)?;
-        work.call(format!("interval timer {}", timer.which), "setitimer", libc::SYS_setitimer, &[
-            u64::from(timer.which).into(),
-            spec.into(),
-            0u64.into(),
-        ]);
+        work.call(
+            format!("interval timer {}", timer.which),
+            "setitimer",
+            libc::SYS_setitimer,
+            &[u64::from(timer.which).into(), spec.into(), 0u64.into()],
+        );
     }
     work.run()?;
     Ok(())
