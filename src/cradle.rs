@@ -12,7 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry_tracee::descriptor::PidFd;
@@ -117,6 +118,8 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
         };
         // The table is shared: closing the supervisor's end here would close it there.
         std::mem::forget(ours);
+        // The terminal's signals come through the supervisor; its end is not ours.
+        let _ = process::set_session();
         match Cradle::new(theirs) {
             Ok(cradle) => i32::from(engine(cradle)),
             Err(error) => {
@@ -139,21 +142,22 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
 }
 
 fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
-    // Signals are the engine's business: it is asked to end in order.
-    let mut signals = Vec::new();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.push(signal as i32);
-    }
-    // Blocked, not ignored: ignoring would be inherited by the husk.
-    if let Err(error) = process::set_signal_mask(process::signal_set(&signals)) {
-        tracing::warn!("signals cannot be blocked: {error}");
-    }
+    // Signals are the engine's business: it is asked to end in order. It has a session of its own, so each comes to it
+    // once, through us.
+    let Some(mut signals) = Signals::catch() else {
+        eprintln!("pageferry: signals cannot be caught; nothing was received");
+        let _ = kill(engine, Signal::SIGKILL);
+        return exit::FAILED;
+    };
     let mut lost = false;
     let _ = socket.set_read_timeout(Some(LOOK_PAUSE));
     let mut lines = Lines::new(socket);
     loop {
+        signals.hand_on(engine);
         match lines.next() {
-            Some(line) if line.starts_with("make ") => lost |= rock(engine, &mut lines, &line),
+            Some(line) if line.starts_with("make ") => {
+                lost |= rock(engine, &mut lines, &mut signals, &line)
+            }
             Some(_) => lines.answer("failed no husk is held"),
             None => {}
         }
@@ -176,16 +180,45 @@ fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
     }
 }
 
+/// The signals that are meant for the engine.
+struct Signals(SignalFd);
+
+impl Signals {
+    fn catch() -> Option<Self> {
+        let mut set = SigSet::empty();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            set.add(signal);
+        }
+        set.thread_block().ok()?;
+        SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .ok()
+            .map(Self)
+    }
+
+    fn hand_on(&mut self, engine: Pid) {
+        while let Ok(Some(caught)) = self.0.read_signal() {
+            let signal = i32::try_from(caught.ssi_signo)
+                .ok()
+                .and_then(|n| Signal::try_from(n).ok());
+            if let Some(signal) = signal {
+                let _ = kill(engine, signal);
+            }
+        }
+    }
+}
+
 /// One migration: forks the cradle and waits for its end. True if a process that may have run was ended.
-fn rock(engine: Pid, lines: &mut Lines, order: &str) -> bool {
+fn rock(engine: Pid, lines: &mut Lines, signals: &mut Signals, order: &str) -> bool {
     let forked = process::fork(false, || i32::from(cradle(engine, lines, order)));
     match forked {
         Ok(child) => loop {
-            match waitpid(Pid::from_raw(child), None) {
+            match waitpid(Pid::from_raw(child), Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(_, code)) => return code == i32::from(exit::LOST),
                 Ok(WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => return true,
                 _ => {}
             }
+            signals.hand_on(engine);
+            std::thread::sleep(LOOK_PAUSE);
         },
         Err(error) => {
             lines.answer(&format!("failed the cradle could not be forked: {error}"));

@@ -20,6 +20,9 @@ use pageferry_wire::session::{Record, source_may_run};
 /// Where journals lie. On a tmpfs: they mean nothing after a reboot.
 const FOLDER: &str = "/run/pageferry";
 
+/// Begins the line by which the keeper learns where the journal lies.
+const PATH_WORD: &str = "path ";
+
 /// An open journal of one migration.
 #[derive(Debug)]
 pub struct Journal {
@@ -50,7 +53,11 @@ impl Journal {
             "pageferry 1 {side} migration {id} pid {pid} boot {}",
             boot.trim()
         )?;
-        Ok(Self { path, file, keeper })
+        let mut journal = Self { path, file, keeper };
+        if let Some(pipe) = &mut journal.keeper {
+            writeln!(pipe, "{PATH_WORD}{}", journal.path.display())?;
+        }
+        Ok(journal)
     }
 
     /// Appends one record; it is in the page cache and with the keeper when this returns.
@@ -92,6 +99,14 @@ impl Journal {
     }
 }
 
+/// What a killed engine cannot do any more: see [`Journal::settle`].
+fn settle_for(text: &str) {
+    if let Some(path) = text.lines().find_map(|line| line.strip_prefix(PATH_WORD)) {
+        let _ = std::fs::remove_file(path);
+        let _ = std::fs::remove_dir(FOLDER);
+    }
+}
+
 /// How long the keeper waits for the kernel to let go of a dead tracer's process.
 const RELEASE_WAIT: Duration = Duration::from_millis(5);
 const RELEASE_TRIES: u32 = 1000;
@@ -115,14 +130,18 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
         _ => false,
     };
     if source_may_run(&records) {
-        if records.contains(&Record::Park) && !was_stopped && still_it() {
+        // REFUSED says that the right to run was taken back, and the park with it.
+        let parked = records.contains(&Record::Park) && !records.contains(&Record::Refused);
+        if parked && !was_stopped && still_it() {
             release(pid);
         }
+        settle_for(&text);
         exit::FAILED
     } else if records.contains(&Record::Resident) {
         if !records.contains(&Record::Done) && still_it() {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
+        settle_for(&text);
         exit::DONE
     } else if records.contains(&Record::Run) {
         exit::LOST
@@ -136,12 +155,10 @@ fn release(pid: i32) {
         let Ok(status) = procfs::status(pid, pid) else {
             return;
         };
-        if status.tracer_pid == 0 {
-            if status.state == 'T' {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
-                return;
-            }
-            // Let go, but not yet at the queued SIGSTOP.
+        // Let go, it may not be at the queued SIGSTOP yet.
+        if status.tracer_pid == 0 && status.state == 'T' {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+            return;
         }
         std::thread::sleep(RELEASE_WAIT);
     }

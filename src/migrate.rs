@@ -284,9 +284,13 @@ async fn crossing(
 
     let id = new_id().map_err(|e| before("no migration id")(e.into()))?;
     report.set_id(hex(&id));
-    let links = connect(args, &identity, &trust, id)
-        .await
-        .map_err(before("the target cannot be reached"))?;
+    let links = tokio::select! {
+        links = connect(args, &identity, &trust, id) => links.map_err(before("the target cannot be reached"))?,
+        signal = stop.wait() => {
+            eprintln!("pageferry: cancelled; pid {pid} runs on here, as before");
+            return Ok(exit::signalled(signal));
+        }
+    };
     let plan =
         make_plan(args, &survey).map_err(|e| before("this host cannot be described")(e.into()))?;
     let journal = Journal::create(report.id(), "source", pid, Some(keeper))
@@ -495,6 +499,10 @@ impl Shell<'_> {
                         tracing::error!("{}", report::chain(&error));
                     }
                 }
+                // For the keeper: there is nothing left to let go.
+                if let Err(error) = self.journal.record(Record::Refused) {
+                    tracing::warn!("the journal cannot be written: {error}");
+                }
             }
             SourceAction::Kill => {
                 if let Ok(tree) = self.tree() {
@@ -558,7 +566,7 @@ impl Shell<'_> {
 
     /// Begins to serve the frozen process: the page map on a stream of its own task, faults and bulk on their links.
     async fn serve(&mut self) -> Result<(), String> {
-        let reader = PageReader::open(self.pid).map_err(|error| report::chain(&error))?;
+        let reader = twice(|| PageReader::open(self.pid)).map_err(|error| report::chain(&error))?;
         if let Some(serve) = self.links.faults.serve.take() {
             let _ = serve.send(self.pid);
         }
@@ -566,6 +574,11 @@ impl Shell<'_> {
         self.page_service.spawn(async move {
             serve_pages(&bulk, pid).await;
             "the target closed the bulk connection".to_owned()
+        });
+        let faults = self.links.faults.link.clone();
+        self.page_service.spawn(async move {
+            let error = faults.closed().await;
+            format!("the fault connection is gone: {}", report::chain(&error))
         });
         let mut total = 0;
         for piece in reader.page_map(&self.lazy) {
@@ -813,9 +826,12 @@ impl FaultServer {
 /// Answers every page request on `link` until it ends.
 async fn serve_pages(link: &Link, pid: i32) {
     while let Ok((sender, receiver)) = link.accept().await {
+        let link = link.clone();
         tokio::spawn(async move {
             if let Err(error) = serve_stream(sender, receiver, pid).await {
-                tracing::debug!("a page stream ended: {error}");
+                tracing::warn!("pages cannot be served any more: {error}");
+                // Both sides must learn of it: a page that is asked for would never come.
+                link.close();
             }
         });
     }
@@ -826,7 +842,7 @@ async fn serve_stream(
     mut receiver: FramedRecv,
     pid: i32,
 ) -> Result<(), BoxError> {
-    let mut reader = PageReader::open(pid)?;
+    let mut reader = twice(|| PageReader::open(pid))?;
     while let Some(frame) = receiver.recv().await? {
         let Frame::Fetch(fetch) = frame else {
             return Err(format!("{:?} on a page stream", frame.tag()).into());
@@ -834,18 +850,21 @@ async fn serve_stream(
         let wanted = fetch.range();
         let mut next = wanted.start;
         while next < wanted.end {
-            let batch = reader.batch(
-                fetch.request,
-                PageRange {
-                    start: next,
-                    end: wanted.end,
-                },
-            )?;
+            let left = PageRange {
+                start: next,
+                end: wanted.end,
+            };
+            let batch = twice(|| reader.batch(fetch.request, left))?;
             next = batch.range().end;
             sender.send(batch).await?;
         }
     }
     Ok(())
+}
+
+/// Tries again once: a process on the target waits for this, and a call that fails now and then must not end it.
+fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+    attempt().or_else(|_| attempt())
 }
 
 fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_tracee::Error> {

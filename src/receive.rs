@@ -456,7 +456,11 @@ impl Shell<'_> {
                     session.handle_link_lost(&report::chain(&error));
                 }
                 Some(over) = self.driver.join_next() => match over {
-                    Ok(Ok(summary)) => session.handle_resident(self.resident(&summary)),
+                    Ok(Ok(summary)) => {
+                        // Before the source hears of it, and gives up its copy: our death must not be the process's any more.
+                        self.let_go().await;
+                        session.handle_resident(self.resident(&summary));
+                    }
                     Ok(Err(text)) => session.handle_failed(&text),
                     Err(error) => session.handle_failed(&error.to_string()),
                 },
@@ -483,6 +487,8 @@ impl Shell<'_> {
                 signal = stop.wait() => {
                     if session.handle_cancel() {
                         cancelled = Some(signal);
+                    } else if signal == nix::libc::SIGHUP {
+                        tracing::warn!("the terminal is gone; the drain goes on");
                     } else if let Some(why) = &self.source_lost {
                         return End::GivenUp(why.clone());
                     } else if let Some(handle) = &self.handle {
@@ -685,6 +691,19 @@ impl Shell<'_> {
         })
     }
 
+    /// Nothing is missing: the process is its own again, and the child of the nearest subreaper or init.
+    async fn let_go(&mut self) {
+        if let Some(tree) = &self.tree {
+            if let Err(error) = tree.let_go().await {
+                tracing::warn!("{}", report::chain(&error));
+            }
+        }
+        if let Err(error) = self.cradle.let_go() {
+            tracing::warn!("{error}");
+        }
+        self.in_cradle = false;
+    }
+
     fn resident(&mut self, summary: &Summary) -> Resident {
         self.handle = None;
         let drain_ns = self.running.map_or(0, nanoseconds);
@@ -704,15 +723,6 @@ impl Shell<'_> {
     async fn finish(mut self, end: End) -> Result<u8, Failure> {
         let outcome = match end {
             End::Session(TargetEnd::Done { confirmed, .. }) => {
-                if let Some(tree) = &self.tree {
-                    if let Err(error) = tree.let_go().await {
-                        tracing::warn!("{}", report::chain(&error));
-                    }
-                }
-                if let Err(error) = self.cradle.let_go() {
-                    tracing::warn!("{error}");
-                }
-                self.in_cradle = false;
                 if !confirmed {
                     tracing::warn!(
                         "the source did not say that its stopped copy ended; look there"
@@ -821,7 +831,8 @@ impl ClockOffsets {
                 keep: false,
             };
         }
-        let ahead = |tree: u64, ours: u64| tree.cast_signed().wrapping_sub(ours.cast_signed());
+        let ahead =
+            |tree: u64, ours: u64| i64::from_ne_bytes(tree.wrapping_sub(ours).to_ne_bytes());
         Self {
             monotonic_ns: ahead(plan.monotonic_ns, now.monotonic_ns),
             boottime_ns: ahead(plan.boottime_ns, now.boottime_ns),
@@ -834,6 +845,7 @@ impl ClockOffsets {
 struct Stop {
     interrupt: SignalStream,
     terminate: SignalStream,
+    hang_up: SignalStream,
 }
 
 impl Stop {
@@ -841,6 +853,7 @@ impl Stop {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
         })
     }
 
@@ -848,6 +861,7 @@ impl Stop {
         tokio::select! {
             _ = self.interrupt.recv() => nix::libc::SIGINT,
             _ = self.terminate.recv() => nix::libc::SIGTERM,
+            _ = self.hang_up.recv() => nix::libc::SIGHUP,
         }
     }
 }

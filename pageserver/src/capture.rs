@@ -189,7 +189,12 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     process.dumpable = answered.dumpable;
     process.child_subreaper = answered.child_subreaper;
     process.membarrier = answered.membarrier;
-    let mut eager = memory::first_touch_pages(&first_touch, &vmas, &guards);
+    // /proc/PID/cmdline and environ are read by others, without a fault: a missing page would show as an empty line in ps.
+    let arguments = [
+        (stat.arg_start, stat.arg_end),
+        (stat.env_start, stat.env_end),
+    ];
+    let mut eager = memory::first_touch_pages(&first_touch, &arguments, &vmas, &guards);
     eager.extend(copied);
     let lazy = vmas
         .iter()

@@ -201,7 +201,10 @@ impl PageReader {
             category_anyof: pagemap::PRESENT | pagemap::SWAPPED,
             return_mask: 0,
         };
-        Ok(pagemap::scan(&self.pagemap, &scan)?
+        // Tried twice: the process runs on the target by now, and one failed look must not keep its pages from it.
+        let regions =
+            pagemap::scan(&self.pagemap, &scan).or_else(|_| pagemap::scan(&self.pagemap, &scan))?;
+        Ok(regions
             .iter()
             .map(|region| PageRange {
                 start: region.start,

@@ -18,10 +18,12 @@
 
 use std::collections::BTreeMap;
 
-use pageferry_image::model::{self, memory::Kind, task::Tree};
+use pageferry_image::model;
+use pageferry_image::model::memory::{Kind, Space};
+use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_tracee::Error as TraceeError;
-use pageferry_tracee::injection::{Arg, Batch, Injection, Slot};
+use pageferry_tracee::injection::{Arg, Batch, Injection, Slot, ThreadStart};
 use pageferry_tracee::tree::Tracee;
 use pageferry_tracee::uffd::Uffd;
 
@@ -229,7 +231,7 @@ impl<'w, 'i> Work<'w, 'i> {
         let batch = std::mem::replace(&mut self.batch, Batch::new());
         let named = std::mem::take(&mut self.named);
         self.scratch_used = 0;
-        if batch.len() == 0 {
+        if batch.is_empty() {
             return Ok(Vec::new());
         }
         let results = self.injection.run(self.tid, &batch)?;
@@ -288,23 +290,46 @@ pub fn rebuild(
         process.threads.len(),
     )?;
     let mut injection = husk.plant_with_room(Some(hole), process.threads.len())?;
-    let agent = injection.mapping();
+    let built = build(&mut injection, process, space, tree, eager, clock);
+    let (rebuilt, starts) = match built {
+        Ok(built) => built,
+        Err(error) => {
+            // A half-made process is of no use, and curing one whose stack and text are gone would only wait for it. It dies
+            // first, so that the guard finds nothing to cure.
+            let _ = pageferry_tracee::process::kill(pid, libc::SIGKILL);
+            return Err(error);
+        }
+    };
+    injection.finish(&starts)?;
+    Ok(rebuilt)
+}
 
-    memory::clear(&mut injection, pid)?;
-    memory::map_vdso(&mut injection, pid, space)?;
-    task::limits_first(&mut injection, process)?;
-    task::take_ids(&mut injection, process)?;
+/// Everything between plant and finish.
+fn build(
+    injection: &mut Injection<'_>,
+    process: &Process,
+    space: &Space,
+    tree: &Tree,
+    eager: &[EagerPage],
+    clock: impl Fn() -> pageferry_tracee::Result<TreeClock>,
+) -> Result<(Rebuilt, Vec<ThreadStart>)> {
+    let pid = process.pid;
+    let agent = injection.mapping();
+    memory::clear(injection, pid)?;
+    memory::map_vdso(injection, pid, space)?;
+    task::limits_first(injection, process)?;
+    task::take_ids(injection, process)?;
 
     let mut handed = files::Handover::new(pid)?;
-    handed.begin(&mut injection, process)?;
-    memory::map(&mut injection, pid, space, &mut handed)?;
-    memory::set_mm(&mut injection, pid, space, &mut handed)?;
-    let uffd = memory::register(&mut injection, pid, space)?;
+    handed.begin(injection, process)?;
+    memory::map(injection, pid, space, &mut handed)?;
+    memory::set_mm(injection, pid, space, &mut handed)?;
+    let uffd = memory::register(injection, pid, space)?;
     let resident = memory::install(pid, space, &uffd, eager)?;
 
     let elapsed = |clock: TreeClock| timers::Elapsed::since_capture(tree, clock);
     files::rebuild(
-        &mut injection,
+        injection,
         pid,
         process,
         tree,
@@ -315,17 +340,16 @@ pub fn rebuild(
     for thread in process.threads.iter().skip(1) {
         injection.spawn_thread(thread.tid)?;
     }
-    signals::rebuild_actions(&mut injection, process)?;
-    task::rebuild_process(&mut injection, process)?;
-    signals::rebuild_pending(&mut injection, process)?;
-    handed.end(&mut injection, process)?;
-    timers::rebuild(&mut injection, process, elapsed(clock()?))?;
-    task::limits_last(&mut injection, process)?;
-    task::rebuild_threads(&mut injection, process)?;
+    signals::rebuild_actions(injection, process)?;
+    task::rebuild_process(injection, process)?;
+    signals::rebuild_pending(injection, process)?;
+    handed.end(injection, process)?;
+    timers::rebuild(injection, process, elapsed(clock()?))?;
+    task::limits_last(injection, process)?;
+    task::rebuild_threads(injection, process)?;
 
     memory::verify(pid, space, &agent)?;
     let starts = task::starts(process)?;
-    injection.finish(&starts)?;
 
     let (mut lazy, mut wipe_on_fork) = (Vec::new(), Vec::new());
     for mapping in space.mappings.iter().filter(|m| m.kind() == Kind::Anon) {
@@ -341,12 +365,13 @@ pub fn rebuild(
             wipe_on_fork.push(range);
         }
     }
-    Ok(Rebuilt {
+    let rebuilt = Rebuilt {
         uffd,
         lazy,
         resident,
         wipe_on_fork,
-    })
+    };
+    Ok((rebuilt, starts))
 }
 
 /// Object names of the mappings, as operators read them.

@@ -123,6 +123,7 @@ pub(crate) fn without_kernel(registers: &Registers) -> Registers {
     }
     match registers.rax as i64 {
         ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => rewound(registers),
+        ERESTART_RESTARTBLOCK if timeout_stands(registers) => rewound(registers),
         ERESTART_RESTARTBLOCK => Registers {
             rax: EINTR as u64,
             orig_rax: NO_CALL,
@@ -132,6 +133,18 @@ pub(crate) fn without_kernel(registers: &Registers) -> Registers {
             orig_rax: NO_CALL,
             ..*registers
         },
+    }
+}
+
+/// True for calls whose registers still hold the right timeout, although the kernel keeps a restart block: poll(2) without
+/// one, and futex(2) waits until an absolute time.
+fn timeout_stands(registers: &Registers) -> bool {
+    const FUTEX_COMMAND: u64 = 0x7f;
+    const FUTEX_WAIT_BITSET: u64 = 9;
+    match registers.orig_rax as i64 {
+        libc::SYS_poll => (registers.rdx as u32 as i32) < 0,
+        libc::SYS_futex => registers.rsi & FUTEX_COMMAND == FUTEX_WAIT_BITSET,
+        _ => false,
     }
 }
 
@@ -179,6 +192,20 @@ mod tests {
         }
         let fixed = without_kernel(&stopped(libc::SYS_nanosleep, ERESTART_RESTARTBLOCK));
         assert_eq!((fixed.rip, fixed.rax as i64), (0x1002, EINTR));
+    }
+
+    #[test]
+    fn calls_whose_timeout_still_stands_are_wound_back_in_spite_of_their_block() {
+        let mut waiting = stopped(libc::SYS_poll, ERESTART_RESTARTBLOCK);
+        waiting.rdx = u64::from(u32::MAX);
+        assert_eq!(without_kernel(&waiting).rip, 0x1000);
+        waiting.rdx = 1000;
+        assert_eq!(without_kernel(&waiting).rip, 0x1002);
+        let mut waiting = stopped(libc::SYS_futex, ERESTART_RESTARTBLOCK);
+        waiting.rsi = 9 | 128;
+        assert_eq!(without_kernel(&waiting).rip, 0x1000);
+        waiting.rsi = 128;
+        assert_eq!(without_kernel(&waiting).rip, 0x1002);
     }
 
     #[test]

@@ -467,10 +467,15 @@ pub(crate) struct FirstTouch {
     pub areas: [(u64, u64); 3],
 }
 
-/// The lazy pages among those `threads` touch first: with them resident, no thread waits for the network on its way back to
+/// Longest area that travels inside the freeze because others look at it, bytes: arguments and environment usually fill a
+/// few pages.
+const AREA_LEN_MAX: u64 = 1 << 20;
+
+/// The lazy pages of `areas` (start and end, bytes) and among those `threads` touch first: with them resident, no thread waits for the network on its way back to
 /// user mode.
 pub(crate) fn first_touch_pages(
     threads: &[FirstTouch],
+    areas: &[(u64, u64)],
     vmas: &[Vma],
     guards: &[PageRange],
 ) -> Vec<PageRange> {
@@ -479,7 +484,16 @@ pub(crate) fn first_touch_pages(
         .filter(|vma| is_lazy(classify(vma).ok().flatten()))
         .map(|vma| (vma.start, vma.end))
         .collect();
-    let mut wanted = Vec::new();
+    let mut wanted: Vec<PageRange> = areas
+        .iter()
+        .filter(|(start, end)| start < end && end - start <= AREA_LEN_MAX)
+        .filter_map(|&(start, end)| {
+            PageRange::new(
+                start & !(PAGE_SIZE - 1),
+                end.checked_next_multiple_of(PAGE_SIZE)?,
+            )
+        })
+        .collect();
     for thread in threads {
         let stack = PageRange::page_of(thread.stack);
         let mut bytes = vec![
@@ -620,7 +634,7 @@ mod tests {
             start: 0x28_1000,
             end: 0x28_2000,
         }];
-        let pages = first_touch_pages(&[thread], &vmas, &guards);
+        let pages = first_touch_pages(&[thread], &[], &vmas, &guards);
         assert_eq!(
             pages,
             [

@@ -197,13 +197,14 @@ pub(crate) fn rebuild(
         pipes.insert(carried.id, ends);
     }
     let mut made: BTreeMap<u32, OwnedFd> = BTreeMap::new();
+    let mut first_of_pipe = BTreeSet::new();
     for carried in &tree.files {
         let first = process
             .descriptors
             .iter()
             .find(|d| d.file == carried.id)
             .map_or(0, |d| d.fd);
-        if let Some(fd) = make(carried, first, &pipes, elapsed)? {
+        if let Some(fd) = make(carried, first, &pipes, &mut first_of_pipe, elapsed)? {
             made.insert(carried.id, fd);
         }
     }
@@ -292,6 +293,7 @@ fn make(
     carried: &File,
     fd: u32,
     pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    first_of_pipe: &mut BTreeSet<(u32, bool)>,
     elapsed: Elapsed,
 ) -> Result<Option<OwnedFd>> {
     let object = || format!("fd {fd}");
@@ -341,17 +343,17 @@ fn make(
                     format!("names pipe {}, which is not there", end.pipe),
                 )
             })?;
-            // Opened anew through /proc, so that two descriptions of one end stay two.
-            let path = format!(
-                "/proc/self/fd/{}",
-                if end.write_end {
-                    write.as_raw_fd()
-                } else {
-                    read.as_raw_fd()
-                }
-            );
-            open(&path, carried.flags, None)
-                .map_err(|error| Error::object(object(), "open of a pipe end", error))?
+            let ours = if end.write_end { write } else { read };
+            if first_of_pipe.insert((end.pipe, end.write_end)) {
+                // As pipe(2) made it: opening it anew would show in its flags.
+                ours.try_clone()
+                    .map_err(|error| Error::object(object(), "dup", error))?
+            } else {
+                // A second description of the same end, which only an open can have made.
+                let path = format!("/proc/self/fd/{}", ours.as_raw_fd());
+                open(&path, carried.flags, None)
+                    .map_err(|error| Error::object(object(), "open of a pipe end", error))?
+            }
         }
         file::Kind::Eventfd(eventfd) => {
             descriptor::create_eventfd(eventfd.count, eventfd.semaphore)
@@ -389,15 +391,15 @@ fn make(
 }
 
 pub(crate) fn set_status(fd: &OwnedFd, flags: u32) -> nix::Result<()> {
-    let wanted = nix::fcntl::OFlag::from_bits_retain((flags & STATUS_FLAGS).cast_signed());
+    let wanted = nix::fcntl::OFlag::from_bits_retain(as_c_int(flags & STATUS_FLAGS));
     nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(wanted))?;
     Ok(())
 }
 
 fn open(path: &str, flags: u32, position: Option<u64>) -> std::io::Result<OwnedFd> {
-    let mode = flags.cast_signed() & libc::O_ACCMODE;
-    let custom = (flags & STATUS_FLAGS).cast_signed()
-        | (flags.cast_signed() & (libc::O_DIRECTORY | libc::O_LARGEFILE));
+    let mode = as_c_int(flags) & libc::O_ACCMODE;
+    let custom = as_c_int(flags & STATUS_FLAGS)
+        | (as_c_int(flags) & (libc::O_DIRECTORY | libc::O_LARGEFILE));
     let mut options = OpenOptions::new();
     options
         .read(mode == libc::O_RDONLY || mode == libc::O_RDWR)
@@ -407,4 +409,9 @@ fn open(path: &str, flags: u32, position: Option<u64>) -> std::io::Result<OwnedF
         file.seek(SeekFrom::Start(position))?;
     }
     Ok(file.into())
+}
+
+/// The same bits as the C int that open(2) and fcntl(2) take.
+fn as_c_int(flags: u32) -> i32 {
+    i32::from_ne_bytes(flags.to_ne_bytes())
 }

@@ -128,7 +128,13 @@ pub(crate) fn rebuild(
         } else {
             libc::CLOCK_PROCESS_CPUTIME_ID
         };
-        let left_ns = elapsed.remaining_ns(clock, timer.value_us.saturating_mul(1000));
+        // A periodic timer whose signal is pending says 0: it would be armed again when the signal is taken.
+        let value_us = if timer.value_us == 0 {
+            timer.interval_us
+        } else {
+            timer.value_us
+        };
+        let left_ns = elapsed.remaining_ns(clock, value_us.saturating_mul(1000));
         let value_us = left_ns.div_ceil(1000);
         let mut spec = pair(timer.interval_us / US_PER_S, timer.interval_us % US_PER_S).to_vec();
         spec.extend_from_slice(&pair(value_us / US_PER_S, value_us % US_PER_S));
