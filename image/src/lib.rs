@@ -2,5 +2,7 @@
 //!
 //! This crate holds data and the rules that make it valid. It never touches a process and never speaks to a peer.
 
+#![forbid(unsafe_code)]
+
 pub mod model;
 pub mod page;
