@@ -145,7 +145,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
     compare_with_floor(side, &calls);
     let total: u64 = calls.iter().map(|(_, count)| count).sum();
 
-    let before = Before::of(&pair);
+    let mut before = Before::of(&pair);
     let mut passed = None;
     let mut tried = 0;
     for n in steps(total * 2) {
@@ -167,6 +167,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
             subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument)
                 .expect("it needs nothing");
             subject.must_pass("a fresh one");
+            before = Before::of(&pair);
             passed = Some(n);
             if n > total {
                 break;
@@ -188,6 +189,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
                 subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument)
                     .expect("it needs nothing");
                 subject.must_pass("a fresh one");
+                before = Before::of(&pair);
             }
             // Lost or undecided after COMMIT: the source copy must not run, and the code says so.
             (Some(5 | 6), None | Some("B")) => {
@@ -204,6 +206,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
                 subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument)
                     .expect("it needs nothing");
                 subject.must_pass("a fresh one");
+                before = Before::of(&pair);
             }
             (code, place) => panic!(
                 "{fault}: exit {code:?} while it runs on {place:?}\nsource: {:#?}\ntarget: {:#?}",

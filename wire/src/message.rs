@@ -1,5 +1,5 @@
 //! The bodies of the small frames, generated from `wire/proto/message.proto`, and the rules each must meet before anything
-//! believes it. Every message from a peer has passed [`Checked::check`] when it leaves the decoder.
+//! believes it. Every message from a peer has passed `Checked::check` when it leaves the decoder.
 
 use bytes::Bytes;
 use pageferry_image::model::task::Tree;
