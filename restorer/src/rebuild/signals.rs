@@ -1,18 +1,27 @@
 //! Rebuilds the signal action table and what was pending. Alternate stacks and masks belong to threads: see `task`.
 
-use pageferry_image::model::signals::Pending;
+use pageferry_image::model::signals::{Action, Pending};
 use pageferry_image::model::task::Process;
 use pageferry_tracee::injection::Injection;
+use pageferry_tracee::procfs;
 
 use super::{Result, Work};
 
 /// Size of the kernel's sigset_t.
 const SIGSET_LEN: u64 = 8;
 
-/// Sets every action that is not the default. SIGKILL and SIGSTOP have none.
+/// Sets every action that is not the default, and back to it what was inherited. SIGKILL and SIGSTOP have none.
 pub(crate) fn rebuild_actions(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
+    // What pageferry ignores (SIGPIPE, as every Rust program) the husk ignores too, across its exec.
+    let ignored = procfs::status(process.pid, process.pid)?.sig_ign;
+    let inherited = (1..=64u32)
+        .filter(|signo| ignored & (1 << (signo - 1)) != 0)
+        .map(|signo| Action {
+            signo,
+            ..Action::default()
+        });
     let mut work = Work::new(injection, process.pid);
-    for action in &process.actions {
+    for action in inherited.chain(process.actions.iter().cloned()) {
         work.room()?;
         let mut bytes = Vec::with_capacity(32);
         for field in [action.handler, action.flags, action.restorer, action.mask] {
