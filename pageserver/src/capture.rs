@@ -219,8 +219,12 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     })
 }
 
-/// Guard regions, looked for only in the mappings in which the survey found some. Others that came since are found by the
-/// full scan after the commit.
+/// Largest mapping of a process that uses guards that is searched anew in the freeze, bytes: a program that has guards makes
+/// more of them, and thread stacks are of this kind.
+const SEARCHED_LEN_MAX: u64 = 16 << 20;
+
+/// Guard regions, looked for only in a process in which the survey found some: in the mappings that had them, and in all that
+/// are small. Others that came since are found by the full scan after the commit.
 fn frozen_guards(pid: i32, vmas: &[Vma], surveyed: &[PageRange]) -> Result<Vec<PageRange>> {
     if surveyed.is_empty() {
         return Ok(Vec::new());
@@ -230,9 +234,10 @@ fn frozen_guards(pid: i32, vmas: &[Vma], surveyed: &[PageRange]) -> Result<Vec<P
             start: vma.start,
             end: vma.end,
         };
-        surveyed
-            .iter()
-            .any(|guard| guard.intersect(whole).is_some())
+        whole.byte_len() <= SEARCHED_LEN_MAX
+            || surveyed
+                .iter()
+                .any(|guard| guard.intersect(whole).is_some())
     })
 }
 
