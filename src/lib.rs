@@ -15,4 +15,5 @@ pub mod migrate;
 pub mod plan;
 pub mod receive;
 pub mod report;
+pub mod stop;
 pub mod transport;

@@ -20,7 +20,6 @@ use pageferry_tracee::{host, process, procfs};
 use pageferry_wire::message::{BoundSocket, Done, FileCheck, Hello, MapEnd, Plan, Role, State};
 use pageferry_wire::session::{Record, Source, SourceAction, SourceEnd};
 use pageferry_wire::{Frame, Phase, Tag};
-use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
@@ -29,6 +28,7 @@ use crate::commit::{Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, keep};
 use crate::report::{self, Ledger, Report, ms};
+use crate::stop::Stop;
 use crate::transport::{self, FramedRecv, FramedSend, Link, SILENCE_MAX};
 use crate::{check, exit};
 
@@ -686,32 +686,6 @@ impl Shell<'_> {
         self.links.bulk.close();
         self.links.faults.link.close();
         outcome
-    }
-}
-
-/// The signals that end a migration before COMMIT.
-struct Stop {
-    interrupt: SignalStream,
-    terminate: SignalStream,
-    hang_up: SignalStream,
-}
-
-impl Stop {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-        })
-    }
-
-    /// The number of the next one.
-    async fn wait(&mut self) -> i32 {
-        tokio::select! {
-            _ = self.interrupt.recv() => Signal::SIGINT as i32,
-            _ = self.terminate.recv() => Signal::SIGTERM as i32,
-            _ = self.hang_up.recv() => Signal::SIGHUP as i32,
-        }
     }
 }
 

@@ -15,7 +15,6 @@ use pageferry_wire::message::{
 };
 use pageferry_wire::session::{Target, TargetAction, TargetEnd};
 use pageferry_wire::{Frame, PageBatch, PageKind, Phase};
-use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
@@ -26,6 +25,7 @@ use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::Journal;
 use crate::migrate::hex;
 use crate::report::{self, Ledger, Report};
+use crate::stop::Stop;
 use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, SILENCE_MAX};
 use crate::{check, drain, exit, plan};
 
@@ -837,31 +837,6 @@ impl ClockOffsets {
             monotonic_ns: ahead(plan.monotonic_ns, now.monotonic_ns),
             boottime_ns: ahead(plan.boottime_ns, now.boottime_ns),
             keep: true,
-        }
-    }
-}
-
-/// The signals that end `receive`, or hurry the drain.
-struct Stop {
-    interrupt: SignalStream,
-    terminate: SignalStream,
-    hang_up: SignalStream,
-}
-
-impl Stop {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-        })
-    }
-
-    async fn wait(&mut self) -> i32 {
-        tokio::select! {
-            _ = self.interrupt.recv() => nix::libc::SIGINT,
-            _ = self.terminate.recv() => nix::libc::SIGTERM,
-            _ = self.hang_up.recv() => nix::libc::SIGHUP,
         }
     }
 }

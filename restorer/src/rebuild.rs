@@ -343,7 +343,7 @@ fn build(
     signals::rebuild_actions(injection, process)?;
     task::rebuild_process(injection, process)?;
     signals::rebuild_pending(injection, process)?;
-    handed.end(injection, process)?;
+    handed.end(injection)?;
     timers::rebuild(injection, process, elapsed(clock()?))?;
     task::limits_last(injection, process)?;
     task::rebuild_threads(injection, process)?;

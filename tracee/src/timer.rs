@@ -59,20 +59,6 @@ pub fn create(state: &TimerfdInfo) -> Result<OwnedFd> {
     Ok(timer)
 }
 
-/// [`create`] for a timer without settime flags.
-///
-/// # Errors
-/// As [`create`].
-pub fn create_timerfd(clock: i32, value_ns: u64, interval_ns: u64, ticks: u64) -> Result<OwnedFd> {
-    create(&TimerfdInfo {
-        clock,
-        ticks,
-        settime_flags: 0,
-        value_ns,
-        interval_ns,
-    })
-}
-
 fn arm(timer: &OwnedFd, state: &TimerfdInfo) -> Result<()> {
     const WHAT: &str = "timerfd_settime";
     let cancel_on_set = libc::TFD_TIMER_CANCEL_ON_SET as u32;

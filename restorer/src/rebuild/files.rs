@@ -79,7 +79,7 @@ impl Handover {
     }
 
     /// Closes the pidfd: the table is now that of the process.
-    pub(crate) fn end(&mut self, injection: &mut Injection<'_>, _process: &Process) -> Result<()> {
+    pub(crate) fn end(&mut self, injection: &mut Injection<'_>) -> Result<()> {
         let mut work = Work::new(injection, self.pid);
         work.call("our pidfd", "close", libc::SYS_close, &[self.pidfd.into()]);
         work.run()?;
