@@ -434,8 +434,8 @@ impl Shell<'_> {
         match action {
             SourceAction::Send(frame) => {
                 let state = frame.tag() == Tag::State;
-                if let Err(error) = self.links.sender.send(frame).await {
-                    session.handle_link_lost(&report::chain(&error));
+                if let Err(text) = self.send(frame).await {
+                    session.handle_link_lost(&text);
                 } else if state {
                     match self.send_eager().await {
                         Ok(page_count) => {
@@ -536,11 +536,23 @@ impl Shell<'_> {
         Ok(State::new(&captured.tree))
     }
 
+    /// Sends on the control stream, but not for ever to a target that has fallen silent: the process may be frozen. After an
+    /// error the stream is of no use, since a frame may have been sent in part.
+    async fn send(&mut self, frame: impl Into<Frame>) -> Result<(), String> {
+        let Links {
+            control, sender, ..
+        } = &mut self.links;
+        tokio::select! {
+            sent = sender.send(frame) => sent.map_err(|error| report::chain(&error)),
+            error = control.silent_for(SILENCE_MAX) => Err(report::chain(&error)),
+        }
+    }
+
     /// Sends the pages that must be there at the first instruction; how many have data.
     async fn send_eager(&mut self) -> Result<u64, String> {
         let mut reader = PageReader::open(self.pid).map_err(|error| report::chain(&error))?;
         let mut page_count = 0;
-        for range in &self.eager {
+        for range in std::mem::take(&mut self.eager) {
             let mut next = range.start;
             while next < range.end {
                 let batch = reader
@@ -554,11 +566,7 @@ impl Shell<'_> {
                     .map_err(|error| report::chain(&error))?;
                 next = batch.range().end;
                 page_count += batch.data_page_count() as u64;
-                self.links
-                    .sender
-                    .send(batch)
-                    .await
-                    .map_err(|error| report::chain(&error))?;
+                self.send(batch).await?;
             }
         }
         Ok(page_count)
@@ -581,22 +589,15 @@ impl Shell<'_> {
             format!("the fault connection is gone: {}", report::chain(&error))
         });
         let mut total = 0;
-        for piece in reader.page_map(&self.lazy) {
+        let lazy = std::mem::take(&mut self.lazy);
+        for piece in reader.page_map(&lazy) {
             let (map, page_count) = piece.map_err(|error| report::chain(&error))?;
             total += page_count;
-            self.links
-                .sender
-                .send(map)
-                .await
-                .map_err(|error| report::chain(&error))?;
+            self.send(map).await?;
             // Others serve pages on this thread.
             tokio::task::yield_now().await;
         }
-        self.links
-            .sender
-            .send(MapEnd { pages_total: total })
-            .await
-            .map_err(|error| report::chain(&error))
+        self.send(MapEnd { pages_total: total }).await
     }
 
     /// Fills in the times.
