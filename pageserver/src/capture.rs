@@ -15,8 +15,10 @@ pub(crate) mod timers;
 use std::collections::BTreeSet;
 
 use nix::errno::Errno;
+use pageferry_image::model::files::{File, file};
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::PageRange;
+use pageferry_tracee::host;
 use pageferry_tracee::procfs::{self, Vma};
 use pageferry_tracee::{Injection, Tracee};
 
@@ -86,6 +88,7 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     };
 
     let entries = procfs::descriptors(pid)?;
+    let timerfds_read = host::clocks()?;
     let mut table = files::table(&mut look, &entries, Depth::Capture)?;
     let vmas = memory::frozen_mappings(pid, &survey.vmas)?;
     let mut refusals = std::mem::take(&mut table.refusals);
@@ -171,7 +174,14 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
 
     let cpus = Cpus::online()?;
     let mut injection = tracee.plant(None)?;
-    let asked = ask(&mut injection, &mut process, seen, posix_timers, &cpus);
+    let asked = ask(
+        &mut injection,
+        &mut process,
+        seen,
+        posix_timers,
+        (&mut table.files, timerfds_read),
+        &cpus,
+    );
     // The agent's mapping is locked if every new mapping is, which nothing else tells.
     let lock_future = asked.is_ok() && {
         let agent = injection.mapping();
@@ -247,13 +257,32 @@ fn ask(
     process: &mut Process,
     seen: Vec<task::Seen>,
     posix_timers: Vec<procfs::PosixTimer>,
+    (files, timerfds_read): (&mut [File], host::Clocks),
     cpus: &Cpus,
 ) -> Result<(Answered, Vec<FirstTouch>)> {
     let pid = process.pid;
     process.actions = signals::actions(injection, pid)?;
     process.itimers = timers::itimers(injection, pid)?;
+    let itimers_read = host::clocks()?;
     process.posix_timers = timers::posix(injection, pid, posix_timers)?;
+    let posix_timers_read = host::clocks()?;
     let mut answered = task::ask_process(injection, pid)?;
+    let passed = timers::until_now(itimers_read)?;
+    for timer in &mut process.itimers {
+        timer.value_us = passed
+            .left_ns(timer.clock(), timer.value_us.saturating_mul(1000))
+            .div_ceil(1000);
+    }
+    let passed = timers::until_now(posix_timers_read)?;
+    for timer in &mut process.posix_timers {
+        timer.value_ns = passed.left_ns(timer.clock, timer.value_ns);
+    }
+    let passed = timers::until_now(timerfds_read)?;
+    for file in files {
+        if let Some(file::Kind::Timerfd(timer)) = &mut file.kind {
+            timer.value_ns = passed.left_ns(timer.clock, timer.value_ns);
+        }
+    }
     let mut refusals = std::mem::take(&mut answered.refusals);
 
     let work: Vec<_> = seen

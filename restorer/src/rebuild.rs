@@ -327,15 +327,8 @@ fn build(
     let uffd = memory::register(injection, pid, space)?;
     let resident = memory::install(pid, space, &uffd, eager)?;
 
-    let elapsed = |clock: TreeClock| timers::Elapsed::since_capture(tree, clock);
-    files::rebuild(
-        injection,
-        pid,
-        process,
-        tree,
-        &mut handed,
-        elapsed(clock()?),
-    )?;
+    let passed = || Ok(timers::since_capture(tree, clock()?));
+    files::rebuild(injection, pid, process, tree, &mut handed, passed)?;
 
     for thread in process.threads.iter().skip(1) {
         injection.spawn_thread(thread.tid)?;
@@ -344,7 +337,7 @@ fn build(
     task::rebuild_process(injection, process)?;
     signals::rebuild_pending(injection, process)?;
     handed.end(injection)?;
-    timers::rebuild(injection, process, elapsed(clock()?))?;
+    timers::rebuild(injection, process, tree, passed)?;
     task::limits_last(injection, process)?;
     task::rebuild_threads(injection, process)?;
 

@@ -9,6 +9,60 @@ use super::{Invalid, ascending, at_most, ensure, limits};
 
 include!("generated/pageferry.timers.rs");
 
+// Numbers of the kernel's clocks, include/uapi/linux/time.h.
+const CLOCK_REALTIME: i32 = 0;
+const CLOCK_MONOTONIC: i32 = 1;
+const CLOCK_PROCESS_CPUTIME_ID: i32 = 2;
+const CLOCK_BOOTTIME: i32 = 7;
+const CLOCK_REALTIME_ALARM: i32 = 8;
+const CLOCK_BOOTTIME_ALARM: i32 = 9;
+const CLOCK_TAI: i32 = 11;
+
+/// How far the clocks went between two moments, nanoseconds.
+///
+/// The model tells what is left of every timer as of one moment, that of the tree's clocks. Timers are read before it and armed
+/// after it, by milliseconds on a busy host, and lose what has passed each time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// CLOCK_MONOTONIC.
+    pub monotonic_ns: u64,
+    /// CLOCK_BOOTTIME.
+    pub boottime_ns: u64,
+    /// CLOCK_REALTIME.
+    pub realtime_ns: u64,
+}
+
+impl Passed {
+    /// What is left of `value_ns` on `clock`: at least 1 ns, so that an expired timer fires; 0 stays disarmed. Clocks of CPU
+    /// time stand still, as the process does not run.
+    #[must_use]
+    pub fn left_ns(self, clock: i32, value_ns: u64) -> u64 {
+        let passed = match clock {
+            CLOCK_BOOTTIME | CLOCK_BOOTTIME_ALARM => self.boottime_ns,
+            CLOCK_REALTIME | CLOCK_REALTIME_ALARM | CLOCK_TAI => self.realtime_ns,
+            CLOCK_MONOTONIC => self.monotonic_ns,
+            _ => 0,
+        };
+        if value_ns == 0 {
+            0
+        } else {
+            value_ns.saturating_sub(passed).max(1)
+        }
+    }
+}
+
+impl Itimer {
+    /// The clock it counts: CLOCK_MONOTONIC for `ITIMER_REAL`, CPU time for the others.
+    #[must_use]
+    pub fn clock(&self) -> i32 {
+        if self.which == 0 {
+            CLOCK_MONOTONIC
+        } else {
+            CLOCK_PROCESS_CPUTIME_ID
+        }
+    }
+}
+
 const SIGEV_SIGNAL: u32 = 0;
 const SIGEV_NONE: u32 = 1;
 const SIGEV_THREAD_ID: u32 = 4;
@@ -125,5 +179,22 @@ mod tests {
             .is_err()
         );
         assert!(Posix::validate_all(&[timer, timer]).is_err());
+    }
+
+    #[test]
+    fn timers_lose_what_has_passed_on_their_own_clock() {
+        let passed = Passed {
+            monotonic_ns: 10,
+            boottime_ns: 20,
+            realtime_ns: 30,
+        };
+        let left = |clock| passed.left_ns(clock, 100);
+        assert_eq!(left(CLOCK_MONOTONIC), 90);
+        assert_eq!(left(CLOCK_BOOTTIME), 80);
+        assert_eq!(left(CLOCK_TAI), 70);
+        assert_eq!(left(CLOCK_PROCESS_CPUTIME_ID), 100);
+        // Expired in the meantime: fires at once. Disarmed: stays so.
+        assert_eq!(passed.left_ns(CLOCK_REALTIME, 30), 1);
+        assert_eq!(passed.left_ns(CLOCK_REALTIME, 0), 0);
     }
 }

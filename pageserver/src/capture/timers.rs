@@ -1,6 +1,7 @@
 //! Interval timers and POSIX timers. Which there are stands in `/proc`; what is left of each only the process can ask.
 
-use pageferry_image::model::timers::{Itimer, Posix};
+use pageferry_image::model::timers::{Itimer, Passed, Posix};
+use pageferry_tracee::host;
 use pageferry_tracee::procfs::{self, PosixTimer};
 use pageferry_tracee::{Batch, Injection};
 
@@ -15,6 +16,16 @@ const ITIMERS: u32 = 3;
 /// Low bits of a dynamic clock id that name a clock by descriptor (`CLOCKFD`).
 const CLOCK_BY_DESCRIPTOR: i32 = 3;
 const SIGEV_THREAD_ID: u32 = 4;
+
+/// How far the clocks have gone since they were read.
+pub(crate) fn until_now(then: host::Clocks) -> Result<Passed> {
+    let now = host::clocks()?;
+    Ok(Passed {
+        monotonic_ns: now.monotonic_ns.saturating_sub(then.monotonic_ns),
+        boottime_ns: now.boottime_ns.saturating_sub(then.boottime_ns),
+        realtime_ns: now.realtime_ns.saturating_sub(then.realtime_ns),
+    })
+}
 
 /// The armed interval timers.
 pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Itimer>> {

@@ -8,13 +8,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use pageferry_image::model::Invalid;
-use pageferry_image::model::files::{Descriptor, File, file};
+use pageferry_image::model::files::{Descriptor, File, Timerfd, file};
 use pageferry_image::model::task::{Process, Tree};
+use pageferry_image::model::timers::Passed;
 use pageferry_tracee::injection::Injection;
 use pageferry_tracee::procfs::TimerfdInfo;
 use pageferry_tracee::{descriptor, pipe, timer};
 
-use super::timers::Elapsed;
 use super::{Error, Result, Work, sockets};
 
 /// Status flags that fcntl(F_SETFL) or open(2) can set again.
@@ -183,7 +183,7 @@ pub(crate) fn rebuild(
     process: &Process,
     tree: &Tree,
     handed: &mut Handover,
-    elapsed: Elapsed,
+    passed: impl Fn() -> Result<Passed>,
 ) -> Result<()> {
     let mut pipes: BTreeMap<u32, (OwnedFd, OwnedFd)> = BTreeMap::new();
     for carried in &tree.pipes {
@@ -204,7 +204,7 @@ pub(crate) fn rebuild(
             .iter()
             .find(|d| d.file == carried.id)
             .map_or(0, |d| d.fd);
-        if let Some(fd) = make(carried, first, &pipes, &mut first_of_pipe, elapsed)? {
+        if let Some(fd) = make(carried, first, &pipes, &mut first_of_pipe, &passed)? {
             made.insert(carried.id, fd);
         }
     }
@@ -288,13 +288,43 @@ pub(crate) fn rebuild(
     Ok(())
 }
 
+/// Longest time between looking at the clock and having armed a timer by it, nanoseconds, and how often that is tried: a host
+/// that is so busy arms it late, which a program has to expect of any timer.
+const ARMED_WITHIN_NS: u64 = 200_000;
+const ARMING_ATTEMPTS: usize = 5;
+
+fn timerfd(
+    carried: &Timerfd,
+    passed: impl Fn() -> Result<Passed>,
+    failed: impl Fn(pageferry_tracee::Error) -> Error,
+) -> Result<OwnedFd> {
+    let mut attempt = 1;
+    loop {
+        let before = passed()?;
+        let timer = timer::create(&TimerfdInfo {
+            clock: carried.clock,
+            ticks: carried.ticks,
+            settime_flags: carried.settime_flags,
+            value_ns: before.left_ns(carried.clock, carried.value_ns),
+            interval_ns: carried.interval_ns,
+        })
+        .map_err(&failed)?;
+        if attempt == ARMING_ATTEMPTS
+            || passed()?.monotonic_ns <= before.monotonic_ns.saturating_add(ARMED_WITHIN_NS)
+        {
+            return Ok(timer);
+        }
+        attempt += 1;
+    }
+}
+
 /// Makes one open file description in our process; `None` for those made in the husk.
 fn make(
     carried: &File,
     fd: u32,
     pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>,
     first_of_pipe: &mut BTreeSet<(u32, bool)>,
-    elapsed: Elapsed,
+    passed: impl Fn() -> Result<Passed>,
 ) -> Result<Option<OwnedFd>> {
     let object = || format!("fd {fd}");
     let kernel = |call: &'static str| {
@@ -364,14 +394,7 @@ fn make(
                 .map_err(|e| Error::object(object(), "epoll_create1", e))?
                 .0
         }
-        file::Kind::Timerfd(carried) => timer::create(&TimerfdInfo {
-            clock: carried.clock,
-            ticks: carried.ticks,
-            settime_flags: carried.settime_flags,
-            value_ns: elapsed.remaining_ns(carried.clock, carried.value_ns),
-            interval_ns: carried.interval_ns,
-        })
-        .map_err(kernel("timerfd"))?,
+        file::Kind::Timerfd(carried) => timerfd(carried, passed, kernel("timerfd"))?,
         file::Kind::Signalfd(carried) => {
             descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?
         }

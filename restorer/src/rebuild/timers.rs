@@ -1,46 +1,24 @@
 //! Rebuilds interval timers and POSIX timers. They are armed last, with what is left of them now.
 
 use pageferry_image::model::task::{Process, Tree};
+use pageferry_image::model::timers::Passed;
 use pageferry_tracee::injection::Injection;
 
 use super::{Result, TreeClock, Work};
 
 const NS_PER_S: u64 = 1_000_000_000;
 const US_PER_S: u64 = 1_000_000;
+/// `timer_settime(2)`: the value is a moment, not a distance.
+const TIMER_ABSTIME: u64 = 1;
 /// prctl(2), Linux 6.15: timer_create takes the wanted id from `*timerid` while this is on.
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 
-/// How far the tree's clocks have gone since the capture, nanoseconds.
-#[derive(Debug, Clone, Copy)]
-pub struct Elapsed {
-    monotonic_ns: u64,
-    boottime_ns: u64,
-    realtime_ns: u64,
-}
-
-impl Elapsed {
-    pub(crate) fn since_capture(tree: &Tree, now: TreeClock) -> Self {
-        Self {
-            monotonic_ns: now.monotonic_ns.saturating_sub(tree.monotonic_ns),
-            boottime_ns: now.boottime_ns.saturating_sub(tree.boottime_ns),
-            realtime_ns: now.realtime_ns.saturating_sub(tree.realtime_ns),
-        }
-    }
-
-    /// What is left of `value_ns` on `clock`: at least 1 ns, so that an expired timer fires; 0 stays disarmed.
-    pub(crate) fn remaining_ns(self, clock: i32, value_ns: u64) -> u64 {
-        let passed = match clock {
-            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => self.boottime_ns,
-            libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM | libc::CLOCK_TAI => self.realtime_ns,
-            libc::CLOCK_MONOTONIC => self.monotonic_ns,
-            // CPU-time clocks stand still while the process does not run.
-            _ => 0,
-        };
-        if value_ns == 0 {
-            0
-        } else {
-            value_ns.saturating_sub(passed).max(1)
-        }
+/// How far the tree's clocks have gone since the capture.
+pub(crate) fn since_capture(tree: &Tree, now: TreeClock) -> Passed {
+    Passed {
+        monotonic_ns: now.monotonic_ns.saturating_sub(tree.monotonic_ns),
+        boottime_ns: now.boottime_ns.saturating_sub(tree.boottime_ns),
+        realtime_ns: now.realtime_ns.saturating_sub(tree.realtime_ns),
     }
 }
 
@@ -55,7 +33,8 @@ fn pair(first: u64, second: u64) -> [u8; 16] {
 pub(crate) fn rebuild(
     injection: &mut Injection<'_>,
     process: &Process,
-    elapsed: Elapsed,
+    tree: &Tree,
+    passed: impl Fn() -> Result<Passed>,
 ) -> Result<()> {
     let mut work = Work::new(injection, process.pid);
     if !process.posix_timers.is_empty() {
@@ -89,7 +68,16 @@ pub(crate) fn rebuild(
             libc::SYS_timer_create,
             &[timer.clock.into(), event.into(), id.into()],
         );
-        let value_ns = elapsed.remaining_ns(timer.clock, timer.value_ns);
+        // An absolute time does not depend on when it is armed; the tree's clocks are those of the husk already. The wall clock
+        // may be set meanwhile, and a timer that was armed with a relative time must not notice.
+        let (flags, value_ns) = match (timer.value_ns, timer.clock) {
+            (0, _) => (0, 0),
+            (left, libc::CLOCK_MONOTONIC) => {
+                (TIMER_ABSTIME, tree.monotonic_ns.saturating_add(left))
+            }
+            (left, libc::CLOCK_BOOTTIME) => (TIMER_ABSTIME, tree.boottime_ns.saturating_add(left)),
+            (left, clock) => (0, passed()?.left_ns(clock, left)),
+        };
         let mut spec = pair(timer.interval_ns / NS_PER_S, timer.interval_ns % NS_PER_S).to_vec();
         spec.extend_from_slice(&pair(value_ns / NS_PER_S, value_ns % NS_PER_S));
         let spec = work.bytes(&spec)?;
@@ -99,7 +87,7 @@ pub(crate) fn rebuild(
             libc::SYS_timer_settime,
             &[
                 u64::from(timer.id).into(),
-                0u64.into(),
+                flags.into(),
                 spec.into(),
                 0u64.into(),
             ],
@@ -120,21 +108,15 @@ pub(crate) fn rebuild(
             ],
         );
     }
+    work.run()?;
     for timer in &process.itimers {
-        work.room()?;
-        // ITIMER_REAL (0) counts CLOCK_MONOTONIC; the others count CPU time.
-        let clock = if timer.which == 0 {
-            libc::CLOCK_MONOTONIC
-        } else {
-            libc::CLOCK_PROCESS_CPUTIME_ID
-        };
         // A periodic timer whose signal is pending says 0: it would be armed again when the signal is taken.
         let value_us = if timer.value_us == 0 {
             timer.interval_us
         } else {
             timer.value_us
         };
-        let left_ns = elapsed.remaining_ns(clock, value_us.saturating_mul(1000));
+        let left_ns = passed()?.left_ns(timer.clock(), value_us.saturating_mul(1000));
         let value_us = left_ns.div_ceil(1000);
         let mut spec = pair(timer.interval_us / US_PER_S, timer.interval_us % US_PER_S).to_vec();
         spec.extend_from_slice(&pair(value_us / US_PER_S, value_us % US_PER_S));
