@@ -1,8 +1,9 @@
 /* timerfd: periodic, once, far away, disarmed, and with expirations nobody has read yet. */
 #include "subject.h"
+#include <poll.h>
 #include <sys/timerfd.h>
 
-static int periodic, far_away, unread, disarmed, absolute;
+static int periodic, far_away, unread, unread_periodic, disarmed, absolute;
 static int64_t far_started;
 
 static int64_t now(void) {
@@ -27,6 +28,9 @@ static void arm_unread(void) {
     struct itimerspec spec = {.it_value.tv_nsec = 1000000};
     MUST(timerfd_settime(unread, 0, &spec, NULL) == 0);
     while (left(unread)) doze(1);
+    /* Expired, it says that nothing is left until it is read. */
+    struct pollfd fired = {unread_periodic, POLLIN, 0};
+    MUST(poll(&fired, 1, 10000) == 1);
 }
 
 static void setup(void) {
@@ -35,8 +39,10 @@ static void setup(void) {
     unread = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
     disarmed = timerfd_create(CLOCK_REALTIME, TFD_NONBLOCK | TFD_CLOEXEC);
     absolute = timerfd_create(CLOCK_REALTIME, TFD_NONBLOCK);
+    unread_periodic = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
     struct itimerspec often = {.it_value.tv_nsec = 20000000, .it_interval.tv_nsec = 20000000};
     MUST(timerfd_settime(periodic, 0, &often, NULL) == 0);
+    MUST(timerfd_settime(unread_periodic, 0, &often, NULL) == 0);
     struct itimerspec then = {.it_value.tv_sec = 4102444800}; /* the year 2100 */
     MUST(timerfd_settime(absolute, TFD_TIMER_ABSTIME, &then, NULL) == 0);
     arm_far();
@@ -57,6 +63,8 @@ static void verify(int round) {
     uint64_t ticks = 0;
     CHECK(read(unread, &ticks, 8) == 8 && ticks == 1, "an expiration nobody read gives %lu", ticks);
     CHECK(read(unread, &ticks, 8) == -1 && errno == EAGAIN, "it is read twice");
+    CHECK(read(unread_periodic, &ticks, 8) == 8 && ticks >= 1, "an expired periodic timer gives %lu", ticks);
+    CHECK(EVENTUALLY(read(unread_periodic, &ticks, 8) == 8), "a periodic timer stopped after it was read");
     CHECK(left(disarmed) == 0 && read(disarmed, &ticks, 8) == -1 && errno == EAGAIN, "a disarmed timer runs");
     CHECK(left(absolute) > 1000000000000000, "the absolute timer has %ld ns left", left(absolute));
     struct itimerspec spec;

@@ -49,8 +49,12 @@ pub fn create(state: &TimerfdInfo) -> Result<OwnedFd> {
             Errno::result(fd).map_err(|errno| Error::kernel("timerfd_create", pid, errno))?,
         )
     };
-    if state.value_ns != 0 {
-        arm(&timer, state)?;
+    // A periodic timer that has expired says that nothing is left until its ticks are read: only the read starts it again,
+    // and only if it did expire. So it has to expire here too, at once.
+    let expired = state.value_ns == 0 && state.ticks != 0 && state.interval_ns != 0;
+    if state.value_ns != 0 || expired {
+        let value_ns = state.value_ns.max(1);
+        arm(&timer, &TimerfdInfo { value_ns, ..*state })?;
     }
     // After arming, which resets the count.
     if state.ticks != 0 {
@@ -137,6 +141,23 @@ mod tests {
             (wanted.clock, wanted.ticks, wanted.interval_ns)
         );
         assert!(got.value_ns <= wanted.value_ns && got.value_ns > 40 * NANOSECONDS_PER_SECOND);
+    }
+
+    #[test]
+    fn a_periodic_timer_that_nobody_read_goes_on_when_it_is_read() {
+        let timer = create(&TimerfdInfo {
+            clock: libc::CLOCK_MONOTONIC,
+            ticks: 3,
+            interval_ns: 1_000_000,
+            ..TimerfdInfo::default()
+        })
+        .expect("create");
+        let mut ticks = [0; 8];
+        assert_eq!(nix::unistd::read(&timer, &mut ticks), Ok(8));
+        assert!(u64::from_ne_bytes(ticks) >= 3);
+        // Would block for ever if nothing had armed it.
+        let mut polled = [nix::poll::PollFd::new(timer.as_fd(), nix::poll::PollFlags::POLLIN)];
+        assert_eq!(nix::poll::poll(&mut polled, 10_000u16), Ok(1));
     }
 
     #[test]

@@ -55,7 +55,8 @@ pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Iti
                 interval_us,
             }
         })
-        .filter(|timer| timer.value_us != 0)
+        // A periodic one whose signal nobody has taken yet says that nothing is left; one that is not armed has no interval.
+        .filter(|timer| timer.value_us != 0 || timer.interval_us != 0)
         .collect())
 }
 
