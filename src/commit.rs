@@ -291,7 +291,7 @@ impl TargetTree {
         self.ask(TargetCommand::Release).await
     }
 
-    /// Every page is there: lets go of the leader too.
+    /// Every page is there: lets go of the leader too. On `Err` it is still held, and may be let go again.
     pub async fn let_go(&self) -> Result<(), Error> {
         self.ask(TargetCommand::LetGo).await
     }
@@ -323,6 +323,7 @@ fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Se
     };
     let mut husk: Option<Tracee> = None;
     let mut held = None;
+    let mut complained = false;
     let mut end = Some(end);
     loop {
         let command = if let Some(leader) = &mut held {
@@ -334,9 +335,16 @@ fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Se
                         let _ = end.send(status);
                     }
                 }
+                // It stays held: only one who holds it can let it go, and without that it would end with us.
                 Err(error) => {
-                    tracing::warn!("the held process could not be looked at: {error}");
-                    held = None;
+                    if !std::mem::replace(&mut complained, true) {
+                        tracing::warn!("the held process could not be looked at: {error}");
+                    }
+                    if error.is_gone() {
+                        held = None;
+                    } else {
+                        std::thread::sleep(PUMP_PAUSE);
+                    }
                 }
             }
             match inbox.try_recv() {
@@ -372,9 +380,13 @@ fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Se
                 let _ = reply.send(outcome.map(|leader| held = leader));
             }
             TargetCommand::LetGo(reply) => {
-                let outcome = held.take().map_or(Ok(()), |leader| {
-                    Held::release(leader).map_err(Error::Release)
-                });
+                let outcome = match held.as_mut().map_or(Ok(()), Held::release) {
+                    Err(error) if !error.is_gone() => Err(Error::Release(error)),
+                    _ => Ok(()),
+                };
+                if outcome.is_ok() {
+                    held = None;
+                }
                 let _ = reply.send(outcome);
             }
         }

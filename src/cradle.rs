@@ -25,6 +25,9 @@ use crate::{exit, report};
 /// How often the supervisor and a cradle look whether the engine lives.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
+/// How long the engine waits for an answer: ending a process with much memory takes seconds.
+const ANSWER_WAIT: Duration = Duration::from_secs(30);
+
 /// What the engine asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HuskOrder {
@@ -45,6 +48,8 @@ pub struct Cradle {
 
 impl Cradle {
     fn new(socket: UnixStream) -> std::io::Result<Self> {
+        // The shared table keeps the other end open, so that a dead supervisor shows by its silence only.
+        socket.set_read_timeout(Some(ANSWER_WAIT))?;
         Ok(Self {
             writer: socket.try_clone()?,
             reader: BufReader::new(socket),
@@ -65,37 +70,33 @@ impl Cradle {
             order.pid,
             u8::from(order.set_sid),
         );
-        match self.ask(&line)?.split_once(' ') {
-            Some(("made", _)) => Ok(()),
-            Some((_, why)) => Err(why.to_owned()),
-            None => Err("the supervisor does not answer".into()),
-        }
+        self.ask(&line, "made it")
     }
 
     /// Tells the cradle that the process may have run: from now on its loss is a loss.
     pub fn running(&mut self) -> Result<(), String> {
-        self.ask("running").map(drop)
+        self.ask("running", "noted it")
     }
 
     /// Every page is there: the cradle ends, the process gets its new parent.
     pub fn let_go(&mut self) -> Result<(), String> {
-        self.ask("let-go").map(drop)
+        self.ask("let-go", "gone it")
     }
 
     /// Ends the husk, or the process with all its children.
     pub fn destroy(&mut self) -> Result<(), String> {
-        self.ask("destroy").map(drop)
+        self.ask("destroy", "gone it")
     }
 
-    fn ask(&mut self, line: &str) -> Result<String, String> {
+    fn ask(&mut self, line: &str, wanted: &str) -> Result<(), String> {
         let mut answer = String::new();
         writeln!(self.writer, "{line}")
             .and_then(|()| self.reader.read_line(&mut answer))
             .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
-        if answer.is_empty() {
-            Err("the supervisor is gone".into())
-        } else {
-            Ok(answer.trim_end().to_owned())
+        match answer.trim_end() {
+            "" => Err("the supervisor is gone".into()),
+            answer if answer == wanted => Ok(()),
+            answer => Err(answer.strip_prefix("failed ").unwrap_or(answer).to_owned()),
         }
     }
 }
@@ -149,14 +150,14 @@ fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
         let _ = kill(engine, Signal::SIGKILL);
         return exit::FAILED;
     };
-    let mut lost = false;
+    let mut last = Rocked::NeverRan;
     let _ = socket.set_read_timeout(Some(LOOK_PAUSE));
     let mut lines = Lines::new(socket);
     loop {
         signals.hand_on(engine);
         match lines.next() {
             Some(line) if line.starts_with("make ") => {
-                lost |= rock(engine, &mut lines, &mut signals, &line)
+                last = rock(engine, &mut lines, &mut signals, &line)
             }
             Some(_) => lines.answer("failed no husk is held"),
             None => {}
@@ -164,15 +165,21 @@ fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
         match waitpid(engine, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(_, code)) => return u8::try_from(code).unwrap_or(exit::FAILED),
             Ok(WaitStatus::Signaled(_, signal, _)) => {
-                eprintln!(
-                    "pageferry: the engine was killed by {signal}; {}",
-                    if lost {
-                        "the process had run here without all its pages and was ended"
-                    } else {
-                        "no process had run here"
-                    }
-                );
-                return if lost { exit::LOST } else { exit::FAILED };
+                let (what, code) = match last {
+                    Rocked::NeverRan => ("no process had run here".to_owned(), exit::FAILED),
+                    Rocked::Lost => (
+                        "the process had run here without all its pages and was ended".to_owned(),
+                        exit::LOST,
+                    ),
+                    Rocked::LetGo(pid) => (
+                        format!(
+                            "pid {pid} runs here with all its pages; the source may not know it and keep its stopped copy: look there"
+                        ),
+                        exit::DONE,
+                    ),
+                };
+                eprintln!("pageferry: the engine was killed by {signal}; {what}");
+                return code;
             }
             Err(Errno::ECHILD) => return exit::FAILED,
             _ => {}
@@ -207,14 +214,31 @@ impl Signals {
     }
 }
 
-/// One migration: forks the cradle and waits for its end. True if a process that may have run was ended.
-fn rock(engine: Pid, lines: &mut Lines, signals: &mut Signals, order: &str) -> bool {
+/// How a cradle ended.
+enum Rocked {
+    /// Nothing that was made in it had run.
+    NeverRan,
+    /// It ended a process that may have run.
+    Lost,
+    /// This process is complete and on its own.
+    LetGo(i32),
+}
+
+/// One migration: forks the cradle and waits for its end.
+fn rock(engine: Pid, lines: &mut Lines, signals: &mut Signals, order: &str) -> Rocked {
     let forked = process::fork(false, || i32::from(cradle(engine, lines, order)));
     match forked {
         Ok(child) => loop {
             match waitpid(Pid::from_raw(child), Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(_, code)) => return code == i32::from(exit::LOST),
-                Ok(WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => return true,
+                Ok(WaitStatus::Exited(_, code)) if code == i32::from(exit::DONE) => {
+                    return Rocked::LetGo(parse(order).map_or(0, |order| order.pid));
+                }
+                Ok(WaitStatus::Exited(_, code)) if code == i32::from(exit::FAILED) => {
+                    return Rocked::NeverRan;
+                }
+                Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => {
+                    return Rocked::Lost;
+                }
                 _ => {}
             }
             signals.hand_on(engine);
@@ -222,7 +246,7 @@ fn rock(engine: Pid, lines: &mut Lines, signals: &mut Signals, order: &str) -> b
         },
         Err(error) => {
             lines.answer(&format!("failed the cradle could not be forked: {error}"));
-            false
+            Rocked::NeverRan
         }
     }
 }
@@ -257,6 +281,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
     }
     let engine = PidFd::open(engine.as_raw());
     let mut may_have_run = false;
+    let mut root = Some(order.pid);
     loop {
         match lines.next().as_deref() {
             Some("running") => {
@@ -268,7 +293,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
                 return exit::DONE;
             }
             Some("destroy") => {
-                end_all(order.pid);
+                end_all(root);
                 lines.answer("gone it");
                 return if may_have_run {
                     exit::LOST
@@ -283,7 +308,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             .as_ref()
             .is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
         if !alive {
-            end_all(order.pid);
+            end_all(root);
             return if may_have_run {
                 exit::LOST
             } else {
@@ -291,7 +316,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             };
         }
         if may_have_run {
-            reap();
+            reap(&mut root);
         }
     }
 }
@@ -310,17 +335,23 @@ fn parse(line: &str) -> Option<HuskOrder> {
     })
 }
 
-/// Reaps what ended, the process itself included: its status is told by the one who traces it.
-fn reap() {
-    while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) =
+/// Reaps what ended, the process itself included: its status is told by the one who traces it. Its number is then anybody's.
+fn reap(root: &mut Option<i32>) {
+    while let Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) =
         waitpid(None, Some(WaitPidFlag::WNOHANG))
-    {}
+    {
+        if *root == Some(pid.as_raw()) {
+            *root = None;
+        }
+    }
 }
 
 /// Kills the process and every descendant, and reaps them. We are their subreaper: what is orphaned meanwhile becomes
 /// our child and is found on the next look.
-fn end_all(root: i32) {
-    let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
+fn end_all(root: Option<i32>) {
+    if let Some(root) = root {
+        let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
+    }
     loop {
         for pid in procfs::children(process::own_pid()).unwrap_or_default() {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

@@ -109,7 +109,7 @@ fn settle_for(text: &str) {
 
 /// How long the keeper waits for the kernel to let go of a dead tracer's process.
 const RELEASE_WAIT: Duration = Duration::from_millis(5);
-const RELEASE_TRIES: u32 = 1000;
+const RELEASE_TRIES: u32 = 12_000;
 
 /// The keeper: reads records until the engine is gone, then makes good what it left. Returns pageferry's exit code for
 /// an engine that was killed.
@@ -132,11 +132,14 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
     if source_may_run(&records) {
         // REFUSED says that the right to run was taken back, and the park with it.
         let parked = records.contains(&Record::Park) && !records.contains(&Record::Refused);
-        if parked && !was_stopped && still_it() {
-            release(pid);
-        }
+        let released = !parked || was_stopped || !still_it() || release(pid);
         settle_for(&text);
-        exit::FAILED
+        if released {
+            exit::FAILED
+        } else {
+            eprintln!("pageferry: pid {pid} is intact but still stopped; let it run: kill -CONT {pid}");
+            exit::UNDECIDED
+        }
     } else if records.contains(&Record::Resident) {
         if !records.contains(&Record::Done) && still_it() {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -150,16 +153,17 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
     }
 }
 
-fn release(pid: i32) {
+/// Whether it runs again, or is gone.
+fn release(pid: i32) -> bool {
     for _ in 0..RELEASE_TRIES {
         let Ok(status) = procfs::status(pid, pid) else {
-            return;
+            return true;
         };
         // Let go, it may not be at the queued SIGSTOP yet.
         if status.tracer_pid == 0 && status.state == 'T' {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
-            return;
+            return kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok();
         }
         std::thread::sleep(RELEASE_WAIT);
     }
+    false
 }

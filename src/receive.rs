@@ -33,6 +33,8 @@ use crate::{check, drain, exit, plan};
 const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
 /// How long the source's last word is waited for once every page is here.
 const DONE_WAIT: Duration = Duration::from_secs(10);
+/// Between two attempts to let go of a process that has all its pages.
+const LET_GO_PAUSE: Duration = Duration::from_millis(500);
 /// Pause between two looks at the drain for the progress line.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
 
@@ -694,8 +696,14 @@ impl Shell<'_> {
     /// Nothing is missing: the process is its own again, and the child of the nearest subreaper or init.
     async fn let_go(&mut self) {
         if let Some(tree) = &self.tree {
-            if let Err(error) = tree.let_go().await {
-                tracing::warn!("{}", report::chain(&error));
+            // For as long as it takes: held, the process would end with us, and the source gives up its copy next.
+            while let Err(error) = tree.let_go().await {
+                tracing::error!(
+                    "pid {} has all its pages but is still held, trying again: {}",
+                    self.pid,
+                    report::chain(&error)
+                );
+                tokio::time::sleep(LET_GO_PAUSE).await;
             }
         }
         if let Err(error) = self.cradle.let_go() {

@@ -972,6 +972,7 @@ impl Tracee {
         first?;
         Ok(Some(Held {
             pid: self.pid,
+            owed: None,
             _bound: PhantomData,
         }))
     }
@@ -1169,6 +1170,8 @@ impl Rseq {
 #[derive(Debug)]
 pub struct Held {
     pid: i32,
+    /// A stop that was reported and not passed on yet.
+    owed: Option<Stop>,
     _bound: PhantomData<*mut ()>,
 }
 
@@ -1190,6 +1193,10 @@ impl Held {
     pub fn pump(&mut self, timeout: Duration) -> Result<Pumped> {
         let mut patience = Patience::new(timeout);
         loop {
+            if let Some(stop) = self.owed {
+                self.pass_on(stop)?;
+                self.owed = None;
+            }
             choke::pass(Kind::Ptrace).map_err(|errno| Error::kernel("waitpid", self.pid, errno))?;
             loop {
                 match ptrace::look(self.pid)
@@ -1197,7 +1204,8 @@ impl Held {
                 {
                     Report::Ended(status) => return Ok(Pumped::Exited(status)),
                     Report::Stopped(stop) => {
-                        self.pass_on(stop)?;
+                        // Told only once: what cannot be passed on now is on the next call.
+                        self.owed = Some(stop);
                         break;
                     }
                     Report::Running => {
@@ -1229,8 +1237,12 @@ impl Held {
     /// Lets go of the leader: the process no longer depends on us.
     ///
     /// # Errors
-    /// [`Error::Gone`], [`Error::Silent`].
-    pub fn release(self) -> Result<()> {
+    /// [`Error::Gone`], [`Error::Silent`]. It is then still held and may be released again.
+    pub fn release(&mut self) -> Result<()> {
+        if let Some(stop) = self.owed {
+            self.pass_on(stop)?;
+            self.owed = None;
+        }
         let mut tracee = Tracee {
             pid: self.pid,
             threads: vec![Thread::running(self.pid)],
