@@ -102,6 +102,8 @@ impl PageReader {
                 break;
             }
         }
+        // Last, so that it speaks for all that was found: a copy that somebody killed has holes only.
+        self.memory.check_exists()?;
         Ok(builder.finish())
     }
 
@@ -204,6 +206,9 @@ impl PageReader {
         // Tried twice: the process runs on the target by now, and one failed look must not keep its pages from it.
         let regions =
             pagemap::scan(&self.pagemap, &scan).or_else(|_| pagemap::scan(&self.pagemap, &scan))?;
+        self.memory
+            .check_exists()
+            .or_else(|_| self.memory.check_exists())?;
         Ok(regions
             .iter()
             .map(|region| PageRange {
@@ -290,6 +295,35 @@ mod tests {
             end: end * PAGE,
             categories,
         }
+    }
+
+    /// The page tables of a process that has ended look like those of one that has touched nothing.
+    #[test]
+    fn a_process_that_has_ended_is_no_process_full_of_zeros() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .expect("coreutils");
+        let pid = i32::try_from(child.id()).expect("a pid");
+        // Its memory changes hands in the exec.
+        while std::fs::read_link(format!("/proc/{pid}/exe")).ok()
+            == std::fs::read_link("/proc/self/exe").ok()
+        {
+            std::thread::yield_now();
+        }
+        let mut reader = PageReader::open(pid).expect("a reader");
+        let (range, _) = *reader
+            .mappings
+            .iter()
+            .find(|(_, backing)| *backing == Backing::Anonymous)
+            .expect("a heap");
+        let alive = reader.batch(1, range).map(|batch| batch.range());
+        let mapped = reader.page_map(&[range]).all(|piece| piece.is_ok());
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+        assert!(mapped && alive.is_ok());
+        assert!(reader.batch(2, range).is_err());
+        assert!(reader.page_map(&[range]).any(|piece| piece.is_err()));
     }
 
     #[test]

@@ -98,6 +98,22 @@ impl RemoteMemory {
         self.pid
     }
 
+    /// Whether the address space this was opened for still exists. What was found out about its pages before that, a hole in
+    /// its page map among it, was true: the page tables of a process that has ended look like those of one that has nothing.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn check_exists(&self) -> Result<()> {
+        choke::pass(Kind::Memory)
+            .map_err(|errno| Error::kernel("read /proc/<pid>/mem", self.pid, errno))?;
+        // Bound to the address space, not to the number: 0 bytes when that has no user left, otherwise a byte, or EIO where
+        // nothing is mapped.
+        match self.mem.read_at(&mut [0], 0).map_err(errno_of) {
+            Ok(0) => Err(Error::Gone { pid: self.pid }),
+            _ => Ok(()),
+        }
+    }
+
     /// Fills `buffer` from `address`.
     ///
     /// # Errors
