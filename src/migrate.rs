@@ -485,6 +485,10 @@ impl Shell<'_> {
             },
             SourceAction::Serve(running) => {
                 self.ledger.pages_resident_at_run = running.pages_resident;
+                // Threads wait already.
+                if let Some(serve) = self.links.faults.serve.take() {
+                    let _ = serve.send(self.pid);
+                }
                 // For the keeper: from here on a killed engine means a lost process, not an undecided one.
                 if let Err(error) = self.journal.record(Record::Run) {
                     tracing::error!("the journal cannot be written: {error}");
@@ -572,12 +576,9 @@ impl Shell<'_> {
         Ok(page_count)
     }
 
-    /// Begins to serve the frozen process: the page map on a stream of its own task, faults and bulk on their links.
+    /// Sends the page map of the frozen process, and beside it begins to serve its pages in bulk; faults are served already.
     async fn serve(&mut self) -> Result<(), String> {
         let reader = twice(|| PageReader::open(self.pid)).map_err(|error| report::chain(&error))?;
-        if let Some(serve) = self.links.faults.serve.take() {
-            let _ = serve.send(self.pid);
-        }
         let (bulk, pid) = (self.links.bulk.clone(), self.pid);
         self.page_service.spawn(async move {
             serve_pages(&bulk, pid).await;

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd as _, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
@@ -37,6 +37,7 @@ use pageferry_wire::pages::{PageBatch, PageKind};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use super::engine::{
     Action, BadPeer, Engine, LostPages, Options, Priority, ReplyId, RequestId, Run, RunKind,
@@ -56,6 +57,8 @@ const NO_MEMORY_PAUSE: Duration = Duration::from_millis(20);
 const IDENTIFICATIONS_MAX: u32 = 8;
 /// Processes up to which those that have ended are not looked for.
 const SWEEP_MIN: usize = 16;
+/// The engine's beat: far longer than a fault takes between neighbouring hosts, far shorter than anybody would notice.
+const BEAT: Duration = Duration::from_millis(2);
 /// Damaged batches after which the link is not believed any more.
 const SPOILED_MAX: u32 = 8;
 
@@ -265,6 +268,9 @@ pub struct Driver {
     /// Contexts that nobody can serve: kept open, because closing one means zeros.
     unserved: Vec<Uffd>,
     batches: HashMap<ReplyId, PageBatch>,
+    /// When each page that a thread waits for was asked for.
+    asked: HashMap<RequestId, Instant>,
+    beat: Interval,
     connections: Option<Connections>,
     commands: mpsc::UnboundedReceiver<Command>,
     gauges: Arc<Gauges>,
@@ -310,6 +316,8 @@ impl Driver {
             pids: BTreeSet::from([pid]),
             unserved: Vec::new(),
             batches: HashMap::new(),
+            asked: HashMap::new(),
+            beat: tokio::time::interval(BEAT),
             connections: Some(connections),
             commands,
             gauges: Arc::clone(&gauges),
@@ -321,6 +329,9 @@ impl Driver {
             spoiled: 0,
             events: Vec::new(),
         };
+        driver
+            .beat
+            .set_missed_tick_behavior(MissedTickBehavior::Delay);
         driver.watch(SpaceId::ROOT, uffd)?;
         driver.guards = pagemap::knows_guards().unwrap_or_else(|error| {
             tracing::warn!("guard regions cannot be looked for: {error}");
@@ -407,6 +418,13 @@ impl Driver {
                 None => self.lose_link("it closed the connection"),
             }
         }
+        if !self.engine.wants_beats() {
+            self.beat.reset();
+        }
+        while self.engine.wants_beats() && self.beat.poll_tick(context).is_ready() {
+            any = true;
+            self.engine.handle_beat();
+        }
         let spaces: Vec<SpaceId> = self.processes.keys().copied().collect();
         for space in spaces {
             while let Some(process) = self.processes.get(&space) {
@@ -467,6 +485,9 @@ impl Driver {
     }
 
     fn accept(&mut self, batch: PageBatch) {
+        if let Some(asked) = self.asked.remove(&RequestId(batch.request())) {
+            self.engine.handle_answer_time(asked.elapsed());
+        }
         let runs: Vec<Run> = batch
             .runs()
             .iter()
@@ -495,6 +516,7 @@ impl Driver {
     fn lose_link(&mut self, why: &str) {
         if self.connections.take().is_some() {
             tracing::warn!(pid = self.pid, "no pages from the source: {why}");
+            self.asked.clear();
             self.engine.handle_link_lost();
         }
     }
@@ -682,6 +704,7 @@ impl Driver {
             page_count,
         };
         let way = if priority == Priority::Fault {
+            self.asked.insert(request, Instant::now());
             &connections.fault_fetches
         } else {
             &connections.bulk_fetches

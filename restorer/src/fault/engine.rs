@@ -16,10 +16,12 @@
 //! content is gone (MADV_DONTNEED keeps it), and a child's page is not its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
 
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 
 use super::intervals::{EVERYTHING, PageSet, Stretch, Translation};
+use super::pace::Pace;
 use super::prefetch::Prefetcher;
 
 /// An address space that is being filled: the restored process or a descendant born since.
@@ -194,6 +196,10 @@ pub struct Options {
     pub bulk_request_pages_max: u64,
     /// Pages asked for without hurry and not yet installed.
     pub bulk_pages_max: u64,
+    /// What that falls to while answers to faults are slow.
+    pub bulk_pages_min: u64,
+    /// Beats for which the drain at most waits for the process to become quiet, see [`super::pace`].
+    pub hold_beats_max: u32,
     /// Requests without hurry that are not yet answered: in memory full of holes a request may be for a single page.
     pub bulk_requests_max: u64,
     /// Whether the drain starts switched on.
@@ -207,6 +213,8 @@ impl Default for Options {
         Self {
             bulk_request_pages_max: 64,
             bulk_pages_max: 1024,
+            bulk_pages_min: 16,
+            hold_beats_max: 50,
             bulk_requests_max: 128,
             drain: true,
             lost_pages: LostPages::Wait,
@@ -233,6 +241,9 @@ pub struct Counters {
 
 /// Guesses that wait for their turn; older ones are dropped, the drain gets there anyway.
 const AHEAD_GUESSES_MAX: usize = 32;
+/// Pages of guesses that may be asked for and not yet installed even when the drain holds back: a good guess spares the
+/// next fault.
+const AHEAD_PAGES_MAX: u64 = 64;
 
 #[derive(Debug, Default)]
 struct Space {
@@ -370,6 +381,7 @@ pub struct Engine {
 
     prefetcher: Prefetcher,
     ahead: VecDeque<PageRange>,
+    pace: Pace,
     /// Where the drain goes on.
     drain_cursor: u64,
     /// Source addresses below this are covered by the page map.
@@ -430,6 +442,11 @@ impl Engine {
             current: None,
             prefetcher: Prefetcher::default(),
             ahead: VecDeque::new(),
+            pace: Pace::new(
+                options.bulk_pages_min,
+                options.bulk_pages_max,
+                options.hold_beats_max,
+            ),
             drain_cursor: 0,
             map_cursor: 0,
             map_ended: false,
@@ -652,6 +669,7 @@ impl Engine {
         self.urgent = PageSet::default();
         self.bulk = PageSet::default();
         self.bulk_requests = 0;
+        self.pace.handle_link_lost();
     }
 
     /// The source can be asked again.
@@ -659,6 +677,24 @@ impl Engine {
         self.link = true;
         self.drain_cursor = 0;
         self.ask_again();
+    }
+
+    // ---- how time goes by ----
+
+    /// The first answer to a [`Priority::Fault`] request came so long after its fetch.
+    pub fn handle_answer_time(&mut self, took: Duration) {
+        self.pace.handle_answer(took);
+    }
+
+    /// A beat has passed. They need to come only while [`Engine::wants_beats`].
+    pub fn handle_beat(&mut self) {
+        self.pace.handle_beat(!self.urgent.is_empty());
+    }
+
+    /// Whether the drain holds back and waits for beats to go on.
+    pub fn wants_beats(&self) -> bool {
+        // Before the first piece of the page map there is nothing to drain, and perhaps nothing runs yet: that is no quiet.
+        self.options.drain && self.link && self.map_cursor > 0 && self.pace.wants_beats()
     }
 
     // ---- what the operator wants ----
@@ -809,6 +845,7 @@ impl Engine {
         if !self.link || self.urgent.contains(source) || self.lost.contains(source) {
             return None;
         }
+        self.pace.handle_fault();
         if self.options.drain {
             if self.ahead.len() == AHEAD_GUESSES_MAX {
                 self.ahead.pop_front();
@@ -1029,17 +1066,23 @@ impl Engine {
         if !self.link || !self.options.drain {
             return None;
         }
+        if self.bulk_requests >= self.options.bulk_requests_max {
+            return None;
+        }
         let busy = self.bulk.page_count() + self.arrived.page_count();
-        let room = self
-            .options
-            .bulk_pages_max
-            .saturating_sub(busy)
-            .min(self.options.bulk_request_pages_max);
-        if room == 0 || self.bulk_requests >= self.options.bulk_requests_max {
+        let room_in = |window: u64| {
+            window
+                .saturating_sub(busy)
+                .min(self.options.bulk_request_pages_max)
+        };
+        let room = room_in(self.pace.window());
+        let ahead_window = AHEAD_PAGES_MAX.min(self.options.bulk_pages_max);
+        let ahead_room = room.max(room_in(ahead_window));
+        if ahead_room == 0 {
             return None;
         }
         while let Some(guess) = self.ahead.pop_front() {
-            if let Some(source) = self.next_wanted(guess, room) {
+            if let Some(source) = self.next_wanted(guess, ahead_room) {
                 if source.end < guess.end {
                     self.ahead.push_front(PageRange {
                         start: source.end,
@@ -1048,6 +1091,9 @@ impl Engine {
                 }
                 return Some(self.fetch(source, Priority::Ahead));
             }
+        }
+        if room == 0 {
+            return None;
         }
         // Only where the page map has been: beyond it lie perhaps terabytes of holes.
         let known = PageRange {

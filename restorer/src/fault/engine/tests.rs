@@ -462,7 +462,10 @@ impl Sim {
                 self.reply(0, u64::MAX);
             }
             if work == 0 {
-                return;
+                if !self.engine.wants_beats() {
+                    return;
+                }
+                self.engine.handle_beat();
             }
         }
         panic!("the engine never comes to rest");
@@ -573,6 +576,10 @@ enum Op {
         up: bool,
     },
     Spoil,
+    Beat,
+    AnswerTime {
+        us: u64,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -595,6 +602,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<bool>().prop_map(|on| Op::Drain { on }),
         1 => any::<bool>().prop_map(|up| Op::Link { up }),
         1 => Just(Op::Spoil),
+        2 => Just(Op::Beat),
+        2 => (1..5000_u64).prop_map(|us| Op::AnswerTime { us }),
     ]
 }
 
@@ -607,8 +616,10 @@ proptest! {
         drain in any::<bool>(),
         request_pages in 1..20_u64,
         in_flight in 1..40_u64,
+        in_flight_min in 1..40_u64,
+        hold_beats in 0..6_u32,
     ) {
-        let options = Options { bulk_request_pages_max: request_pages, bulk_pages_max: in_flight, bulk_requests_max: 8, drain, lost_pages: LostPages::Wait };
+        let options = Options { bulk_request_pages_max: request_pages, bulk_pages_max: in_flight, bulk_pages_min: in_flight_min, hold_beats_max: hold_beats, bulk_requests_max: 8, drain, lost_pages: LostPages::Wait };
         let mut sim = Sim::new(&data, options);
         for op in ops {
             let known = sim.spaces.len();
@@ -626,6 +637,8 @@ proptest! {
                 Op::Reply { which, limit } => sim.reply(which, limit),
                 Op::Map { count } => sim.map_piece(count),
                 Op::Spoil => sim.spoil = true,
+                Op::Beat => sim.engine.handle_beat(),
+                Op::AnswerTime { us } => sim.engine.handle_answer_time(Duration::from_micros(us)),
                 Op::Drain { on } => sim.engine.set_drain(on),
                 Op::Link { up } => if up != sim.link {
                     sim.link = up;
@@ -639,7 +652,7 @@ proptest! {
 
 // ---- One hazard at a time ----
 
-/// Source pages 0x100..0x110 at the same addresses, everything pending, drain off.
+/// Source pages 0x100..0x110 at the same addresses, everything pending, drain off; once on it does not hold back.
 fn engine() -> Engine {
     Engine::new(
         &[pages(0x100, 0x10)],
@@ -647,6 +660,7 @@ fn engine() -> Engine {
         &[],
         Options {
             drain: false,
+            hold_beats_max: 0,
             ..Options::default()
         },
     )
@@ -1187,6 +1201,8 @@ fn the_drain_keeps_to_its_bounds() {
     let options = Options {
         bulk_request_pages_max: 4,
         bulk_pages_max: 10,
+        bulk_pages_min: 10,
+        hold_beats_max: 0,
         bulk_requests_max: 2,
         ..Options::default()
     };
@@ -1218,7 +1234,53 @@ fn the_neighbours_of_a_fault_come_before_the_rest_of_the_drain() {
     let (_, source, priority) = fetch(&mut engine);
     assert_eq!((source, priority), (pages(0x180, 3), Priority::Ahead));
     assert_eq!(fetch(&mut engine).1, pages(0x184, 4));
+    assert_eq!(engine.poll_action(), None, "nobody asked for the rest yet");
+    reply(&mut engine, RequestId(1), 0x183, RunKind::Data, 1);
+    run(&mut engine);
+    // The first sees the fault, two more see none.
+    for _ in 0..3 {
+        assert!(engine.wants_beats());
+        assert_eq!(engine.poll_action(), None);
+        engine.handle_beat();
+    }
     assert_eq!(fetch(&mut engine).2, Priority::Bulk);
+}
+
+#[test]
+fn the_drain_is_narrow_while_faults_are_slow() {
+    let options = Options {
+        bulk_request_pages_max: 4,
+        bulk_pages_max: 64,
+        bulk_pages_min: 4,
+        hold_beats_max: 0,
+        ..Options::default()
+    };
+    let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], options);
+    assert!(!engine.wants_beats(), "there is nothing to drain yet");
+    engine
+        .handle_map(&[pages(0x100, 0x100)])
+        .expect("ascending");
+    engine.handle_beat();
+    assert_eq!(run(&mut engine).len(), 2, "twice the narrowest");
+    engine.handle_answer_time(Duration::from_micros(100));
+    assert_eq!(run(&mut engine).len(), 1, "a little more");
+    for _ in 0..2 {
+        engine.handle_answer_time(Duration::from_millis(5));
+    }
+    for request in 1..=3 {
+        reply(
+            &mut engine,
+            RequestId(request),
+            0xfc + 4 * request,
+            RunKind::Data,
+            4,
+        );
+    }
+    let asked = run(&mut engine);
+    let asked = asked
+        .iter()
+        .filter(|action| matches!(action, Action::Fetch { .. }));
+    assert_eq!(asked.count(), 1, "the narrowest");
 }
 
 #[test]
