@@ -137,7 +137,9 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
         if released {
             exit::FAILED
         } else {
-            eprintln!("pageferry: pid {pid} is intact but still stopped; let it run: kill -CONT {pid}");
+            eprintln!(
+                "pageferry: pid {pid} is intact but still stopped; let it run: kill -CONT {pid}"
+            );
             exit::UNDECIDED
         }
     } else if records.contains(&Record::Resident) {

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::cli::{self, Common, MigrateArgs};
-use crate::commit::{Frozen, SourceTree};
+use crate::commit::{self, Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, keep};
 use crate::report::{self, Ledger, Report, ms};
@@ -42,20 +42,20 @@ const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
 pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
     if let Some(missing) = check::first_missing() {
         eprintln!("pageferry: {missing}");
-        return exit::HOST;
+        return alone(args, common, exit::HOST);
     }
     let was_stopped = match procfs::status(args.pid, args.pid) {
         Ok(status) => status.state == 'T',
         Err(error) => {
             eprintln!("pageferry: pid {}: {error}; nothing was touched", args.pid);
-            return exit::FAILED;
+            return alone(args, common, exit::FAILED);
         }
     };
     let (records, keeper_pipe) = match pipe2(nix::fcntl::OFlag::O_CLOEXEC) {
         Ok(ends) => ends,
         Err(errno) => {
             eprintln!("pageferry: no pipe to the keeper: {errno}; nothing was touched");
-            return exit::FAILED;
+            return alone(args, common, exit::FAILED);
         }
     };
     let mut waited = SigSet::empty();
@@ -69,7 +69,7 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
     }
     if let Err(errno) = waited.thread_block() {
         eprintln!("pageferry: signals cannot be blocked: {errno}; nothing was touched");
-        return exit::FAILED;
+        return alone(args, common, exit::FAILED);
     }
     let (mut records, mut keeper_pipe) = (Some(records), Some(keeper_pipe));
     let keeper = process::fork(false, || {
@@ -84,7 +84,7 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
         Ok(pid) => Pid::from_raw(pid),
         Err(error) => {
             eprintln!("pageferry: the keeper could not be started: {error}; nothing was touched");
-            return exit::FAILED;
+            return alone(args, common, exit::FAILED);
         }
     };
     let engine = process::fork(false, || {
@@ -98,16 +98,27 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
     });
     drop(keeper_pipe.take());
     match engine {
-        Ok(engine) => front(Pid::from_raw(engine), keeper, &waited, args.pid),
+        Ok(engine) => front(Pid::from_raw(engine), keeper, &waited, args, common),
         Err(error) => {
             eprintln!("pageferry: the engine could not be started: {error}; nothing was touched");
-            exit::FAILED
+            alone(args, common, exit::FAILED)
         }
     }
 }
 
+/// The ledger of a migration that has no engine to write it: the last line on stdout is always one.
+fn alone(args: &MigrateArgs, common: &Common, code: u8) -> u8 {
+    Report::new(common).ledger(&Ledger {
+        mode: args.mode.to_string(),
+        exit: code,
+        ..Ledger::default()
+    });
+    code
+}
+
 /// Waits for the engine; hands signals on; tells what became of the process if the engine was killed.
-fn front(engine: Pid, keeper: Pid, waited: &SigSet, pid: i32) -> u8 {
+fn front(engine: Pid, keeper: Pid, waited: &SigSet, args: &MigrateArgs, common: &Common) -> u8 {
+    let pid = args.pid;
     let mut engine_code = None;
     loop {
         match waited.wait() {
@@ -157,7 +168,7 @@ fn front(engine: Pid, keeper: Pid, waited: &SigSet, pid: i32) -> u8 {
         ),
     };
     eprintln!("pageferry: the engine was killed; {where_is_it}");
-    keeper_code
+    alone(args, common, keeper_code)
 }
 
 /// Why a migration did not end well. Says where the process is.
@@ -172,6 +183,14 @@ enum Failure {
     },
     #[error("refused; nothing was touched")]
     Refused,
+    #[error("refused; pid {pid} was stopped for a moment and runs on here, as before")]
+    RefusedFrozen { pid: i32 },
+    #[error("{what}; pid {pid} ended meanwhile, and not by pageferry")]
+    Ended { what: String, pid: i32 },
+    #[error(
+        "{what}; pid {pid} is intact here, but could not be let go of: {why}. If it stays stopped: kill -CONT {pid}"
+    )]
+    Stuck { what: String, pid: i32, why: String },
     #[error(
         "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped. Look at the target before continuing it"
     )]
@@ -204,9 +223,9 @@ fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
         Err(failure) => {
             report.failure(failure);
             match failure {
-                Failure::Before { .. } => exit::FAILED,
-                Failure::Refused => exit::REFUSED,
-                Failure::Undecided { .. } => exit::UNDECIDED,
+                Failure::Before { .. } | Failure::Ended { .. } => exit::FAILED,
+                Failure::Refused | Failure::RefusedFrozen { .. } => exit::REFUSED,
+                Failure::Stuck { .. } | Failure::Undecided { .. } => exit::UNDECIDED,
                 Failure::Lost { .. } => exit::LOST,
             }
         }
@@ -310,6 +329,8 @@ async fn crossing(
         lazy: Vec::new(),
         eager: Vec::new(),
         clock: Clock::default(),
+        refused: Vec::new(),
+        stuck: None,
         page_service: JoinSet::new(),
     };
     let mut session = Source::new(hello(id, Role::Control), plan);
@@ -347,6 +368,10 @@ struct Shell<'a> {
     lazy: Vec<PageRange>,
     eager: Vec<PageRange>,
     clock: Clock,
+    /// What the capture found that cannot be carried.
+    refused: Vec<survey::Refusal>,
+    /// Why the process could not be thawed.
+    stuck: Option<String>,
     /// The page map and the bulk pages, once the process runs on the target. A task ends only when it failed.
     page_service: JoinSet<String>,
 }
@@ -493,25 +518,30 @@ impl Shell<'_> {
                 if let Err(error) = self.journal.record(Record::Run) {
                     tracing::error!("the journal cannot be written: {error}");
                 }
+                // The process runs on the target: what cannot be had from here any more makes its threads wait, and nothing more.
                 if let Err(text) = self.serve().await {
-                    session.handle_failed(&text);
+                    self.page_service.spawn(std::future::ready(text));
                 }
             }
             SourceAction::Thaw => {
-                if let Some(tree) = self.tree.take() {
-                    if let Err(error) = tree.roll_back().await {
-                        tracing::error!("{}", report::chain(&error));
+                let thawed = match self.tree.take() {
+                    Some(tree) => tree.roll_back().await,
+                    None => Ok(()),
+                };
+                match thawed {
+                    // For the keeper: there is nothing left to let go.
+                    Ok(()) => {
+                        if let Err(error) = self.journal.record(Record::Refused) {
+                            tracing::warn!("the journal cannot be written: {error}");
+                        }
                     }
-                }
-                // For the keeper: there is nothing left to let go.
-                if let Err(error) = self.journal.record(Record::Refused) {
-                    tracing::warn!("the journal cannot be written: {error}");
+                    Err(error) => self.stuck = Some(report::chain(&error)),
                 }
             }
             SourceAction::Kill => {
                 if let Ok(tree) = self.tree() {
                     if let Err(error) = tree.kill().await {
-                        tracing::error!("{}", report::chain(&error));
+                        tracing::error!("{}: kill -KILL {}", report::chain(&error), self.pid);
                     }
                 }
                 self.account();
@@ -530,11 +560,14 @@ impl Shell<'_> {
 
     async fn capture(&mut self) -> Result<State, String> {
         let (survey, options) = self.surveyed.take().ok_or("it was captured before")?;
-        let captured = self
-            .tree()?
-            .capture(survey, options)
-            .await
-            .map_err(|error| report::chain(&error))?;
+        let captured = match self.tree()?.capture(survey, options).await {
+            Ok(captured) => captured,
+            Err(commit::Error::Capture(pageferry_pageserver::Error::Refused(refusals))) => {
+                self.refused = refusals;
+                return Err("what came since the survey cannot be carried".to_owned());
+            }
+            Err(error) => return Err(report::chain(&error)),
+        };
         self.lazy = captured.lazy;
         self.eager = captured.eager;
         Ok(State::new(&captured.tree))
@@ -649,11 +682,24 @@ impl Shell<'_> {
                 }
                 Err(Failure::Refused)
             }
-            End::Session(SourceEnd::Failed { phase, text }) => Err(Failure::Before {
-                what: format!("failed in phase {phase}: {text}"),
-                pid,
-                source: None,
-            }),
+            End::Session(SourceEnd::Failed { .. }) if !self.refused.is_empty() => {
+                for refusal in &self.refused {
+                    self.report.refusal(&refusal.to_string());
+                }
+                Err(Failure::RefusedFrozen { pid })
+            }
+            End::Session(SourceEnd::Failed { phase, text }) => {
+                let what = format!("failed in phase {phase}: {text}");
+                Err(match self.stuck.take() {
+                    _ if is_gone(pid) => Failure::Ended { what, pid },
+                    Some(why) => Failure::Stuck { what, pid, why },
+                    None => Failure::Before {
+                        what,
+                        pid,
+                        source: None,
+                    },
+                })
+            }
             End::Cancelled(signal) => {
                 eprintln!("pageferry: cancelled; pid {pid} runs on here, as before");
                 Ok(exit::signalled(signal))
@@ -689,6 +735,14 @@ impl Shell<'_> {
         self.links.faults.link.close();
         outcome
     }
+}
+
+/// Whether the process ended, or is ending.
+fn is_gone(pid: i32) -> bool {
+    procfs::status(pid, pid).map_or_else(
+        |error| error.is_gone(),
+        |status| matches!(status.state, 'Z' | 'X'),
+    )
 }
 
 fn new_id() -> std::io::Result<[u8; 16]> {

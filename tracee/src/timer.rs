@@ -156,7 +156,10 @@ mod tests {
         assert_eq!(nix::unistd::read(&timer, &mut ticks), Ok(8));
         assert!(u64::from_ne_bytes(ticks) >= 3);
         // Would block for ever if nothing had armed it.
-        let mut polled = [nix::poll::PollFd::new(timer.as_fd(), nix::poll::PollFlags::POLLIN)];
+        let mut polled = [nix::poll::PollFd::new(
+            timer.as_fd(),
+            nix::poll::PollFlags::POLLIN,
+        )];
         assert_eq!(nix::poll::poll(&mut polled, 10_000u16), Ok(1));
     }
 
