@@ -101,15 +101,30 @@ impl Cradle {
     }
 }
 
-/// Forks the engine and supervises it. Returns pageferry's exit code.
+/// How the engine ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Supervised {
+    /// Pageferry's exit code.
+    pub code: u8,
+    /// It was killed (or never began), and has said nothing itself.
+    pub silent: bool,
+}
+
+impl Supervised {
+    fn silent(code: u8) -> Self {
+        Self { code, silent: true }
+    }
+}
+
+/// Forks the engine and supervises it.
 ///
 /// Must be called while the process has one thread. `engine` runs in the child, which shares our descriptor table.
-pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
+pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> Supervised {
     let (ours, theirs) = match UnixStream::pair() {
         Ok(pair) => pair,
         Err(error) => {
             eprintln!("pageferry: no socket for the supervisor: {error}");
-            return exit::FAILED;
+            return Supervised::silent(exit::FAILED);
         }
     };
     let mut both = Some((ours, theirs));
@@ -130,25 +145,25 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> u8 {
         }
     });
     let Some((ours, theirs)) = both.take() else {
-        return exit::FAILED;
+        return Supervised::silent(exit::FAILED);
     };
     std::mem::forget(theirs);
     match forked {
         Ok(engine) => supervisor(Pid::from_raw(engine), ours),
         Err(error) => {
             eprintln!("pageferry: the engine could not be started: {error}");
-            exit::FAILED
+            Supervised::silent(exit::FAILED)
         }
     }
 }
 
-fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
+fn supervisor(engine: Pid, socket: UnixStream) -> Supervised {
     // Signals are the engine's business: it is asked to end in order. It has a session of its own, so each comes to it
     // once, through us.
     let Some(mut signals) = Signals::catch() else {
         eprintln!("pageferry: signals cannot be caught; nothing was received");
         let _ = kill(engine, Signal::SIGKILL);
-        return exit::FAILED;
+        return Supervised::silent(exit::FAILED);
     };
     let mut last = Rocked::NeverRan;
     let _ = socket.set_read_timeout(Some(LOOK_PAUSE));
@@ -163,7 +178,12 @@ fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
             None => {}
         }
         match waitpid(engine, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => return u8::try_from(code).unwrap_or(exit::FAILED),
+            Ok(WaitStatus::Exited(_, code)) => {
+                return Supervised {
+                    code: u8::try_from(code).unwrap_or(exit::FAILED),
+                    silent: false,
+                };
+            }
             Ok(WaitStatus::Signaled(_, signal, _)) => {
                 let (what, code) = match last {
                     Rocked::NeverRan => ("no process had run here".to_owned(), exit::FAILED),
@@ -179,9 +199,9 @@ fn supervisor(engine: Pid, socket: UnixStream) -> u8 {
                     ),
                 };
                 eprintln!("pageferry: the engine was killed by {signal}; {what}");
-                return code;
+                return Supervised::silent(code);
             }
-            Err(Errno::ECHILD) => return exit::FAILED,
+            Err(Errno::ECHILD) => return Supervised::silent(exit::FAILED),
             _ => {}
         }
     }

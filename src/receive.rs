@@ -59,11 +59,18 @@ pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
             return exit::FAILED;
         }
     };
-    supervise(|cradle| {
+    let ended = supervise(|cradle| {
         let code = engine(args, common, &identity, &trust, cradle);
         pageferry_tracee::choke::report();
         code
-    })
+    });
+    if ended.silent {
+        Report::new(common).ledger(&Ledger {
+            exit: ended.code,
+            ..Ledger::default()
+        });
+    }
+    ended.code
 }
 
 fn engine(
@@ -762,9 +769,17 @@ impl Shell<'_> {
             + self.links.faults.udp_bytes()
             + self.links.bulk.udp_bytes();
         self.links.control.close();
+        let undecided_there = self.source_lost.is_some();
         match (&outcome, self.journal) {
             (Err(Failure::Lost { .. }), Some(journal)) => {
                 tracing::error!("what was recorded lies in {}", journal.path().display());
+            }
+            // It may not have heard what was decided here, and sends its operator to look.
+            (_, Some(journal)) if undecided_there => {
+                tracing::warn!(
+                    "the source may not know how this ended; what was decided lies in {}",
+                    journal.path().display()
+                );
             }
             (_, Some(journal)) => journal.settle(),
             _ => {}
