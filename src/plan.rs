@@ -2,11 +2,14 @@
 //! that could make a migration fail after the freeze, and can be made before it, is made here; the target names all
 //! that is wrong at once.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
 use nix::libc;
+use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::task::Tree;
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_pageserver::identity;
 use pageferry_tracee::{host, procfs, socket};
@@ -90,6 +93,33 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
         kernel_release,
         memory_available,
     }
+}
+
+/// The files of `tree` that `plan` did not name, since they were opened or mapped after it was made, and that are not the same
+/// here: a clause about each.
+pub fn late_files(tree: &Tree, plan: &Plan) -> Vec<String> {
+    let Some(process) = &tree.root else {
+        return Vec::new();
+    };
+    let space = process.space.as_ref();
+    let mapped = space.into_iter().flat_map(|space| {
+        let mapped = space.mappings.iter().filter_map(|m| m.file.as_ref());
+        mapped.chain(&space.exe)
+    });
+    let open = tree.files.iter().filter_map(|file| match &file.kind {
+        Some(file::Kind::Regular(regular)) => regular.identity.as_ref(),
+        _ => None,
+    });
+    let key = |file: &FileIdentity| (file.path.clone(), file.device, file.inode);
+    let judged: BTreeSet<_> = plan.files.iter().map(key).collect();
+    let late: BTreeMap<_, _> = mapped
+        .chain(open)
+        .map(|file| (key(file), file))
+        .filter(|(key, _)| !judged.contains(key))
+        .collect();
+    late.values()
+        .filter_map(|file| Some(format!("file {} {}", file.path, judge_file(file, plan)?)))
+        .collect()
 }
 
 fn judge_cpu(
@@ -194,5 +224,48 @@ fn address_text(raw: &[u8]) -> String {
             SocketAddr::from((address, port())).to_string()
         }
         _ => format!("of family {family}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pageferry_image::model::files::{File, Regular};
+    use pageferry_image::model::task::Process;
+
+    use super::*;
+
+    #[test]
+    fn a_file_opened_after_the_plan_must_be_the_same_here() {
+        let identity = |path: &str, inode| FileIdentity {
+            path: path.into(),
+            mode: libc::S_IFREG,
+            inode,
+            ..FileIdentity::default()
+        };
+        let regular = |identity| File {
+            kind: Some(file::Kind::Regular(Regular {
+                identity: Some(identity),
+                position: 0,
+            })),
+            ..File::default()
+        };
+        let tree = Tree {
+            root: Some(Process::default()),
+            files: ["/nonexistent/judged", "/nonexistent/late"]
+                .map(|path| regular(identity(path, 7)))
+                .into(),
+            ..Tree::default()
+        };
+        let mut plan = Plan {
+            files: vec![identity("/nonexistent/judged", 7)],
+            ..Plan::default()
+        };
+        assert_eq!(
+            late_files(&tree, &plan),
+            ["file /nonexistent/late is missing"]
+        );
+        // Another file under a name that was judged is another file.
+        plan.files[0].inode = 8;
+        assert_eq!(late_files(&tree, &plan).len(), 2);
     }
 }

@@ -340,6 +340,7 @@ async fn crossing(
             keep: false,
         },
         tree: None,
+        plan: None,
         state: None,
         eager: Vec::new(),
         rebuilt: None,
@@ -380,6 +381,8 @@ struct Shell<'a> {
     pid: i32,
     offsets: ClockOffsets,
     tree: Option<TargetTree>,
+    /// What the verdict was about.
+    plan: Option<Plan>,
     state: Option<State>,
     eager: Vec<EagerPage>,
     rebuilt: Option<Rebuilt>,
@@ -518,10 +521,13 @@ impl Shell<'_> {
                     session.handle_link_lost(&report::chain(&error));
                 }
             }
-            TargetAction::Check(plan) => match self.check(&plan) {
-                Ok(verdict) => session.handle_verdict(verdict),
-                Err(text) => session.handle_failed(&text),
-            },
+            TargetAction::Check(plan) => {
+                match self.check(&plan) {
+                    Ok(verdict) => session.handle_verdict(verdict),
+                    Err(text) => session.handle_failed(&text),
+                }
+                self.plan = Some(plan);
+            }
             TargetAction::Prepare => match TargetTree::new(self.pid) {
                 Ok(tree) => self.tree = Some(tree),
                 Err(error) => {
@@ -644,6 +650,14 @@ impl Shell<'_> {
         }
         let state = self.state.take().ok_or("no state came")?;
         let tree = state.decode().map_err(|error| report::chain(&error))?;
+        let plan = self.plan.take().ok_or("no plan came")?;
+        let late = plan::late_files(&tree, &plan);
+        if !late.is_empty() {
+            return Err(format!(
+                "what the process opened since the plan is not the same on the target: {}",
+                late.join("; ")
+            ));
+        }
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
         let rebuilt = target
             .rebuild(

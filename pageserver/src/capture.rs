@@ -215,6 +215,7 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
         })
         .collect();
     let lazy = memory::without(memory::merge(lazy), &guards);
+    look.known.sync_written()?;
     Ok(Captured {
         tree: Tree {
             root: Some(process),

@@ -170,6 +170,9 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
 
     notes.extend(identity_notes(pid, &stat));
     notes.extend(socket_notes(pid, &entries, &table)?);
+    if refusals.is_empty() {
+        look.known.sync_written()?;
+    }
     let mut files = look.known.identities();
     files.dedup_by(|next, kept| {
         next.path == kept.path && {

@@ -5,7 +5,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::Metadata;
+use std::fs::{self, Metadata};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 
@@ -89,6 +89,21 @@ pub(crate) struct Look<'a> {
 pub(crate) struct KnownFiles(BTreeMap<(String, bool), (u64, u64, FileIdentity)>);
 
 impl KnownFiles {
+    /// Writes what the host still holds of the files the process may have changed to their storage, where the target reads them:
+    /// its own cache does not know of ours, and ours would be written over what the process writes there. Blocks for as long
+    /// as that takes; the survey does it first, so that little is left in the freeze.
+    pub(crate) fn sync_written(&self) -> Result<()> {
+        for (path, _) in self.0.keys().filter(|(_, shared)| *shared) {
+            fs::File::open(path)
+                .and_then(|file| file.sync_data())
+                .map_err(|source| Error::File {
+                    path: path.clone(),
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
     /// All of them.
     pub(crate) fn identities(&self) -> Vec<FileIdentity> {
         self.0
