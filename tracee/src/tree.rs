@@ -242,18 +242,20 @@ impl Tracee {
     /// Afterwards no thread is inside the vdso: what it holds in registers there would not be true on another host. And what
     /// an earlier tracer's death has left in the process is gone: see [`crate::leftover`].
     ///
+    /// Returns when the process was first touched by the attempt that succeeded: until then it ran.
+    ///
     /// # Errors
     /// [`Error::NotFrozen`] names a thread that did not stop, or not outside such leftovers; every thread runs again.
-    pub fn freeze(&mut self, budget: Duration, attempts: u32) -> Result<()> {
-        if self.is_frozen() {
-            return Ok(());
+    pub fn freeze(&mut self, budget: Duration, attempts: u32) -> Result<Instant> {
+        if let Some(at) = self.frozen_at {
+            return Ok(at);
         }
         let _urgent = Urgent::enter();
         let mut pause = Duration::from_millis(5);
         let mut attempt = 1;
         loop {
             let error = match self.try_freeze(budget) {
-                Ok(()) => return Ok(()),
+                Ok(at) => return Ok(at),
                 Err(error) => error,
             };
             self.frozen_at = None;
@@ -271,10 +273,11 @@ impl Tracee {
         }
     }
 
-    fn try_freeze(&mut self, budget: Duration) -> Result<()> {
+    fn try_freeze(&mut self, budget: Duration) -> Result<Instant> {
         self.seize_new_threads()?;
         self.look_before_touching(budget)?;
-        self.frozen_at = Some(Instant::now());
+        let began = Instant::now();
+        self.frozen_at = Some(began);
         let mut patience = Patience::new(budget);
         for index in 0..self.threads.len() {
             self.interrupt(index)?;
@@ -286,7 +289,8 @@ impl Tracee {
         if self.threads.is_empty() {
             return Err(Error::Gone { pid: self.pid });
         }
-        self.remove_leftovers(&maps)
+        self.remove_leftovers(&maps)?;
+        Ok(began)
     }
 
     /// Takes out the agents that killed tracers have left. A thread that is still on its way out of one needs time to run,
