@@ -62,7 +62,7 @@ type Reply<T> = oneshot::Sender<Result<T, Error>>;
 /// When a freeze happened.
 #[derive(Debug, Clone, Copy)]
 pub struct Frozen {
-    /// Just before the first thread was told to stop.
+    /// Just before the first thread was told to stop, in the attempt that stopped all.
     pub began: Instant,
     /// Every thread stopped.
     pub stopped: Instant,
@@ -206,8 +206,7 @@ fn freeze(pid: i32) -> Result<(Tracee, Frozen), Error> {
         suspend_seccomp: true,
     };
     let mut tracee = Tracee::seize(pid, seize).map_err(Error::Freeze)?;
-    let began = Instant::now();
-    tracee
+    let began = tracee
         .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)
         .map_err(Error::Freeze)?;
     Ok((

@@ -17,7 +17,7 @@ use pageferry_image::model::sockets::State;
 use pageferry_image::page::PageRange;
 use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::procfs::{self, DescriptorEntry, Namespaces, Vma};
-use pageferry_tracee::{Error as ProcessError, descriptor, socket};
+use pageferry_tracee::{Error as ProcessError, descriptor, leftover, socket};
 use pageferry_wire::message::{BoundSocket, Plan};
 
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
@@ -76,6 +76,8 @@ pub struct Survey {
     pub guards: Vec<PageRange>,
     /// What its time namespace adds to this host's CLOCK_MONOTONIC and CLOCK_BOOTTIME, nanoseconds.
     pub clock_offsets_ns: (i64, i64),
+    /// Agents of killed tracers, which the freeze takes out: no part of the process.
+    leftovers: usize,
     pub(crate) vmas: Vec<Vma>,
     pub(crate) inodes: BTreeSet<u64>,
     pub(crate) known: KnownFiles,
@@ -118,6 +120,13 @@ pub fn survey(pid: i32, options: &SurveyOptions) -> Result<Survey> {
             refusals: std::mem::take(&mut found.refusals),
             ..again
         };
+    }
+    if found.leftovers > 0 {
+        tracing::info!(
+            pid,
+            mappings = found.leftovers,
+            "found what an interrupted attempt left in the process; it is removed in the freeze"
+        );
     }
     Ok(found)
 }
@@ -163,7 +172,19 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
     let table = files::table(&mut look, &entries, Depth::Survey)?;
     refusals.extend(table.refusals.iter().cloned());
     refusals.extend(files::held_outside(pid, &entries, &table.inodes)?);
-    let vmas = procfs::smaps(pid)?;
+    let all = procfs::smaps(pid)?;
+    let agents = leftover::find(pid, &all)?;
+    let is_left = |vma: &Vma| {
+        agents
+            .iter()
+            .any(|agent| agent.start <= vma.start && vma.end <= agent.end)
+    };
+    let (left, vmas): (Vec<Vma>, Vec<Vma>) = all.into_iter().partition(is_left);
+    let left_locked: u64 = left
+        .iter()
+        .filter(|vma| vma.flags.has("lo"))
+        .map(Vma::len)
+        .sum();
     refusals.extend(memory::refusals(&mut look, &vmas)?);
     refusals.extend(memory_policies(pid)?);
     refusals.sort_by_key(|refusal| refusal.object);
@@ -190,7 +211,7 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
         files,
         tids,
         resident_bytes: (status.rss_anon_kib + status.vm_swap_kib) * 1024,
-        locked_bytes: status.vm_lck_kib * 1024,
+        locked_bytes: (status.vm_lck_kib * 1024).saturating_sub(left_locked),
         user_address_end: vmas
             .iter()
             .filter(|vma| vma.path != "[vsyscall]")
@@ -199,6 +220,7 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
             .unwrap_or(0),
         guards: memory::guards(pid, &vmas, |_| true)?,
         clock_offsets_ns: procfs::timens_offsets(pid)?,
+        leftovers: agents.len(),
         vmas,
         inodes: table.inodes,
         known: look.known,
@@ -219,6 +241,7 @@ fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
         user_address_end: 0,
         guards: Vec::new(),
         clock_offsets_ns: (0, 0),
+        leftovers: 0,
         vmas: Vec::new(),
         inodes: BTreeSet::new(),
         known: KnownFiles::default(),

@@ -35,6 +35,11 @@ pub const THREAD_LIMIT: usize = 2048;
 /// Memory for arguments and results of calls, per thread.
 pub(crate) const SCRATCH_LEN: usize = 16 * 1024;
 
+/// Last bytes of the code's page: whose it is, for whoever finds it after our death. 16 of them are chance.
+pub(crate) const MARK: [u8; 32] =
+    *b"pageferry agent \xd3\x1c\x8e\x57\x0a\xf4\x69\xb2\x95\x2e\x7b\xc0\x41\xda\x36\xef";
+pub(crate) const MARK_OFFSET: usize = CODE_LEN - MARK.len();
+
 const WAITERS: u32 = 0x8000_0000;
 const OWNER_DIED: u32 = 0x4000_0000;
 
@@ -227,6 +232,14 @@ pub fn byte_len(threads: usize) -> usize {
     CODE_LEN + threads * SLOT_LEN
 }
 
+/// Whether an agent mapping can have this length.
+pub(crate) fn is_byte_len(len: u64) -> bool {
+    len.checked_sub(CODE_LEN as u64).is_some_and(|slots| {
+        slots % SLOT_LEN as u64 == 0
+            && (1..=THREAD_LIMIT as u64).contains(&(slots / SLOT_LEN as u64))
+    })
+}
+
 /// Offset of the slot with this index in the mapping.
 pub(crate) fn slot_offset(index: usize) -> usize {
     CODE_LEN + index * SLOT_LEN
@@ -252,7 +265,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Maps `file`, which is what the tracee maps at `address`, and puts the code into it.
+    /// Maps `file`, which is what the tracee maps at `address`, and puts the mark and the code into it.
     pub(crate) fn new(
         file: &std::fs::File,
         len: usize,
@@ -276,9 +289,16 @@ impl Shared {
         }
         let base = base.cast::<u8>();
         let code = code();
-        assert!(code.len() <= CODE_LEN);
+        assert!(code.len() <= MARK_OFFSET);
         // SAFETY: the mapping is longer than CODE_LEN and nobody else of ours knows it yet.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), base, code.len()) };
+        unsafe {
+            // The mark first: from the address alone only memory that is still untouched can be told to be ours.
+            base.add(MARK_OFFSET)
+                .cast::<[u8; MARK.len()]>()
+                .write_volatile(MARK);
+            std::sync::atomic::compiler_fence(Ordering::SeqCst);
+            std::ptr::copy_nonoverlapping(code.as_ptr(), base, code.len());
+        };
         Ok(Self {
             base,
             len,

@@ -14,6 +14,8 @@
 //!    as the word says that we are gone.
 //! 4. Cure goes backwards: first the signal mask, then the registers. The memory is unmapped as it was mapped.
 //!
+//! After our death nobody does that: the memory stays until the next freeze (see [`crate::leftover`]).
+//!
 //! Nothing here ever traps or single-steps: the kernel resets a blocked or ignored SIGTRAP for that.
 
 use std::fs::OpenOptions;
@@ -24,11 +26,13 @@ use nix::errno::Errno;
 use crate::agent::{self, Shared};
 use crate::choke::{self, Kind};
 use crate::interrupted::{self, NO_CALL};
+use crate::leftover;
 use crate::memory::RemoteMemory;
+use crate::procfs::{self, Vma};
 use crate::ptrace::{self, Report, Stop};
 use crate::registers::{Frame, Registers};
 use crate::tree::{CodePlaces, Rseq, SeizeOptions, Thread, below_red_zone, stack_start, twice};
-use crate::{Error, Result, Tracee, procfs};
+use crate::{Error, Result, Tracee};
 
 /// The place of one call in a batch; later calls may use its result as an argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,6 +213,24 @@ pub struct Injection<'a> {
 
 impl<'a> Injection<'a> {
     pub(crate) fn plant(tracee: &'a mut Tracee, at: Option<u64>, room: usize) -> Result<Self> {
+        let mut injection = Self::new(tracee, room)?;
+        // A failure drops the guard, which undoes what was done.
+        injection.leave_home(at)?;
+        Ok(injection)
+    }
+
+    /// Unmaps agents that killed tracers left (`crate::leftover`), by calls through the gate alone. No thread may need them.
+    pub(crate) fn unmap_leftovers(tracee: &'a mut Tracee, agents: &[Range<u64>]) -> Result<()> {
+        // Without room its own length is no agent's, so that it takes none of these for its own when something fails.
+        let mut injection = Self::new(tracee, 0)?;
+        injection.open_first_gate()?;
+        for agent in agents {
+            injection.unmap(agent.start, agent.end - agent.start)?;
+        }
+        injection.cure()
+    }
+
+    fn new(tracee: &'a mut Tracee, room: usize) -> Result<Self> {
         let pid = tracee.pid();
         if !tracee.is_frozen() || tracee.threads.iter().any(|thread| !thread.is_held()) {
             return Err(Error::WrongState {
@@ -225,7 +247,7 @@ impl<'a> Injection<'a> {
             })?,
         };
         tracee.code = Some(code);
-        let mut injection = Self {
+        Ok(Self {
             memory,
             code,
             homes: Vec::with_capacity(room),
@@ -236,13 +258,11 @@ impl<'a> Injection<'a> {
             narrowed: false,
             cured: false,
             tracee,
-        };
-        // A failure drops the guard, which undoes what was done.
-        injection.leave_home(at)?;
-        Ok(injection)
+        })
     }
 
-    fn leave_home(&mut self, at: Option<u64>) -> Result<()> {
+    /// Everything before the first call in the process. Returns its mappings.
+    fn open_first_gate(&mut self) -> Result<Vec<Vma>> {
         for index in 0..self.tracee.threads.len() {
             let home = self.remember(index)?;
             self.homes.push(home);
@@ -255,8 +275,14 @@ impl<'a> Injection<'a> {
                 ..self.tracee.options
             })?;
         }
-        self.gate = Some(self.open_gate()?);
-        self.map_agent(at)?;
+        let maps = procfs::maps(self.tracee.pid())?;
+        self.gate = Some(self.open_gate(&maps)?);
+        Ok(maps)
+    }
+
+    fn leave_home(&mut self, at: Option<u64>) -> Result<()> {
+        let maps = self.open_first_gate()?;
+        self.map_agent(at, &maps)?;
         for index in 0..self.homes.len() {
             self.enter_agent(index)?;
         }
@@ -293,17 +319,16 @@ impl<'a> Injection<'a> {
 
     /// Chooses the thread that maps and unmaps, and writes its signal frame below its red zone. That has to be a thread whose
     /// stack is known to go on there.
-    fn open_gate(&self) -> Result<Gate> {
+    fn open_gate(&self, maps: &[Vma]) -> Result<Gate> {
         let Some((_, sigreturn)) = self.code.homing else {
             return Ok(Gate {
                 index: 0,
                 frame: None,
             });
         };
-        let maps = procfs::maps(self.tracee.pid())?;
         for (index, home) in self.homes.iter().enumerate() {
             let start = below_red_zone(home.registers.rsp, Frame::byte_len(&home.xsave) as u64);
-            if stack_start(&maps, &home.registers).is_none_or(|bottom| start < bottom) {
+            if stack_start(maps, &home.registers).is_none_or(|bottom| start < bottom) {
                 continue;
             }
             let bytes = Frame {
@@ -412,18 +437,22 @@ impl<'a> Injection<'a> {
     // -----------------------------------------------------------------------------------------------------------------
     // Plant
 
-    fn map_agent(&mut self, at: Option<u64>) -> Result<()> {
+    fn map_agent(&mut self, at: Option<u64>, maps: &[Vma]) -> Result<()> {
         let pid = self.tracee.pid();
         let tid = self.homes[self.gate.as_ref().map_or(0, |gate| gate.index)].tid;
         let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        if at.is_some() {
-            flags |= libc::MAP_FIXED_NOREPLACE;
-        }
+        let place = match at {
+            Some(at) => {
+                flags |= libc::MAP_FIXED_NOREPLACE;
+                at
+            }
+            None => leftover::marked_place(maps, self.len as u64),
+        };
         let mapped = self.call(
             "mmap",
             libc::SYS_mmap,
             [
-                at.unwrap_or(0),
+                place,
                 self.len as u64,
                 (libc::PROT_READ | libc::PROT_EXEC) as u64,
                 flags as u64,
@@ -796,7 +825,8 @@ impl<'a> Injection<'a> {
     fn unmapping_gate(&mut self) -> Option<usize> {
         self.address?;
         if self.gate.is_none() {
-            self.gate = twice(|| self.open_gate()).ok();
+            let pid = self.tracee.pid();
+            self.gate = twice(|| self.open_gate(&procfs::maps(pid)?)).ok();
         }
         self.gate.as_ref().map(|gate| gate.index)
     }

@@ -20,6 +20,7 @@ pub mod host;
 pub mod husk;
 pub mod injection;
 mod interrupted;
+pub mod leftover;
 pub mod memory;
 pub mod pagemap;
 pub mod pipe;

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use crate::choke::{self, Kind};
 use crate::injection::Injection;
 use crate::interrupted::{self, Timeout};
+use crate::leftover;
 use crate::memory::{RemoteMemory, RemotePtr};
 use crate::ptrace::{self, Patience, Report, Stop};
 use crate::registers::Registers;
@@ -238,20 +239,23 @@ impl Tracee {
     /// Stops every thread within `budget`. When one does not stop, all are let run again and, after a pause, up to
     /// `attempts` attempts are made. Runs SCHED_FIFO meanwhile, where allowed.
     ///
-    /// Afterwards no thread is inside the vdso: what it holds in registers there would not be true on another host.
+    /// Afterwards no thread is inside the vdso: what it holds in registers there would not be true on another host. And what
+    /// an earlier tracer's death has left in the process is gone: see [`crate::leftover`].
+    ///
+    /// Returns when the process was first touched by the attempt that succeeded: until then it ran.
     ///
     /// # Errors
-    /// [`Error::NotFrozen`] names a thread that did not stop; every thread runs again.
-    pub fn freeze(&mut self, budget: Duration, attempts: u32) -> Result<()> {
-        if self.is_frozen() {
-            return Ok(());
+    /// [`Error::NotFrozen`] names a thread that did not stop, or not outside such leftovers; every thread runs again.
+    pub fn freeze(&mut self, budget: Duration, attempts: u32) -> Result<Instant> {
+        if let Some(at) = self.frozen_at {
+            return Ok(at);
         }
         let _urgent = Urgent::enter();
         let mut pause = Duration::from_millis(5);
         let mut attempt = 1;
         loop {
             let error = match self.try_freeze(budget) {
-                Ok(()) => return Ok(()),
+                Ok(at) => return Ok(at),
                 Err(error) => error,
             };
             self.frozen_at = None;
@@ -269,22 +273,41 @@ impl Tracee {
         }
     }
 
-    fn try_freeze(&mut self, budget: Duration) -> Result<()> {
+    fn try_freeze(&mut self, budget: Duration) -> Result<Instant> {
         self.seize_new_threads()?;
         self.look_before_touching(budget)?;
-        self.frozen_at = Some(Instant::now());
+        let began = Instant::now();
+        self.frozen_at = Some(began);
         let mut patience = Patience::new(budget);
         for index in 0..self.threads.len() {
             self.interrupt(index)?;
         }
         self.collect_stops(&mut patience)?;
-        self.leave_vdso(&mut patience)?;
+        let maps = self.leave_vdso(&mut patience)?;
         self.note_sleep();
         self.list_tids();
         if self.threads.is_empty() {
             return Err(Error::Gone { pid: self.pid });
         }
-        Ok(())
+        self.remove_leftovers(&maps)?;
+        Ok(began)
+    }
+
+    /// Takes out the agents that killed tracers have left. A thread that is still on its way out of one needs time to run,
+    /// which the next attempt gives it.
+    fn remove_leftovers(&mut self, maps: &[procfs::Vma]) -> Result<()> {
+        let agents = leftover::find(self.pid, maps)?;
+        if agents.is_empty() {
+            return Ok(());
+        }
+        let memory = RemoteMemory::open(self.pid)?;
+        for thread in &self.threads {
+            let registers = ptrace::registers(thread.tid)?;
+            if leftover::is_needed(&agents, maps, &memory, &registers)? {
+                return Err(self.not_frozen(thread.tid));
+            }
+        }
+        Injection::unmap_leftovers(self, &agents)
     }
 
     /// Before anything is stopped: a thread in an uninterruptible sleep would not stop, so it is waited for, untouched. And
@@ -454,15 +477,13 @@ impl Tracee {
     }
 
     /// Threads stopped inside the vdso run on until they are outside. Single steps would be quicker, but the kernel changes
-    /// a blocked or ignored SIGTRAP for them.
-    fn leave_vdso(&mut self, patience: &mut Patience) -> Result<()> {
-        let Some(vdso) = procfs::maps(self.pid)?
-            .into_iter()
-            .find(|vma| vma.path == "[vdso]")
-        else {
-            return Ok(());
-        };
+    /// a blocked or ignored SIGTRAP for them. Returns the mappings as they are then.
+    fn leave_vdso(&mut self, patience: &mut Patience) -> Result<Vec<procfs::Vma>> {
         for _ in 0..VDSO_ROUNDS {
+            let maps = procfs::maps(self.pid)?;
+            let Some(vdso) = maps.iter().find(|vma| vma.path == "[vdso]") else {
+                return Ok(maps);
+            };
             let mut inside = Vec::new();
             for index in 0..self.threads.len() {
                 let rip = ptrace::registers(self.threads[index].tid)?.rip;
@@ -473,7 +494,7 @@ impl Tracee {
                 }
             }
             if inside.is_empty() {
-                return Ok(());
+                return Ok(maps);
             }
             for &index in &inside {
                 let tid = self.threads[index].tid;
@@ -1033,6 +1054,8 @@ impl CodePlaces {
             .into_iter()
             .filter(|vma| vma.exec && vma.read && vma.len() <= Self::LIMIT)
             .filter(|vma| vma.path == "[vdso]" || vma.path.starts_with('/'))
+            // Written by whoever has it, and what a killed tracer left is unmapped by a call from elsewhere.
+            .filter(|vma| vma.path != leftover::SHARED_ANONYMOUS)
             .filter(|vma| {
                 except
                     .as_ref()

@@ -12,11 +12,13 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pageferry_tracee::choke;
 use pageferry_tracee::{
-    Arg, Batch, Error, RemoteMemory, SeizeOptions, ThreadStart, Tracee, husk, procfs,
+    Arg, Batch, Error, Injection, RemoteMemory, SeizeOptions, ThreadStart, Tracee, agent, husk,
+    procfs,
 };
 
 const BUDGET: Duration = Duration::from_millis(200);
@@ -40,6 +42,8 @@ fn workshop() -> PathBuf {
 
 /// Compiles `victims/NAME.c`, unless that has been done since it was last changed.
 fn program(name: &str) -> PathBuf {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _lock = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/victims");
     let source = sources.join(format!("{name}.c"));
     let output = workshop().join(name);
@@ -872,6 +876,8 @@ impl Drop for Role {
     }
 }
 
+/// How long the role "linger" has a call of the agent wait.
+const LINGER_MS: i32 = 400;
 const ROLE_DONE: i32 = 0;
 const ROLE_FAILED: i32 = 3;
 
@@ -890,6 +896,21 @@ fn role() {
         }
         eprintln!("ready");
         let _ = std::io::stdin().read(&mut [0]);
+        return;
+    }
+    if what == "linger" {
+        // For the test to kill it in the midst of this: signals arrive, and the call goes on without us.
+        let mut tracee = frozen(pid);
+        let mut injection = tracee.plant(None).unwrap();
+        let mut batch = Batch::new();
+        let none = injection.scratch_address(pid);
+        batch.call(
+            libc::SYS_rt_sigprocmask,
+            &[libc::SIG_SETMASK.into(), none.into(), 0.into(), 8.into()],
+        );
+        batch.call(libc::SYS_poll, &[0.into(), 0.into(), LINGER_MS.into()]);
+        eprintln!("ready");
+        injection.run(pid, &batch).unwrap();
         return;
     }
     if what == "endless" {
@@ -942,9 +963,16 @@ fn the_victim_survives_our_death_at_every_call() {
     }
     let victim = Victim::checker(THREADS, false);
     victim.expects_interruptions();
+    let before = layout_after_freeze(victim.pid());
     for n in 1.. {
         let (code, said) = Role::start("cycle", victim.pid(), Some(format!("kill:{n}"))).end();
         victim.assert_works(THREADS, &format!("killed at call {n}"));
+        // What could not be undone is undone by whoever comes next.
+        assert_eq!(
+            layout_after_freeze(victim.pid()),
+            before,
+            "killed at call {n}"
+        );
         match code {
             None => {}
             Some(ROLE_DONE) => {
@@ -964,6 +992,7 @@ fn the_victim_survives_our_death_at_any_time() {
     }
     let victim = Victim::checker(THREADS, true);
     victim.expects_interruptions();
+    let before = layout_after_freeze(victim.pid());
     for round in 0..60_u64 {
         let mut role = Role::start("endless", victim.pid(), None);
         role.wait_until_ready();
@@ -971,6 +1000,8 @@ fn the_victim_survives_our_death_at_any_time() {
         role.kill();
         victim.assert_works(THREADS, &format!("killed in round {round}"));
     }
+    assert_eq!(layout_after_freeze(victim.pid()), before);
+    victim.assert_works(THREADS, "after the last freeze");
 }
 
 #[test]
@@ -991,6 +1022,168 @@ fn the_victim_is_unharmed_by_a_failure_of_every_call() {
             }
             code => panic!("call {n}: exit {code:?}: {said}"),
         }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What a killed tracer leaves
+
+/// Mappings, descriptors and locked memory: what an agent's mapping would show in.
+#[derive(Debug, PartialEq)]
+struct Layout {
+    maps: String,
+    descriptors: BTreeMap<u32, String>,
+    locked_kib: u64,
+}
+
+impl Layout {
+    fn of(pid: i32) -> Self {
+        Self {
+            maps: fs::read_to_string(format!("/proc/{pid}/maps")).unwrap(),
+            descriptors: procfs::descriptors(pid)
+                .unwrap()
+                .into_iter()
+                .map(|entry| (entry.fd, entry.link))
+                .collect(),
+            locked_kib: procfs::status(pid, pid).unwrap().vm_lck_kib,
+        }
+    }
+}
+
+/// The layout in the freeze, which the process is let go from again.
+fn layout_after_freeze(pid: i32) -> Layout {
+    let tracee = frozen(pid);
+    let layout = Layout::of(pid);
+    tracee.thaw().unwrap();
+    layout
+}
+
+/// Memory made as an agent's is, at `at` or where the kernel likes, its first page with these contents.
+fn imitate(injection: &mut Injection<'_>, at: u64, len: usize, shared: i32, page: &[u8]) -> u64 {
+    let pid = injection.tracee().pid();
+    let mut batch = Batch::new();
+    batch.call(
+        libc::SYS_mmap,
+        &[
+            at.into(),
+            len.into(),
+            (libc::PROT_READ | libc::PROT_WRITE).into(),
+            (shared | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE).into(),
+            (-1).into(),
+            0.into(),
+        ],
+    );
+    let address = injection.run(pid, &batch).unwrap()[0].unwrap();
+    let memory = RemoteMemory::open(pid).unwrap();
+    memory.write(address, page).unwrap();
+    let mut batch = Batch::new();
+    batch.call(
+        libc::SYS_mprotect,
+        &[
+            address.into(),
+            page.len().into(),
+            (libc::PROT_READ | libc::PROT_EXEC).into(),
+        ],
+    );
+    assert_eq!(injection.run(pid, &batch).unwrap(), [Ok(0)]);
+    address
+}
+
+#[test]
+fn several_leftovers_go_and_what_only_looks_like_one_stays() {
+    const THREADS: usize = 3;
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(THREADS, false);
+    let pid = victim.pid();
+    let memory = RemoteMemory::open(pid).unwrap();
+    let len = agent::byte_len(THREADS);
+    let mut tracee = frozen(pid);
+    let mut injection = tracee.plant(None).unwrap();
+    let mut page = vec![0; 4096];
+    memory.read(injection.mapping().start, &mut page).unwrap();
+    // All that is mapped from here on is locked, agents included.
+    let mut batch = Batch::new();
+    batch.call(libc::SYS_mlockall, &[libc::MCL_FUTURE.into()]);
+    assert_eq!(injection.run(pid, &batch).unwrap(), [Ok(0)]);
+    let mut other = page.clone();
+    *other.last_mut().unwrap() ^= 1;
+    let untouched = vec![0; 4096];
+    let look_alikes = [
+        imitate(&mut injection, 0, len, libc::MAP_SHARED, &other),
+        imitate(&mut injection, 0, len, libc::MAP_SHARED, &untouched),
+        imitate(&mut injection, 0, len + 4096, libc::MAP_SHARED, &page),
+        imitate(&mut injection, 0, len, libc::MAP_PRIVATE, &page),
+    ];
+    injection.cure().unwrap();
+    tracee.thaw().unwrap();
+    let before = layout_after_freeze(pid);
+    let starts = |layout: &Layout, address| layout.maps.contains(&format!("{address:x}-"));
+    assert!(look_alikes.iter().all(|&address| starts(&before, address)));
+
+    let mut tracee = frozen(pid);
+    let mut injection = tracee.plant(None).unwrap();
+    let marked = injection.mapping().start + (1 << 40);
+    let left = [
+        imitate(&mut injection, 0, len, libc::MAP_SHARED, &page),
+        imitate(&mut injection, 0, len, libc::MAP_SHARED, &page),
+        imitate(&mut injection, marked, len, libc::MAP_SHARED, &untouched),
+    ];
+    assert_eq!(left[2], marked);
+    injection.cure().unwrap();
+    tracee.thaw().unwrap();
+    let between = Layout::of(pid);
+    assert!(left.iter().all(|&address| starts(&between, address)));
+    assert!(between.locked_kib > before.locked_kib);
+    assert_eq!(layout_after_freeze(pid), before);
+    victim.assert_works(THREADS, "afterwards");
+}
+
+/// Lets a tracer be killed while its agent waits in a call, gives the process to `disturb`, and freezes it again.
+fn freeze_after_lingering(disturb: impl FnOnce(&Victim)) {
+    let victim = Victim::start("handler", &[], false);
+    wait_for("the victim", || victim.word(4) > 2);
+    let pid = victim.pid();
+    let before = layout_after_freeze(pid);
+    let mut role = Role::start("linger", pid, None);
+    role.wait_until_ready();
+    wait_for("the agent's call", || {
+        procfs::syscall(pid, pid)
+            .is_ok_and(|call| call.is_some_and(|call| call.nr == libc::SYS_poll))
+    });
+    role.kill();
+    assert_ne!(Layout::of(pid).maps, before.maps);
+    disturb(&victim);
+    let asked = Instant::now();
+    let mut tracee = Tracee::seize(pid, FOLLOW).unwrap();
+    let began = tracee.freeze(BUDGET, ATTEMPTS).unwrap();
+    // Until then it ran: attempts in vain do not count.
+    assert!(began - asked > Duration::from_millis(LINGER_MS as u64 / 2));
+    assert!(began.elapsed() < BUDGET);
+    assert_eq!(Layout::of(pid), before);
+    tracee.thaw().unwrap();
+    let turns = victim.word(4);
+    wait_for("the victim to work", || victim.word(4) > turns + 2);
+}
+
+#[test]
+fn a_thread_in_a_leftover_is_let_out_first() {
+    if able() {
+        freeze_after_lingering(|_| ());
+    }
+}
+
+#[test]
+fn a_thread_that_has_to_return_into_a_leftover_is_let_out_first() {
+    if able() {
+        freeze_after_lingering(|victim| {
+            // Longer than the agent's call would have lasted.
+            victim.page.write_all_at(&600_u64.to_le_bytes(), 8).unwrap();
+            victim.signal(libc::SIGUSR2);
+            wait_for("the handler", || victim.word(5) == 1);
+            assert_eq!(victim.word(6), 0);
+        });
     }
 }
 
