@@ -14,6 +14,7 @@ use nix::errno::Errno;
 
 use crate::choke::{self, Kind};
 use crate::error::{Error, Result};
+use crate::host::PAGE_SIZE;
 
 /// The page is in a range that a userfaultfd tracks with `WP_ASYNC`.
 pub const WPALLOWED: u64 = 1 << 0;
@@ -182,7 +183,9 @@ fn each(pagemap: &File, scan: &Scan, protect: bool, mut take: impl FnMut(Region)
     } else {
         0
     };
-    let mut answers = vec![PageRegion::default(); REGIONS_PER_CALL];
+    // No more answers than pages: most questions are about a few, and filling 48 KiB took longer than the answer.
+    let page_count = (scan.range.end.saturating_sub(scan.range.start) / PAGE_SIZE) as usize;
+    let mut answers = vec![PageRegion::default(); page_count.clamp(1, REGIONS_PER_CALL)];
     let mut argument = argument(scan, flags, &mut answers);
     let mut last: Option<Region> = None;
     while argument.start < argument.end {
