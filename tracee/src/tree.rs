@@ -23,6 +23,8 @@ use crate::{Error, Result, procfs};
 /// How long a single thread may take to stop or die when nothing but us stands in its way. Reached only if it hangs in the
 /// kernel.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest pause between two attempts to freeze: what holds a thread up may be over at any time.
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Rounds in which threads that were stopped inside the vdso are let out of it.
 const VDSO_ROUNDS: u32 = 200;
 
@@ -118,6 +120,8 @@ pub struct Tracee {
     frozen_at: Option<Instant>,
     /// A SIGSTOP arrived while an agent was planted and is to be sent again.
     pub(crate) stop_again: bool,
+    /// A SIGCONT was pending when the process was parked.
+    continue_again: bool,
     pub(crate) code: Option<CodePlaces>,
     _bound: PhantomData<*mut ()>,
 }
@@ -146,6 +150,7 @@ impl Tracee {
             options,
             frozen_at: None,
             stop_again: false,
+            continue_again: false,
             code: None,
             _bound: PhantomData,
         };
@@ -269,7 +274,7 @@ impl Tracee {
             while patience.nap() {
                 self.pump()?;
             }
-            pause *= 2;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
         }
     }
 
@@ -789,12 +794,15 @@ impl Tracee {
     // Holding, letting go
 
     /// From here on our death leaves the process stopped: a SIGSTOP waits in its queue, and nothing runs in front of it.
-    /// A SIGCONT that somebody sends takes that away again (so does a pending one get lost: capture pending signals first).
+    /// A SIGCONT that somebody sends takes that away again. One that is pending already is lost by it: the kernel keeps only the
+    /// later of the two. [`Tracee::unpark`] gives it back; on the target it comes from the capture, made before.
     ///
     /// # Errors
     /// [`Error::WrongState`] unless frozen; [`Error::Gone`].
     pub fn park(&mut self) -> Result<()> {
         self.must_be_frozen("parking")?;
+        let shared_pending = twice(|| procfs::status(self.pid, self.pid))?.shd_pnd;
+        self.continue_again |= shared_pending & bit(libc::SIGCONT) != 0;
         self.send(libc::SIGSTOP)
     }
 
@@ -823,6 +831,9 @@ impl Tracee {
             twice(|| ptrace::resume(tid, 0))?;
             self.threads[0].stop = None;
             self.hold(0)?;
+        }
+        if std::mem::take(&mut self.continue_again) {
+            self.send(libc::SIGCONT)?;
         }
         Ok(())
     }
@@ -934,14 +945,18 @@ impl Tracee {
         first
     }
 
-    /// Takes `exit_kill` back from every thread: from here on our death lets them run.
+    /// Takes `exit_kill` back from every thread but the leader: the others can then be let go one by one, while our death still
+    /// ends the process by its leader, for which [`Tracee::release`] keeps it.
     ///
     /// # Errors
     /// [`Error::WrongState`] unless frozen; [`Error::Gone`].
     pub fn clear_exit_kill(&mut self) -> Result<()> {
         self.must_be_frozen("clearing EXITKILL")?;
         self.options.exit_kill = false;
-        self.set_options(self.options)
+        for thread in self.threads.iter().skip(1) {
+            twice(|| ptrace::set_options(thread.tid, self.options.bits()))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn set_options(&self, options: SeizeOptions) -> Result<()> {
@@ -1273,6 +1288,7 @@ impl Held {
             options: SeizeOptions::default(),
             frozen_at: None,
             stop_again: false,
+            continue_again: false,
             code: None,
             _bound: PhantomData,
         };

@@ -757,6 +757,28 @@ fn unparking_swallows_the_stop_unseen() {
 }
 
 #[test]
+fn unparking_gives_back_a_pending_sigcont() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(4, false);
+    let has =
+        |signal| procfs::status(victim.pid(), victim.pid()).unwrap().shd_pnd & bit(signal) != 0;
+    for _ in 0..5 {
+        let mut tracee = frozen(victim.pid());
+        // A traced process keeps even what it ignores until its tracer has seen it.
+        victim.signal(libc::SIGCONT);
+        assert!(has(libc::SIGCONT));
+        tracee.park().unwrap();
+        assert!(has(libc::SIGSTOP) && !has(libc::SIGCONT));
+        tracee.unpark().unwrap();
+        assert!(has(libc::SIGCONT) && !has(libc::SIGSTOP));
+        tracee.thaw().unwrap();
+        victim.assert_works(4, "after unpark");
+    }
+}
+
+#[test]
 fn a_parked_process_stays_stopped_when_its_tracer_is_killed() {
     if !able() {
         return;
