@@ -13,6 +13,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_pageserver as pageserver;
 use pageferry_pageserver::identity::FileCheck as FileIdentityCheck;
 use pageferry_pageserver::serve::PageReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
@@ -24,12 +25,12 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::cli::{self, Common, MigrateArgs};
-use crate::commit::{Frozen, SourceTree};
+use crate::commit::{self, Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, keep};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
-use crate::transport::{self, FramedRecv, FramedSend, Link, SILENCE_MAX};
+use crate::transport::{self, FramedRecv, FramedSend, Link};
 use crate::{check, exit};
 
 /// Longest time from the end of the freeze to the target's READY, and from COMMIT to its answer.
@@ -172,6 +173,8 @@ enum Failure {
     },
     #[error("refused; nothing was touched")]
     Refused,
+    #[error("refused, as was seen when it was frozen; pid {pid} runs on here, as before")]
+    RefusedFrozen { pid: i32 },
     #[error(
         "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped. Look at the target before continuing it"
     )]
@@ -205,7 +208,7 @@ fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
             report.failure(failure);
             match failure {
                 Failure::Before { .. } => exit::FAILED,
-                Failure::Refused => exit::REFUSED,
+                Failure::Refused | Failure::RefusedFrozen { .. } => exit::REFUSED,
                 Failure::Undecided { .. } => exit::UNDECIDED,
                 Failure::Lost { .. } => exit::LOST,
             }
@@ -307,6 +310,7 @@ async fn crossing(
         journal,
         tree: None,
         surveyed: Some((survey, options)),
+        refused: false,
         lazy: Vec::new(),
         eager: Vec::new(),
         clock: Clock::default(),
@@ -344,6 +348,8 @@ struct Shell<'a> {
     journal: Journal,
     tree: Option<SourceTree>,
     surveyed: Option<(Survey, SurveyOptions)>,
+    /// What cannot be carried was found only in the freeze, and has been reported.
+    refused: bool,
     lazy: Vec<PageRange>,
     eager: Vec<PageRange>,
     clock: Clock,
@@ -354,7 +360,7 @@ struct Shell<'a> {
 impl Shell<'_> {
     async fn walk(&mut self, session: &mut Source, stop: &mut Stop) -> End {
         let control = self.links.control.clone();
-        let silence = control.silent_for(SILENCE_MAX);
+        let silence = control.silent_for(transport::silence_max());
         tokio::pin!(silence);
         let mut silent = false;
         let mut cancelled = None;
@@ -530,7 +536,15 @@ impl Shell<'_> {
             .tree()?
             .capture(survey, options)
             .await
-            .map_err(|error| report::chain(&error))?;
+            .map_err(|error| {
+                if let commit::Error::Capture(pageserver::Error::Refused(refusals)) = &error {
+                    self.refused = true;
+                    for refusal in refusals {
+                        self.report.refusal(&refusal.to_string());
+                    }
+                }
+                report::chain(&error)
+            })?;
         self.lazy = captured.lazy;
         self.eager = captured.eager;
         Ok(State::new(&captured.tree))
@@ -544,7 +558,7 @@ impl Shell<'_> {
         } = &mut self.links;
         tokio::select! {
             sent = sender.send(frame) => sent.map_err(|error| report::chain(&error)),
-            error = control.silent_for(SILENCE_MAX) => Err(report::chain(&error)),
+            error = control.silent_for(transport::silence_max()) => Err(report::chain(&error)),
         }
     }
 
@@ -647,6 +661,9 @@ impl Shell<'_> {
                         .refusal(&format!("{}: {}", refusal.object, refusal.text));
                 }
                 Err(Failure::Refused)
+            }
+            End::Session(SourceEnd::Failed { .. }) if self.refused => {
+                Err(Failure::RefusedFrozen { pid })
             }
             End::Session(SourceEnd::Failed { phase, text }) => Err(Failure::Before {
                 what: format!("failed in phase {phase}: {text}"),
