@@ -14,7 +14,8 @@ pub const BAD_DATA: u8 = 4;
 pub const LOST: u8 = 5;
 /// COMMIT was sent and not answered: the source copy stays stopped.
 pub const UNDECIDED: u8 = 6;
-/// Objects that cannot be carried were listed; nothing was touched.
+/// Objects that cannot be carried were listed; the process runs on, on the source, and but for what only a frozen process can
+/// tell, nothing was touched.
 pub const REFUSED: u8 = 7;
 
 /// The shell's code for a run that a signal ended before COMMIT.

@@ -29,7 +29,7 @@ use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, keep};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
-use crate::transport::{self, FramedRecv, FramedSend, Link, SILENCE_MAX};
+use crate::transport::{self, FramedRecv, FramedSend, Link};
 use crate::{check, exit};
 
 /// Longest time from the end of the freeze to the target's READY, and from COMMIT to its answer.
@@ -379,7 +379,7 @@ struct Shell<'a> {
 impl Shell<'_> {
     async fn walk(&mut self, session: &mut Source, stop: &mut Stop) -> End {
         let control = self.links.control.clone();
-        let silence = control.silent_for(SILENCE_MAX);
+        let silence = control.silent_for(transport::silence_max());
         tokio::pin!(silence);
         let mut silent = false;
         let mut cancelled = None;
@@ -581,7 +581,7 @@ impl Shell<'_> {
         } = &mut self.links;
         tokio::select! {
             sent = sender.send(frame) => sent.map_err(|error| report::chain(&error)),
-            error = control.silent_for(SILENCE_MAX) => Err(report::chain(&error)),
+            error = control.silent_for(transport::silence_max()) => Err(report::chain(&error)),
         }
     }
 

@@ -26,7 +26,7 @@ use crate::journal::Journal;
 use crate::migrate::hex;
 use crate::report::{self, Ledger, Report};
 use crate::stop::Stop;
-use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, SILENCE_MAX};
+use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, silence_max};
 use crate::{check, drain, exit, plan};
 
 /// Longest wait for the source to have read the last word.
@@ -399,7 +399,7 @@ struct Shell<'a> {
 impl Shell<'_> {
     async fn walk(&mut self, session: &mut Target, stop: &mut Stop) -> End {
         let control = self.links.control.clone();
-        let silence = control.silent_for(SILENCE_MAX);
+        let silence = control.silent_for(silence_max());
         tokio::pin!(silence);
         let mut silent = false;
         let mut closed = false;
@@ -658,6 +658,7 @@ impl Shell<'_> {
                 late.join("; ")
             ));
         }
+        let frozen_at = (tree.monotonic_ns, tree.boottime_ns);
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
         let rebuilt = target
             .rebuild(
@@ -668,6 +669,11 @@ impl Shell<'_> {
             )
             .await
             .map_err(|error| report::chain(&error))?;
+        let behind = self.offsets.behind(frozen_at)?;
+        if behind > silence_max() {
+            return Err(format!("its clocks would go back by {behind:?}"));
+        }
+        tokio::time::sleep(behind).await;
         self.resident_at_run = rebuilt.resident.len() as u64;
         self.rebuilt = Some(rebuilt);
         Ok(Ready {
@@ -875,5 +881,24 @@ impl ClockOffsets {
             boottime_ns: ahead(plan.boottime_ns, now.boottime_ns),
             keep: true,
         }
+    }
+
+    /// How far the tree's clocks are behind what it last saw. The plan was on its way for a while that nobody knows, and the
+    /// offsets are short by that; if the freeze was shorter still, its clocks must be waited for, or they would go back.
+    fn behind(self, (monotonic_ns, boottime_ns): (u64, u64)) -> Result<Duration, String> {
+        if !self.keep {
+            return Ok(Duration::ZERO);
+        }
+        let now = host::clocks().map_err(|error| report::chain(&error))?;
+        let behind = |seen: u64, ours: u64, offset: i64| {
+            seen.saturating_sub(ours.saturating_add_signed(offset))
+        };
+        Ok(Duration::from_nanos(
+            behind(monotonic_ns, now.monotonic_ns, self.monotonic_ns).max(behind(
+                boottime_ns,
+                now.boottime_ns,
+                self.boottime_ns,
+            )),
+        ))
     }
 }

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -35,10 +35,10 @@ use crate::identity::{CERTIFICATE_NAME, Fingerprint, Identity, TrustSet};
 
 /// How long a handshake, and after it the first frame, may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Silence after which a peer counts as lost, wherever a phase cannot wait: see [`Link::silent_for`].
-pub const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// Each end says that it lives when it has nothing else to say. Well under [`SILENCE_MAX`], so that one lost datagram is nothing.
-const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// [`silence_max`], unless a test has shortened it.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Each end says that it lives when it has nothing else to say: so often in [`silence_max`], that one lost datagram is nothing.
+const KEEP_ALIVES_PER_SILENCE: u32 = 5;
 
 /// Largest UDP payload, bytes. quinn sends ten segments in one sendmsg(2): ten of these must stay below 65,507, else EMSGSIZE.
 const UDP_PAYLOAD_MAX: u16 = 6500;
@@ -64,6 +64,22 @@ const CHUNKS_PER_READ: usize = 32;
 
 /// The code of an orderly end.
 const CLOSE_DONE: u32 = 0;
+
+/// Silence after which a peer counts as lost, wherever a phase cannot wait: see [`Link::silent_for`]. Ten seconds, or what
+/// `PAGEFERRY_SILENCE_MS` says: tests that kill the other end again and again wait it out each time. Both ends must agree.
+pub fn silence_max() -> Duration {
+    static SILENCE: OnceLock<Duration> = OnceLock::new();
+    *SILENCE.get_or_init(|| {
+        std::env::var("PAGEFERRY_SILENCE_MS")
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .map_or(SILENCE_MAX, |ms: u32| Duration::from_millis(u64::from(ms)))
+    })
+}
+
+fn keep_alive() -> Duration {
+    silence_max() / KEEP_ALIVES_PER_SILENCE
+}
 
 /// What can be wrong between two hosts. Each says what to do where something can be done.
 #[derive(Debug, thiserror::Error)]
@@ -509,7 +525,7 @@ fn transport(role: Option<Role>) -> Arc<TransportConfig> {
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
         .max_concurrent_uni_streams(VarInt::from_u32(STREAMS_MAX))
         .datagram_receive_buffer_size(None)
-        .keep_alive_interval(Some(KEEP_ALIVE))
+        .keep_alive_interval(Some(keep_alive()))
         // Silence alone never ends a connection: after COMMIT a page is waited for as long as it takes, and before it the
         // phases watch `silent_for`.
         .max_idle_timeout(None);
@@ -887,7 +903,7 @@ impl Link {
     }
 
     /// Resolves when no datagram has come for `silence` (or the connection has ended). A living peer is never silent for longer
-    /// than a few seconds, so with [`SILENCE_MAX`] this means: it, its host or the network is gone.
+    /// than a few seconds, so with [`silence_max`] this means: it, its host or the network is gone.
     pub async fn silent_for(&self, silence: Duration) -> Error {
         let mut heard = (self.connection.stats().udp_rx.datagrams, Instant::now());
         loop {
@@ -1478,7 +1494,7 @@ mod tests {
             let link = dial(address, &source, &peers, Role::Control, None)
                 .await
                 .expect("trusted");
-            let silence = KEEP_ALIVE + Duration::from_millis(500);
+            let silence = keep_alive() + Duration::from_millis(500);
             assert!(
                 timeout(silence * 2, link.silent_for(silence))
                     .await

@@ -3,13 +3,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::ferry::{Drain, Ferry, Finished, Running};
+use crate::ferry::{Drain, Ferry, Finished, Running, SILENCE_MS};
 use crate::hosts::{Before, Clocks, Host, Pair, Process, eventually, skip};
 use crate::subject::{Answer, ORDINARY, Subject};
+
+/// What the two ends may take for their last words, at most.
+const LAST_WORD: Duration = Duration::from_secs(5);
 
 /// Which side's calls are made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,14 +42,15 @@ fn crossing_with(
         environment.push(("PAGEFERRY_CALLS", path.display().to_string()));
     }
     environment.retain(|(_, value)| !value.is_empty());
+    ferry.shorten_silence();
     match side {
-        Side::Source => ferry.migrate_environment = environment,
-        Side::Target => ferry.receive_environment = environment,
+        Side::Source => ferry.migrate_environment.extend(environment),
+        Side::Target => ferry.receive_environment.extend(environment),
     }
     let mut receive = ferry.receive(Drain::On);
     let source = ferry.migrate(pid).wait();
     // A source that failed before it spoke leaves the target waiting for somebody else.
-    let patience = std::time::Instant::now();
+    let patience = Instant::now();
     while receive.runs()
         && patience.elapsed()
             < Duration::from_millis(if source.code == Some(0) { 10_000 } else { 300 })
@@ -485,7 +489,7 @@ fn the_program_survives_sigkill_of_everything_on_the_source_before_commit() {
             }
         }
         receive.signal(&pair.b, Signal::SIGTERM);
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         while receive.runs() && started.elapsed() < Duration::from_secs(5) {
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -542,4 +546,107 @@ fn a_target_that_is_not_there_is_exit_1() {
     ferry.migrate(subject.pid).wait().must_exit(1);
     subject.must_pass("after a target that was not there");
     subject.end(&pair.a);
+}
+
+/// The state is larger than what QUIC sends ahead, so that sending it waits for the target, and the process is frozen.
+#[test]
+fn a_target_that_falls_silent_in_the_freeze_is_given_up_and_the_program_runs_on() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut ferry = Ferry::new(&pair);
+    ferry.shorten_silence();
+    let mut subject = Subject::start(&pair, &pair.a, "private_file", ORDINARY, &["40"])
+        .expect("it needs nothing");
+    subject.must_pass("undisturbed");
+    // After the first megabytes of the state the wire is cut, both ways.
+    let cut = "nft add table inet hole && nft add quota inet hole few '{ over 4 mbytes; }' \
+        && nft add chain inet hole input '{ type filter hook input priority 0; }' \
+        && nft add chain inet hole output '{ type filter hook output priority 0; }' \
+        && nft add rule inet hole input quota name few drop && nft add rule inet hole output quota name few drop";
+    pair.b.must("sh", &["-c", cut]);
+    let receive = ferry.receive(Drain::On);
+    let mut migrate = ferry.migrate(subject.pid);
+    migrate.wait_for_phase("capture");
+    let frozen = Instant::now();
+    let source = migrate.wait();
+    source.must_exit(1);
+    assert!(
+        frozen.elapsed() < Duration::from_millis(2 * SILENCE_MS) + LAST_WORD,
+        "frozen for {:?}",
+        frozen.elapsed()
+    );
+    for part in [
+        "failed in phase capture: the link to",
+        &format!("pid {} runs on here, as before", subject.pid),
+    ] {
+        assert!(source.stderr.contains(part), "no {part:?}: {source:#?}");
+    }
+    receive.wait().must_exit(1);
+    subject.must_pass("after the target fell silent");
+    subject.end(&pair.a);
+}
+
+/// A program of which one thread stands in vfork(2), and the number of that thread.
+#[track_caller]
+fn held_in_vfork(pair: &Pair) -> (Subject, String) {
+    let subject = Subject::start(pair, &pair.a, "vfork", ORDINARY, &[]).expect("it needs nothing");
+    let tid = subject
+        .lines()
+        .iter()
+        .find_map(|line| line.strip_prefix("HELD ").map(str::to_owned));
+    (subject, tid.expect("it says so before READY"))
+}
+
+#[test]
+fn a_thread_that_does_not_stop_is_named_and_the_program_runs_on() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let (mut subject, tid) = held_in_vfork(&pair);
+    let receive = ferry.receive(Drain::On);
+    let mut migrate = ferry.migrate(subject.pid);
+    migrate.wait_for_phase("freeze");
+    let began = Instant::now();
+    let source = migrate.wait();
+    source.must_exit(1);
+    assert!(
+        began.elapsed() < LAST_WORD * 2,
+        "it gave up only after {:?}",
+        began.elapsed()
+    );
+    let named = format!("thread {tid} did not stop in time (state D, system call 56");
+    assert!(source.stderr.contains(&named), "no {named:?}: {source:#?}");
+    receive.wait().must_exit(1);
+    assert_eq!(
+        subject.copy_on(&pair.a).and_then(|copy| copy.tracer()),
+        Some(0)
+    );
+    subject.must_pass("while it is held");
+    fs::write(pair.path("vfork.state.release"), "").expect("the directory is ours");
+    subject.must_pass("when it is held no more");
+    subject.end(&pair.a);
+}
+
+#[test]
+fn a_thread_that_stops_after_some_attempts_is_waited_for() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let (mut subject, _) = held_in_vfork(&pair);
+    let receive = ferry.receive(Drain::On);
+    let mut migrate = ferry.migrate(subject.pid);
+    migrate.wait_for_phase("freeze");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(migrate.runs(), "it gave up at once");
+    fs::write(pair.path("vfork.state.release"), "").expect("the directory is ours");
+    ferry.must_succeed(migrate, receive);
+    assert!(subject.runs_on(&pair.b));
+    subject.must_pass("on B");
+    subject.end(&pair.b);
 }

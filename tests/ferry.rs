@@ -18,6 +18,9 @@ use crate::hosts::{Host, Pair, Process, eventually, patience};
 /// The port `receive` listens on.
 pub(crate) const PORT: u16 = 7700;
 
+/// A silence that lasts this long is long even on a loaded machine.
+pub(crate) const SILENCE_MS: u64 = 2000;
+
 /// One line of `--json`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(
@@ -409,6 +412,13 @@ impl<'a> Ferry<'a> {
             target_identity: self.source_identity.clone(),
             ..self.clone()
         }
+    }
+
+    /// A peer that is gone is given up after [`SILENCE_MS`] instead of ten seconds.
+    pub(crate) fn shorten_silence(&mut self) {
+        let shorter = || ("PAGEFERRY_SILENCE_MS", SILENCE_MS.to_string());
+        self.migrate_environment.push(shorter());
+        self.receive_environment.push(shorter());
     }
 
     /// Starts `receive` and waits until it listens.

@@ -94,6 +94,31 @@ pub(crate) fn lifecycle(
     before.assert_nothing_left(&pair);
 }
 
+#[test]
+fn a_thousand_threads_cross_and_come_back() {
+    lifecycle(
+        "threads",
+        ORDINARY,
+        &["1000"],
+        Clocks::Behind,
+        &[Verify, Cross, Verify, Cross, Verify],
+    );
+}
+
+/// The clock's page is mapped from the host: a thread that was stopped between reading two words of it, and went on elsewhere,
+/// would see a time that never was.
+#[test]
+fn threads_that_stand_in_the_vdso_never_see_a_wrong_time() {
+    let there_and_back = [Cross, Cross, Verify];
+    lifecycle(
+        "clocks",
+        ORDINARY,
+        &["4"],
+        Clocks::FarAhead,
+        &there_and_back.repeat(20),
+    );
+}
+
 /// The table: `test name: subject, privileges, clocks of B`.
 macro_rules! objects {
     ($($test:ident: $subject:literal, $privileges:expr, $clocks:ident;)*) => {

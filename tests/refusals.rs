@@ -98,6 +98,29 @@ fn everything_that_cannot_be_carried_is_named_at_once() {
     before.assert_nothing_left(&pair);
 }
 
+/// Only the process itself can be asked, so that it is found in the freeze: which must leave no trace.
+#[test]
+fn what_only_the_frozen_process_can_tell_is_refused_by_name() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let Some(mut subject) = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2", "mdwe"])
+    else {
+        return;
+    };
+    let before = Before::of(&pair);
+    let finished = refused(&Ferry::new(&pair), &mut subject);
+    let pid = format!("pid {}", subject.pid);
+    assert_some(&finished, "mdwe", &[&pid, "PR_SET_MDWE"]);
+    assert!(
+        finished.stderr.contains(&format!("{pid} runs on here")),
+        "{finished:?}"
+    );
+    before.assert_nothing_left_but(&pair, subject.pid, "after the refusal");
+    subject.end(&pair.a);
+}
+
 #[test]
 fn a_pid_that_is_taken_is_refused_naming_its_holder() {
     if skip().is_some() {

@@ -11,8 +11,9 @@ pub enum Error {
     /// A call on the process failed.
     #[error(transparent)]
     Process(#[from] pageferry_tracee::Error),
-    /// What the survey accepted was different in the freeze: these objects cannot be carried. The process is to be thawed.
-    #[error("{} object(s) that cannot be carried appeared since the survey", .0.len())]
+    /// What the survey accepted was different in the freeze: these objects cannot be carried, each to be told. The
+    /// process is to be thawed.
+    #[error("{} object(s) that cannot be carried were found in the freeze", .0.len())]
     Refused(Vec<Refusal>),
     /// A file of the process could not be examined.
     #[error("cannot examine {path}")]

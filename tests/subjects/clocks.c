@@ -1,5 +1,5 @@
 /* Clocks through the vdso and through the kernel: monotonic ones never go back, and do not jump by more than a crossing
- * may last (--clock keep). */
+ * may last (--clock keep). Argument: how many threads watch them without rest (1). */
 #include "subject.h"
 #include <sys/time.h>
 
@@ -37,7 +37,7 @@ static void *look(void *unused) {
 }
 
 static void setup(void) {
-    thread(look, NULL);
+    for (int i = argument_count ? atoi(arguments[0]) : 1; i > 0; i--) thread(look, NULL);
     MUST(EVENTUALLY(atomic_load(&looks) > 100));
 }
 

@@ -1,8 +1,10 @@
-/* A private file mapping: pages written to are the program's own, the others are the file's. */
+/* A private file mapping: pages written to are the program's own, the others are the file's.
+ * Argument: megabytes of a further one of which every page was written to. */
 #include "subject.h"
 
 enum { PAGES = 64 };
-static char *mapped, *closed, *tail;
+static char *mapped, *closed, *tail, *copied;
+static size_t copied_size;
 static char content[PAGES * PAGE];
 static char path[4096];
 
@@ -26,6 +28,16 @@ static void setup(void) {
             ((uint64_t *)mapped)[page * 512 + word] = expected(page, word);
             ((uint64_t *)closed)[page * 512 + word] = expected(page, word);
         }
+    if (argument_count) {
+        copied_size = strtoul(arguments[0], NULL, 10) << 20;
+        snprintf(path, sizeof path, "%s.copied", state_path);
+        fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+        MUST(fd >= 0 && ftruncate(fd, (off_t)copied_size) == 0);
+        copied = mmap(NULL, copied_size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+        MUST(copied != MAP_FAILED);
+        close(fd);
+        fill(copied, copied_size, 3);
+    }
     MUST(mprotect(closed, sizeof content / 2, PROT_NONE) == 0);
     MUST(mprotect(closed + sizeof content / 2, sizeof content / 2, PROT_READ) == 0);
 }
@@ -41,5 +53,6 @@ static void verify(int round) {
             CHECK(((uint64_t *)closed)[page * 512 + word] == expected(page, word), "page %d of the closed mapping differs", page);
         }
     CHECK(!memcmp(tail, content + (PAGES - 4) * PAGE, 4 * PAGE), "the mapping with an offset differs");
+    CHECK(!differs(copied, copied_size, 3), "the written mapping differs at %lx", differs(copied, copied_size, 3));
     CHECK(mprotect(closed, sizeof content / 2, PROT_NONE) == 0, "mprotect fails");
 }

@@ -1,10 +1,12 @@
 /* A program that notices when anything about it was touched: registers held in a spin, memory, the layout of its address
  * space, signal state, descriptors. For crossings that fail: afterwards the source must be exactly what it was.
  * Arguments: megabytes of memory (default 8); "agent-may-stay": a tracer may be killed while its agent is planted, and the
- * mapping of that is left. */
+ * mapping of that is left; "mdwe": it denies itself executable memory that was writable. */
 #include <sys/utsname.h>
 
 #include "hold.h"
+
+enum { SET_MDWE = 65, REFUSE_EXEC_GAIN = 1 }; /* linux/prctl.h of 6.3 */
 
 enum { HOLDERS = 2 };
 static struct holding holders[HOLDERS];
@@ -67,6 +69,8 @@ static void setup(void) {
     sigaddset(&blocked, SIGTRAP);
     sigaddset(&blocked, SIGUSR2);
     sigprocmask(SIG_BLOCK, &blocked, NULL);
+    if (argument_count > 1 && !strcmp(arguments[1], "mdwe"))
+        NEEDS(prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0) == 0, "PR_SET_MDWE (Linux 6.3)");
     int ends[2];
     MUST(pipe(ends) == 0 && open("/dev/null", O_RDWR) > 0);
     sum_before = descriptor_sum(false);

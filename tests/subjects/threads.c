@@ -1,7 +1,9 @@
-/* Threads: each has its own id, its own thread-local storage and its own stack, and all of them go on. */
+/* Threads: each has its own id, its own thread-local storage and its own stack, and all of them go on.
+ * Argument: how many (24). */
 #include "subject.h"
 
-enum { THREADS = 24 };
+enum { THREADS_MAX = 2000, STACK = 128 << 10 };
+static int threads = 24;
 
 static __thread uint64_t secret;          /* initialised thread by thread */
 static __thread uint64_t zeroed[600];     /* more than a page of .tbss */
@@ -11,7 +13,7 @@ static struct {
     pthread_t self;
     pid_t tid;
     _Atomic uint64_t beats;
-} roster[THREADS];
+} roster[THREADS_MAX];
 
 static void *work(void *argument) {
     uint64_t index = (uint64_t)(uintptr_t)argument;
@@ -30,23 +32,27 @@ static void *work(void *argument) {
         loaded++;
         zeroed[beat % 600]++;
         atomic_fetch_add(&roster[index].beats, 1);
-        if (index % 8) doze(3);
+        if (index % 8 || index >= 24) doze(threads / 8); /* three of them never rest */
     }
     return NULL;
 }
 
 static void setup(void) {
-    for (uintptr_t i = 0; i < THREADS; i++) thread(work, (void *)i);
-    for (int i = 0; i < THREADS; i++) MUST(EVENTUALLY(atomic_load(&roster[i].beats)));
+    if (argument_count) threads = atoi(arguments[0]);
+    MUST(threads > 0 && threads <= THREADS_MAX);
+    pthread_attr_t small;
+    MUST(!pthread_attr_init(&small) && !pthread_attr_setstacksize(&small, STACK) && !pthread_setattr_default_np(&small));
+    for (uintptr_t i = 0; i < (uintptr_t)threads; i++) thread(work, (void *)i);
+    for (int i = 0; i < threads; i++) MUST(EVENTUALLY(atomic_load(&roster[i].beats)));
 }
 
 static void step(void) { doze(5); }
 
 static void verify(int round) {
     (void)round;
-    uint64_t before[THREADS];
-    for (int i = 0; i < THREADS; i++) before[i] = atomic_load(&roster[i].beats);
-    for (int i = 0; i < THREADS; i++) {
+    static uint64_t before[THREADS_MAX];
+    for (int i = 0; i < threads; i++) before[i] = atomic_load(&roster[i].beats);
+    for (int i = 0; i < threads; i++) {
         CHECK(EVENTUALLY(atomic_load(&roster[i].beats) > before[i]), "thread %d stands still", i);
         CHECK(syscall(SYS_tgkill, getpid(), roster[i].tid, 0) == 0, "thread %d is gone", i);
     }

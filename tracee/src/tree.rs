@@ -23,10 +23,17 @@ use crate::{Error, Result, procfs};
 /// How long a single thread may take to stop or die when nothing but us stands in its way. Reached only if it hangs in the
 /// kernel.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Longest pause between two attempts to freeze: what holds a thread up may be over at any time.
-const RETRY_PAUSE_MAX: Duration = Duration::from_millis(200);
+/// A thread that sleeps uninterruptibly for longer will not stop soon.
+const UNINTERRUPTIBLE: Duration = Duration::from_millis(20);
+/// Longest pause between two attempts to freeze: long enough for a thread to get out of the kernel, short enough that all
+/// attempts together take seconds.
+const FREEZE_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// Rounds in which threads that were stopped inside the vdso are let out of it.
 const VDSO_ROUNDS: u32 = 200;
+/// How long they run in the first round: some hundred times what the vdso needs.
+const VDSO_PAUSE: Duration = Duration::from_micros(20);
+/// And in the last: where others wait for the processor too, it takes that long until they have it.
+const VDSO_PAUSE_MAX: Duration = Duration::from_millis(1);
 
 /// How to seize.
 #[derive(Clone, Copy, Debug, Default)]
@@ -274,7 +281,7 @@ impl Tracee {
             while patience.nap() {
                 self.pump()?;
             }
-            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+            pause = FREEZE_PAUSE_MAX.min(pause * 2);
         }
     }
 
@@ -482,8 +489,11 @@ impl Tracee {
     }
 
     /// Threads stopped inside the vdso run on until they are outside. Single steps would be quicker, but the kernel changes
-    /// a blocked or ignored SIGTRAP for them. Returns the mappings as they are then.
+    /// a blocked or ignored SIGTRAP for them. Between letting go and stopping again they need a moment: interrupted at once,
+    /// a thread stops before it has left the kernel, where it was. One that does nothing but ask for the time is outside by
+    /// chance, and stays stopped then. Returns the mappings as they are then.
     fn leave_vdso(&mut self, patience: &mut Patience) -> Result<Vec<procfs::Vma>> {
+        let mut pause = VDSO_PAUSE;
         for _ in 0..VDSO_ROUNDS {
             let maps = procfs::maps(self.pid)?;
             let Some(vdso) = maps.iter().find(|vma| vma.path == "[vdso]") else {
@@ -502,10 +512,13 @@ impl Tracee {
                 return Ok(maps);
             }
             for &index in &inside {
-                let tid = self.threads[index].tid;
                 self.threads[index].stop = None;
-                ptrace::resume(tid, 0)?;
-                ptrace::interrupt(tid)?;
+                ptrace::resume(self.threads[index].tid, 0)?;
+            }
+            std::thread::sleep(pause);
+            pause = VDSO_PAUSE_MAX.min(pause * 5 / 4);
+            for index in inside {
+                self.interrupt(index)?;
             }
             self.collect_stops(patience)?;
         }
@@ -916,14 +929,34 @@ impl Tracee {
         self.let_go()
     }
 
+    /// Threads that run, and sleep uninterruptibly for longer than a page takes to be read.
+    fn tids_in_kernel(&self) -> Vec<i32> {
+        let mut patience = Patience::new(UNINTERRUPTIBLE);
+        let asleep = |tid| procfs::stat(self.pid, tid).is_ok_and(|stat| stat.state == 'D');
+        let running = self.threads.iter().filter(|thread| thread.stop.is_none());
+        let mut tids: Vec<i32> = running.map(|thread| thread.tid).collect();
+        loop {
+            tids.retain(|&tid| asleep(tid));
+            if tids.is_empty() || !patience.nap() {
+                return tids;
+            }
+        }
+    }
+
     fn let_go(&mut self) -> Result<()> {
         if self.threads.is_empty() {
             return Ok(());
         }
         let _urgent = Urgent::enter();
         let mut first = Ok(());
+        // One that sleeps uninterruptibly cannot be stopped, and so not let go by a call; the kernel does it when this thread
+        // ends. Seen before any other is held, which would stand still for as long as that one was waited for.
+        let tids = self.tids_in_kernel();
         // First everything that takes time, then all at once.
         for index in 0..self.threads.len() {
+            if tids.contains(&self.threads[index].tid) {
+                continue;
+            }
             let mut result = self.hold(index);
             if result.is_ok() && self.threads[index].stop == Some(Stop::Trap) {
                 result = self.settle(index, true);
