@@ -457,7 +457,12 @@ impl Shell<'_> {
 
     async fn perform(&mut self, action: SourceAction, session: &mut Source) {
         match action {
-            SourceAction::Send(frame) => {
+            SourceAction::Send(mut frame) => {
+                if let Frame::Plan(plan) = &mut frame {
+                    if let Err(error) = tell_time(plan) {
+                        return session.handle_failed(&report::chain(&error));
+                    }
+                }
                 let state = frame.tag() == Tag::State;
                 if let Err(text) = self.send(frame).await {
                     session.handle_link_lost(&text);
@@ -897,15 +902,24 @@ fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     attempt().or_else(|_| attempt())
 }
 
-fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_tracee::Error> {
-    let now = host::clocks()?;
+/// Writes the tree's clocks into the plan, as late as can be: on the target they are slow by the time it travels, and the process
+/// waits for that if it is not stopped for longer.
+fn tell_time(plan: &mut Plan) -> Result<(), pageferry_tracee::Error> {
     // Both count from the host's first clocks, and we may be in a time namespace ourselves.
     let (tree, own) = (
-        procfs::timens_offsets(args.pid)?,
+        procfs::timens_offsets(plan.pid)?,
         procfs::timens_offsets(process::own_pid())?,
     );
     let (monotonic_offset, boottime_offset) =
         (tree.0.saturating_sub(own.0), tree.1.saturating_sub(own.1));
+    let now = host::clocks()?;
+    plan.monotonic_ns = now.monotonic_ns.saturating_add_signed(monotonic_offset);
+    plan.boottime_ns = now.boottime_ns.saturating_add_signed(boottime_offset);
+    plan.realtime_ns = now.realtime_ns;
+    Ok(())
+}
+
+fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_tracee::Error> {
     let mut plan = Plan {
         pid: args.pid,
         comm: survey.comm.clone(),
@@ -932,9 +946,6 @@ fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_trac
     plan.kernel_release = host::kernel_release()?;
     plan.vdso = host::vdso()?;
     plan.page_size = u32::try_from(PAGE_SIZE).unwrap_or(0);
-    plan.monotonic_ns = now.monotonic_ns.saturating_add_signed(monotonic_offset);
-    plan.boottime_ns = now.boottime_ns.saturating_add_signed(boottime_offset);
-    plan.realtime_ns = now.realtime_ns;
     plan.set_file_check(match args.file_check {
         cli::FileCheck::BuildId => FileCheck::BuildId,
         cli::FileCheck::Size => FileCheck::Size,
