@@ -177,7 +177,8 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
                     .as_mut()
                     .ok_or(Error::Thread)
                     .and_then(|tracee| tracee.park().map_err(Error::Park));
-                parked = outcome.is_ok();
+                // Also after an error: the SIGSTOP may be in the queue, and a roll-back looks.
+                parked = true;
                 let _ = reply.send(outcome);
             }
             SourceCommand::RollBack(reply) => {
@@ -193,7 +194,7 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
             SourceCommand::Abandon => break,
         }
     }
-    if parked {
+    if parked && held.is_some() {
         // The thread's end detaches; the queued SIGSTOP takes over. A thaw would do the same with more steps.
         std::mem::forget(held);
     }

@@ -183,7 +183,7 @@ enum Failure {
     },
     #[error("refused; nothing was touched")]
     Refused,
-    #[error("refused; pid {pid} was stopped for a moment and runs on here, as before")]
+    #[error("refused, as was seen when it was frozen; pid {pid} runs on here, as before")]
     RefusedFrozen { pid: i32 },
     #[error("{what}; pid {pid} ended meanwhile, and not by pageferry")]
     Ended { what: String, pid: i32 },

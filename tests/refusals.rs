@@ -105,20 +105,26 @@ fn what_only_the_frozen_process_can_tell_is_refused_by_name() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let Some(mut subject) = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2", "mdwe"])
-    else {
-        return;
-    };
-    let before = Before::of(&pair);
-    let finished = refused(&Ferry::new(&pair), &mut subject);
-    let pid = format!("pid {}", subject.pid);
-    assert_some(&finished, "mdwe", &[&pid, "PR_SET_MDWE"]);
-    assert!(
-        finished.stderr.contains(&format!("{pid} runs on here")),
-        "{finished:?}"
-    );
-    before.assert_nothing_left_but(&pair, subject.pid, "after the refusal");
-    subject.end(&pair.a);
+    for (argument, call) in [
+        ("mdwe", "PR_SET_MDWE"),
+        ("dispatch", "PR_SET_SYSCALL_USER_DISPATCH"),
+    ] {
+        let Some(mut subject) =
+            Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["2", argument])
+        else {
+            return;
+        };
+        let before = Before::of(&pair);
+        let finished = refused(&Ferry::new(&pair), &mut subject);
+        let pid = format!("pid {}", subject.pid);
+        assert_some(&finished, argument, &[&pid, call]);
+        assert!(
+            finished.stderr.contains(&format!("{pid} runs on here")),
+            "{finished:?}"
+        );
+        before.assert_nothing_left_but(&pair, subject.pid, "after the refusal");
+        subject.end(&pair.a);
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 /* A program that notices when anything about it was touched: registers held in a spin, memory, the layout of its address
  * space, signal state, descriptors. For crossings that fail: afterwards the source must be exactly what it was.
  * Arguments: megabytes of memory (default 8); "agent-may-stay": a tracer may be killed while its agent is planted, and the
- * mapping of that is left; "mdwe": it denies itself executable memory that was writable. */
+ * mapping of that is left; "mdwe": it denies itself executable memory that was writable;
+ * "dispatch": its system calls would come back to it, if it asked for that. */
 #include <sys/utsname.h>
 
 #include "hold.h"
@@ -71,6 +72,9 @@ static void setup(void) {
     sigprocmask(SIG_BLOCK, &blocked, NULL);
     if (argument_count > 1 && !strcmp(arguments[1], "mdwe"))
         NEEDS(prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0) == 0, "PR_SET_MDWE (Linux 6.3)");
+    static char allowed = SYSCALL_DISPATCH_FILTER_ALLOW;
+    if (argument_count > 1 && !strcmp(arguments[1], "dispatch"))
+        MUST(prctl(PR_SET_SYSCALL_USER_DISPATCH, PR_SYS_DISPATCH_ON, 0, 0, &allowed) == 0);
     int ends[2];
     MUST(pipe(ends) == 0 && open("/dev/null", O_RDWR) > 0);
     sum_before = descriptor_sum(false);

@@ -8,7 +8,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 
@@ -29,9 +29,11 @@ pub enum Kind {
     Ioctl,
     /// Making a process or a thread.
     Spawn,
+    /// Making sure that a process is parked, which stands between the queued SIGSTOP and COMMIT.
+    Park,
 }
 
-const KINDS: [(Kind, &str); 7] = [
+const KINDS: [(Kind, &str); 8] = [
     (Kind::Ptrace, "ptrace"),
     (Kind::Remote, "remote"),
     (Kind::Memory, "memory"),
@@ -39,6 +41,7 @@ const KINDS: [(Kind, &str); 7] = [
     (Kind::Proc, "proc"),
     (Kind::Ioctl, "ioctl"),
     (Kind::Spawn, "spawn"),
+    (Kind::Park, "park"),
 ];
 
 static COUNTS: [AtomicU64; KINDS.len()] = [const { AtomicU64::new(0) }; KINDS.len()];
@@ -46,6 +49,9 @@ static COUNTS: [AtomicU64; KINDS.len()] = [const { AtomicU64::new(0) }; KINDS.le
 static CALLS: AtomicU64 = AtomicU64::new(0);
 /// Number of the call that fails; 0 = none.
 static ARMED: AtomicU64 = AtomicU64::new(0);
+/// The kind among which it is counted, as an index; [`ANY_KIND`] = over all.
+static ARMED_KIND: AtomicUsize = AtomicUsize::new(ANY_KIND);
+const ANY_KIND: usize = usize::MAX;
 static DEADLY: AtomicBool = AtomicBool::new(false);
 
 /// Counts a call and says whether it may be made.
@@ -53,8 +59,13 @@ static DEADLY: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// `EIO` for the one call that [`arm`] named.
 pub fn pass(kind: Kind) -> std::result::Result<(), Errno> {
-    COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed);
-    let number = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
+    let of_kind = COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed) + 1;
+    let of_all = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
+    let number = match ARMED_KIND.load(Ordering::Relaxed) {
+        ANY_KIND => of_all,
+        armed if armed == kind as usize => of_kind,
+        _ => return Ok(()),
+    };
     if number != ARMED.load(Ordering::Relaxed) {
         return Ok(());
     }
@@ -91,19 +102,29 @@ pub fn fired() -> bool {
     armed != 0 && CALLS.load(Ordering::Relaxed) >= armed
 }
 
-/// Arms what `PAGEFERRY_FAULT` says: `fail:N` or `kill:N`. Anything else is ignored.
+/// Arms what `PAGEFERRY_FAULT` says: `fail:N` or `kill:N`, over all calls or, as in `kill:park:1`, among those of one kind.
+/// Anything else is ignored.
 pub fn configure_from_environment() {
     let Ok(text) = std::env::var("PAGEFERRY_FAULT") else {
         return;
     };
-    let fault = text.split_once(':').and_then(|(what, number)| {
-        let number = number.parse().ok().filter(|&n| n > 0)?;
-        match what {
+    let (what, number) = text.split_once(':').unwrap_or_default();
+    let (kind, number) = match number.split_once(':') {
+        Some((name, number)) => match KINDS.iter().position(|&(_, known)| known == name) {
+            Some(kind) => (kind, number),
+            None => return,
+        },
+        None => (ANY_KIND, number),
+    };
+    let fault = {
+        let number: Option<u64> = number.parse().ok().filter(|&n| n > 0);
+        number.and_then(|number| match what {
             "fail" => Some(Fault::Fail(number)),
             "kill" => Some(Fault::Kill(number)),
             _ => None,
-        }
-    });
+        })
+    };
+    ARMED_KIND.store(kind, Ordering::Relaxed);
     arm(fault);
 }
 

@@ -273,6 +273,33 @@ pub(crate) fn rseq(tid: i32) -> Result<RseqConfiguration> {
     })
 }
 
+/// `PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG` (6.4), linux/ptrace.h.
+const GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
+
+/// `struct ptrace_sud_config`.
+#[repr(C)]
+#[derive(Default)]
+struct RawDispatch {
+    mode: u64,
+    selector: u64,
+    offset: u64,
+    len: u64,
+}
+const _: () = assert!(size_of::<RawDispatch>() == 32);
+
+/// Whether the thread's system calls go to a handler of its own (`PR_SET_SYSCALL_USER_DISPATCH`).
+pub(crate) fn dispatches_syscalls(tid: i32) -> Result<bool> {
+    let mut found = RawDispatch::default();
+    request(
+        "ptrace(GET_SYSCALL_USER_DISPATCH_CONFIG)",
+        GET_SYSCALL_USER_DISPATCH_CONFIG,
+        tid,
+        size_of::<RawDispatch>(),
+        &raw mut found as usize,
+    )?;
+    Ok(found.mode != 0)
+}
+
 /// One look at a thread, without waiting. Not counted at the choke point: how often a wait has to look is chance.
 pub(crate) fn look(tid: i32) -> std::result::Result<Report, Errno> {
     let mut status = 0;

@@ -66,6 +66,22 @@ pub fn int_option(socket: BorrowedFd<'_>, level: i32, name: i32) -> Result<i32> 
     Ok(i32::from_ne_bytes(value))
 }
 
+/// Whether a program of BPF decides what this socket receives: a classic one (`SO_ATTACH_FILTER`) tells its length, an extended
+/// one (`SO_ATTACH_BPF`) that it cannot be told (`EACCES`).
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn has_filter(socket: BorrowedFd<'_>) -> Result<bool> {
+    match option_into(socket, libc::SOL_SOCKET, libc::SO_GET_FILTER, &mut []) {
+        Ok(instructions) => Ok(instructions > 0),
+        Err(Error::Kernel {
+            errno: Errno::EACCES,
+            ..
+        }) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
 fn option_into(socket: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> Result<usize> {
     const WHAT: &str = "getsockopt";
     pass(WHAT)?;

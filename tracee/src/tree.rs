@@ -693,6 +693,15 @@ impl Tracee {
         ptrace::rseq(tid)
     }
 
+    /// Whether the thread's system calls go to a handler of its own (`PR_SET_SYSCALL_USER_DISPATCH`; 6.4 tells).
+    ///
+    /// # Errors
+    /// As [`Tracee::registers`].
+    pub fn dispatches_syscalls(&self, tid: i32) -> Result<bool> {
+        self.held(tid, "reading its system call dispatch")?;
+        ptrace::dispatches_syscalls(tid)
+    }
+
     /// Head and length of the thread's robust futex list (get_robust_list(2)); (0, 0) if it has none.
     ///
     /// # Errors
@@ -811,12 +820,25 @@ impl Tracee {
     /// later of the two. [`Tracee::unpark`] gives it back; on the target it comes from the capture, made before.
     ///
     /// # Errors
-    /// [`Error::WrongState`] unless frozen; [`Error::Gone`].
+    /// [`Error::WrongState`] unless frozen, or if the SIGSTOP does not stay; [`Error::Gone`].
     pub fn park(&mut self) -> Result<()> {
         self.must_be_frozen("parking")?;
         let shared_pending = twice(|| procfs::status(self.pid, self.pid))?.shd_pnd;
         self.continue_again |= shared_pending & bit(libc::SIGCONT) != 0;
-        self.send(libc::SIGSTOP)
+        self.send(libc::SIGSTOP)?;
+        // Somebody's SIGCONT may have taken it away again, and what follows relies on it.
+        let queued = twice(|| {
+            choke::pass(Kind::Park).map_err(|errno| Error::kernel("parking", self.pid, errno))?;
+            Ok(procfs::status(self.pid, self.pid)?.shd_pnd & bit(libc::SIGSTOP) != 0)
+        })?;
+        if queued {
+            Ok(())
+        } else {
+            Err(Error::WrongState {
+                tid: self.pid,
+                what: "parking, undone by a SIGCONT of somebody else,",
+            })
+        }
     }
 
     /// Takes [`Tracee::park`] back: the SIGSTOP is taken off the queue and nobody sees it. Signals queued before it are

@@ -148,6 +148,9 @@ pub(crate) fn socket(
     };
     (socket.family, socket.r#type, socket.protocol) = kind;
     if socket.state() != State::Dropped {
+        if socket::has_filter(fd)? {
+            return Ok(Err(RefusalKind::SocketFilter));
+        }
         match options(fd, kind, pairs)? {
             Ok(options) => socket.options = options,
             Err(refusal) => return Ok(Err(refusal)),
@@ -549,6 +552,24 @@ mod tests {
             Some(65536i32.to_ne_bytes().to_vec())
         );
         assert_eq!(found.len(), 3, "{found:?}");
+    }
+
+    #[test]
+    fn a_filter_is_seen() {
+        let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        assert_eq!(socket::has_filter(udp.as_fd()).ok(), Some(false));
+        // One instruction: return everything.
+        let program = [0x06_u16.to_ne_bytes(), [0; 2], [0xff; 2], [0xff; 2]].concat();
+        let address = program.as_ptr() as u64;
+        let attached = [1_u64.to_ne_bytes(), address.to_ne_bytes()].concat();
+        socket::set_option(
+            udp.as_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            &attached,
+        )
+        .expect("attached");
+        assert_eq!(socket::has_filter(udp.as_fd()).ok(), Some(true));
     }
 
     #[test]

@@ -58,6 +58,7 @@ pub(crate) struct Seen {
     comm: String,
     registers: Registers,
     rseq: RseqConfiguration,
+    dispatches_syscalls: bool,
     robust_list: (u64, u64),
     thread: Thread,
 }
@@ -67,6 +68,7 @@ pub(crate) fn seen(tracee: &Tracee, tid: i32) -> Result<Seen> {
     let registers = tracee.portable_registers(tid)?;
     let robust_list = tracee.robust_list(tid)?;
     let rseq = tracee.rseq(tid)?;
+    let dispatches_syscalls = tracee.dispatches_syscalls(tid)?;
     let thread = Thread {
         tid,
         registers: registers.to_bytes(),
@@ -82,6 +84,7 @@ pub(crate) fn seen(tracee: &Tracee, tid: i32) -> Result<Seen> {
         comm: procfs::comm(pid, tid)?,
         registers,
         rseq,
+        dispatches_syscalls,
         robust_list,
         thread,
     })
@@ -96,6 +99,13 @@ impl Seen {
                 pid,
                 object: Object::Thread(self.tid),
                 what: RefusalKind::CompatMode,
+            });
+        }
+        if self.dispatches_syscalls {
+            found.push(Refusal {
+                pid,
+                object: Object::Thread(self.tid),
+                what: RefusalKind::SyscallUserDispatch,
             });
         }
         found
@@ -237,6 +247,7 @@ pub(crate) fn thread(
         comm,
         registers,
         rseq,
+        dispatches_syscalls: _,
         robust_list,
         thread,
     } = seen;

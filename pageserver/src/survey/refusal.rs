@@ -189,6 +189,8 @@ refusals! {
     MceKill = "mce-kill", "has a memory failure policy of its own (PR_MCE_KILL), which is not carried (reset it)";
     /// `PR_SET_IO_FLUSHER`.
     IoFlusher = "io-flusher", "is part of a block device's I/O path (PR_SET_IO_FLUSHER) and cannot leave it (stop the device first)";
+    /// `PR_SET_SYSCALL_USER_DISPATCH`.
+    SyscallUserDispatch = "syscall-user-dispatch", "has its system calls dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH, as Wine does), which is not carried (start it without)";
     /// `ARCH_REQ_XCOMP_PERM`.
     DynamicXstate {
         /// Components beyond the default ones.
@@ -272,6 +274,8 @@ refusals! {
         /// How many.
         count: u32,
     } = "accept-queue", "listening TCP {local} has {count} connection(s) waiting to be accepted (--tcp close to drop them)";
+    /// `SO_ATTACH_FILTER`, `SO_ATTACH_BPF`.
+    SocketFilter = "socket-filter", "has a BPF filter attached (SO_ATTACH_FILTER), which is not carried yet (SO_DETACH_FILTER it, or close the socket)";
     /// A UDP socket with a fixed peer.
     ConnectedUdp {
         /// Local address.
