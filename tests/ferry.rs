@@ -378,6 +378,8 @@ pub(crate) struct Ferry<'a> {
     pub(crate) receive_options: Vec<String>,
     /// `migrate`'s further options.
     pub(crate) migrate_options: Vec<String>,
+    /// What `--tcp` says; `None`: it is not given.
+    pub(crate) tcp: Option<&'static str>,
     /// Environment of `receive`.
     pub(crate) receive_environment: Vec<(&'static str, String)>,
     /// Environment of `migrate`.
@@ -395,6 +397,7 @@ impl<'a> Ferry<'a> {
             target_identity: Identity::make(pair, &pair.b, "identity-b"),
             receive_options: Vec::new(),
             migrate_options: vec!["--same-file".to_owned(), pair.shared.display().to_string()],
+            tcp: Some("close"),
             receive_environment: Vec::new(),
             migrate_environment: Vec::new(),
         }
@@ -449,8 +452,8 @@ impl<'a> Ferry<'a> {
             "--mode",
             "post-copy",
         ]);
-        if !self.migrate_options.iter().any(|option| option == "--tcp") {
-            arguments.extend(["--tcp", "close"]);
+        if let Some(tcp) = self.tcp {
+            arguments.extend(["--tcp", tcp]);
         }
         arguments.extend(self.migrate_options.iter().map(String::as_str));
         Running::start(self.source, &arguments, &self.migrate_environment)

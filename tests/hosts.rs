@@ -42,6 +42,11 @@ pub(crate) fn eventually<T>(expected: &str, mut what: impl FnMut() -> Option<T>)
     }
 }
 
+/// True when whatever cannot be tested here must fail.
+pub(crate) fn strict() -> bool {
+    std::env::var_os("PAGEFERRY_TEST_STRICT").is_some_and(|value| value != "0")
+}
+
 /// Why tests that need a test host cannot run here, if they cannot.
 ///
 /// With `PAGEFERRY_TEST_STRICT=1` this panics instead, so that a run in CI never goes quietly green.
@@ -66,9 +71,8 @@ pub(crate) fn skip() -> Option<&'static str> {
         None
     });
     if let Some(reason) = reason {
-        let strict = std::env::var_os("PAGEFERRY_TEST_STRICT").is_some_and(|value| value != "0");
         assert!(
-            !strict,
+            !strict(),
             "skipped though PAGEFERRY_TEST_STRICT is set: {reason}"
         );
         eprintln!("skipped: {reason}");

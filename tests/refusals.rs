@@ -57,9 +57,8 @@ fn everything_that_cannot_be_carried_is_named_at_once() {
     let mut subject =
         Subject::start(&pair, &pair.a, "refused", ORDINARY, &[]).expect("it needs nothing");
     let mut ferry = Ferry::new(&pair);
-    ferry
-        .migrate_options
-        .extend(["--tcp".to_owned(), "refuse".to_owned()]);
+    // Not given at all: refusing is the default.
+    ferry.tcp = None;
     let finished = refused(&ferry, &mut subject);
     let pid = format!("pid {}", subject.pid);
     for line in subject.lines() {
@@ -85,7 +84,7 @@ fn everything_that_cannot_be_carried_is_named_at_once() {
             _ => {}
         }
     }
-    // The default of --tcp is refuse; with close those two are no reason any more, all others still are.
+    // With close the two connections are no reason any more, all others still are.
     let closing = Ferry::new(&pair);
     let with_close = refused(&closing, &mut subject);
     assert_eq!(
