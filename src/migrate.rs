@@ -181,6 +181,10 @@ enum Failure {
         #[source]
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
+    #[error(
+        "{what}; the target sent what cannot be: use the same version on both hosts; pid {pid} runs on here, as before"
+    )]
+    BadData { what: String, pid: i32 },
     #[error("refused; nothing was touched")]
     Refused,
     #[error("refused, as was seen when it was frozen; pid {pid} runs on here, as before")]
@@ -224,6 +228,7 @@ fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
             report.failure(failure);
             match failure {
                 Failure::Before { .. } | Failure::Ended { .. } => exit::FAILED,
+                Failure::BadData { .. } => exit::BAD_DATA,
                 Failure::Refused | Failure::RefusedFrozen { .. } => exit::REFUSED,
                 Failure::Stuck { .. } | Failure::Undecided { .. } => exit::UNDECIDED,
                 Failure::Lost { .. } => exit::LOST,
@@ -330,6 +335,7 @@ async fn crossing(
         eager: Vec::new(),
         clock: Clock::default(),
         refused: Vec::new(),
+        bad_data: false,
         stuck: None,
         page_service: JoinSet::new(),
     };
@@ -370,6 +376,8 @@ struct Shell<'a> {
     clock: Clock,
     /// What the capture found that cannot be carried.
     refused: Vec<survey::Refusal>,
+    /// The target sent what cannot be.
+    bad_data: bool,
     /// Why the process could not be thawed.
     stuck: Option<String>,
     /// The page map and the bulk pages, once the process runs on the target. A task ends only when it failed.
@@ -423,10 +431,12 @@ impl Shell<'_> {
                             _ => {}
                         }
                         if let Err(error) = session.handle_frame(frame) {
+                            self.bad_data |= report::is_bad_data(&error);
                             tracing::warn!("{}", report::chain(&error));
                         }
                     }
                     Err(error) => {
+                        self.bad_data |= report::is_bad_data(&error);
                         last_error = report::chain(&error);
                         session.handle_link_lost(&last_error);
                     }
@@ -698,6 +708,7 @@ impl Shell<'_> {
                 Err(match self.stuck.take() {
                     _ if is_gone(pid) => Failure::Ended { what, pid },
                     Some(why) => Failure::Stuck { what, pid, why },
+                    None if self.bad_data => Failure::BadData { what, pid },
                     None => Failure::Before {
                         what,
                         pid,

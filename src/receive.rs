@@ -301,6 +301,10 @@ async fn greet(link: Link, own_name: String) -> Result<Greeted, String> {
 /// Why a migration did not end well here.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
+    #[error(
+        "{what}; the source sent what cannot be: use the same version on both hosts; nothing runs here, the source keeps the process"
+    )]
+    BadData { what: String },
     #[error("{what}; nothing runs here, the source keeps the process")]
     Before { what: String },
     #[error("{what}; the process ran here and was ended, since pages of it can no longer be had")]
@@ -310,6 +314,7 @@ enum Failure {
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
+            Self::BadData { .. } => exit::BAD_DATA,
             Self::Before { .. } => exit::FAILED,
             Self::Lost { .. } => exit::LOST,
         }
@@ -340,6 +345,7 @@ async fn crossing(
             keep: false,
         },
         tree: None,
+        bad_data: false,
         plan: None,
         state: None,
         eager: Vec::new(),
@@ -381,6 +387,8 @@ struct Shell<'a> {
     pid: i32,
     offsets: ClockOffsets,
     tree: Option<TargetTree>,
+    /// The source sent what cannot be.
+    bad_data: bool,
     /// What the verdict was about.
     plan: Option<Plan>,
     state: Option<State>,
@@ -453,11 +461,13 @@ impl Shell<'_> {
                             _ => {}
                         }
                         if let Err(error) = session.handle_frame(frame) {
+                            self.bad_data |= report::is_bad_data(&error);
                             tracing::warn!("{}", report::chain(&error));
                         }
                     }
                     Err(error) => {
                         closed = true;
+                        self.bad_data |= report::is_bad_data(&error);
                         self.source_lost = Some(report::chain(&error));
                         session.handle_link_lost(&report::chain(&error));
                     }
@@ -649,7 +659,10 @@ impl Shell<'_> {
             ));
         }
         let state = self.state.take().ok_or("no state came")?;
-        let tree = state.decode().map_err(|error| report::chain(&error))?;
+        let tree = state.decode().map_err(|error| {
+            self.bad_data |= report::is_bad_data(&error);
+            report::chain(&error)
+        })?;
         let plan = self.plan.take().ok_or("no plan came")?;
         let late = plan::late_files(&tree, &plan);
         if !late.is_empty() {
@@ -766,9 +779,14 @@ impl Shell<'_> {
                 Ok(exit::DONE)
             }
             End::Session(TargetEnd::Refused(_)) => Ok(exit::REFUSED),
-            End::Session(TargetEnd::Failed { phase, text }) => Err(Failure::Before {
-                what: format!("failed in phase {phase}: {text}"),
-            }),
+            End::Session(TargetEnd::Failed { phase, text }) => {
+                let what = format!("failed in phase {phase}: {text}");
+                Err(if self.bad_data {
+                    Failure::BadData { what }
+                } else {
+                    Failure::Before { what }
+                })
+            }
             End::Cancelled(signal) => Ok(exit::signalled(signal)),
             End::Session(TargetEnd::Lost { text: what }) | End::GivenUp(what) => {
                 Err(Failure::Lost { what })

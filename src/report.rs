@@ -264,6 +264,16 @@ impl Report {
     }
 }
 
+/// Whether this error, or a cause of it, is that the peer sent what cannot be.
+pub fn is_bad_data(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|error| {
+        error
+            .downcast_ref::<pageferry_wire::Error>()
+            .is_some_and(pageferry_wire::Error::is_bad_data)
+            || error.is::<pageferry_image::model::Invalid>()
+    })
+}
+
 /// An error with all its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -279,4 +289,20 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 /// Milliseconds in a duration, with fractions.
 pub fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_data_is_told_from_a_bad_link() {
+        use pageferry_wire::Error as Wire;
+        #[derive(Debug, thiserror::Error)]
+        #[error("the control stream failed")]
+        struct Outer(#[source] Wire);
+        assert!(is_bad_data(&Outer(Wire::UnknownTag { tag: 99 })));
+        assert!(!is_bad_data(&Outer(Wire::Truncated { missing: 1 })));
+        assert!(!is_bad_data(&std::io::Error::other("reset")));
+    }
 }

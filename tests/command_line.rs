@@ -118,6 +118,176 @@ fn strangers_are_refused_on_either_side_before_anything_is_said() {
     subject.end(&pair.a);
 }
 
+/// Fingerprints may be given more than once, and by the names of /etc/pageferry/peers.toml; a name that is not there is refused
+/// before anything else happens.
+#[test]
+fn peers_are_named_more_than_once_and_by_name() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut ferry = Ferry::new(&pair);
+    let stranger = Identity::make(&pair, &pair.a, "stranger").fingerprint;
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["1"]).expect("it needs nothing");
+    let (own, target) = (ferry.trust[0].clone(), ferry.peers[0].clone());
+    ferry.trust.insert(0, stranger.clone());
+    ferry.peers.insert(0, stranger.clone());
+    ferry.cross(subject.pid);
+    subject.must_pass("after --trust and --peer twice");
+
+    // Each host gets an /etc of its own, with the other one's name in it.
+    for (host, names) in [
+        (&pair.a, format!("[peers]\nb = \"{target}\"\n")),
+        (
+            &pair.b,
+            format!("[peers]\nx = \"{stranger}\"\na = \"{own}\"\n"),
+        ),
+    ] {
+        let etc = pair.path(&format!("etc-{}", host.name));
+        fs::create_dir_all(etc.join("upper/pageferry")).expect("the directory is ours");
+        fs::write(etc.join("upper/pageferry/peers.toml"), names).expect("the directory is ours");
+        let script = format!(
+            "mount -t tmpfs etc {0}/mount && cp -r /etc/. {0}/mount && cp -r {0}/upper/. {0}/mount && mount --bind {0}/mount /etc",
+            etc.display()
+        );
+        fs::create_dir_all(etc.join("mount")).expect("the directory is ours");
+        host.must("sh", &["-c", &script]);
+    }
+    let mut back = ferry.back();
+    back.cross(subject.pid);
+    let mut by_name = ferry.clone();
+    by_name.trust = vec!["x".to_owned(), "a".to_owned()];
+    by_name.peers = vec!["b".to_owned()];
+    by_name.cross(subject.pid);
+    subject.must_pass("by name");
+    // A name nobody has given.
+    back.peers = vec!["nobody".to_owned()];
+    let finished = back.migrate(subject.pid).wait();
+    assert!(
+        matches!(finished.code, Some(1 | 2)) && finished.stderr.contains("nobody"),
+        "{finished:?}"
+    );
+    subject.must_pass("after a name that is not there");
+    subject.end(&pair.b);
+    for host in [&pair.a, &pair.b] {
+        // Where mount(8) keeps its own lock.
+        pair.leaves(host, "file /run/mount");
+        let mount = pair.path(&format!("etc-{}/mount", host.name));
+        let script = format!("umount /etc && umount {}", mount.display());
+        host.must("sh", &["-c", &script]);
+    }
+}
+
+/// What `-q`, nothing, `-v` and `--log-format json` put on stderr, which is no terminal here: plain lines, no escape sequence, no
+/// bar.
+#[test]
+fn stderr_is_as_talkative_as_asked_for_and_plain() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let forth = Ferry::new(&pair);
+    // Enough for the drain to be seen on its way.
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["64"])
+        .expect("it needs nothing");
+    let mut spoken = Vec::new();
+    for (number, options) in [&["-q"][..], &["-v"], &["--log-format", "json", "-v"]]
+        .into_iter()
+        .enumerate()
+    {
+        let mut ferry = if number % 2 == 0 {
+            forth.clone()
+        } else {
+            forth.back()
+        };
+        for list in [&mut ferry.receive_options, &mut ferry.migrate_options] {
+            list.extend(options.iter().map(|option| (*option).to_owned()));
+        }
+        let (source, target) = ferry.cross(subject.pid);
+        for text in [&source.stderr, &target.stderr] {
+            assert!(
+                !text.contains('\x1b') && !text.contains('\r'),
+                "{options:?}: {text:?}"
+            );
+        }
+        spoken.push((source.stderr, target.stderr));
+    }
+    subject.must_pass("after three crossings");
+    subject.end(&pair.b);
+    let [
+        (quiet_source, quiet_target),
+        (source, target),
+        (source_json, target_json),
+    ] = &spoken[..]
+    else {
+        panic!("three crossings were made")
+    };
+    assert_eq!(
+        (quiet_source.as_str(), quiet_target.as_str()),
+        ("", ""),
+        "-q says something though nothing is wrong"
+    );
+    for text in [source, target] {
+        assert!(
+            text.contains("DEBUG") && text.contains("phase"),
+            "-v: {text}"
+        );
+        assert!(
+            text.lines()
+                .any(|line| line.contains("drain: ") && line.contains(" pages, ")),
+            "no plain progress line: {text}"
+        );
+        assert!(
+            text.lines()
+                .last()
+                .is_some_and(|line| line.starts_with("downtime ")),
+            "the ledger is not the last line: {text}"
+        );
+    }
+    for text in [source_json, target_json] {
+        let (json, plain): (Vec<&str>, Vec<&str>) =
+            text.lines().partition(|line| line.starts_with('{'));
+        assert!(
+            plain.iter().all(|line| line.starts_with("downtime ")),
+            "--log-format json: {plain:?}"
+        );
+        assert!(json.len() > 2, "--log-format json: {text}");
+        for line in json {
+            let value: serde_json::Value =
+                serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+            assert!(
+                value["level"].is_string() && value["fields"].is_object(),
+                "{line}"
+            );
+        }
+    }
+}
+
+/// Without `-v` no debug line is written; without `-q` the ledger is told in a sentence.
+#[test]
+fn without_an_option_stderr_tells_what_matters() {
+    if skip().is_some() {
+        return;
+    }
+    if std::env::var_os("PAGEFERRY_TEST_VERBOSE").is_some() {
+        eprintln!("skipped: PAGEFERRY_TEST_VERBOSE asks for more than the default");
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject =
+        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["1"]).expect("it needs nothing");
+    let (source, target) = Ferry::new(&pair).cross(subject.pid);
+    for text in [&source.stderr, &target.stderr] {
+        assert!(
+            text.contains("downtime ") && !text.contains("DEBUG") && !text.contains("TRACE"),
+            "{text}"
+        );
+    }
+    subject.must_pass("there");
+    subject.end(&pair.b);
+}
+
 #[test]
 fn a_process_that_is_not_there_is_exit_1_or_7() {
     if skip().is_some() {

@@ -527,10 +527,7 @@ fn the_program_survives_sigkill_of_everything_on_the_source_before_commit() {
                 "{what}: the source copy is in state {}",
                 copy.state
             );
-            assert!(
-                commit_was_recorded,
-                "{what}: it is stopped before COMMIT"
-            );
+            assert!(commit_was_recorded, "{what}: it is stopped before COMMIT");
         }
         if !survives {
             for host in [&pair.a, &pair.b] {

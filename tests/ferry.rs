@@ -232,13 +232,15 @@ impl Finished {
 }
 
 impl Running {
-    /// Starts `pageferry ARGUMENTS --json` on a host.
+    /// Starts `pageferry ARGUMENTS --json` on a host, as talkative as `PAGEFERRY_TEST_VERBOSE` says unless the arguments do.
     pub(crate) fn start(host: &Host, arguments: &[&str], environment: &[(&str, String)]) -> Self {
+        let says_itself = |argument: &&str| argument.starts_with("-v") || **argument == *"-q";
+        let verbose = std::env::var("PAGEFERRY_TEST_VERBOSE").ok();
         let mut command: Command = host.command(program());
         command
             .args(arguments)
             .arg("--json")
-            .args(std::env::var("PAGEFERRY_TEST_VERBOSE").ok())
+            .args(verbose.filter(|_| !arguments.iter().any(says_itself)))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         for (name, value) in environment {
@@ -377,10 +379,16 @@ pub(crate) struct Ferry<'a> {
     pub(crate) target: &'a Host,
     source_identity: Identity,
     target_identity: Identity,
+    /// What `--trust` says, each.
+    pub(crate) trust: Vec<String>,
+    /// What `--peer` says, each.
+    pub(crate) peers: Vec<String>,
     /// `receive`'s further options.
     pub(crate) receive_options: Vec<String>,
     /// `migrate`'s further options.
     pub(crate) migrate_options: Vec<String>,
+    /// What `--tcp` says; `None`: it is not given.
+    pub(crate) tcp: Option<&'static str>,
     /// Environment of `receive`.
     pub(crate) receive_environment: Vec<(&'static str, String)>,
     /// Environment of `migrate`.
@@ -391,13 +399,18 @@ impl<'a> Ferry<'a> {
     /// From A to B, with keys made on first use. The shared directory is known to be the same on both.
     #[track_caller]
     pub(crate) fn new(pair: &'a Pair) -> Self {
+        let source_identity = Identity::make(pair, &pair.a, "identity-a");
+        let target_identity = Identity::make(pair, &pair.b, "identity-b");
         Self {
             source: &pair.a,
             target: &pair.b,
-            source_identity: Identity::make(pair, &pair.a, "identity-a"),
-            target_identity: Identity::make(pair, &pair.b, "identity-b"),
+            trust: vec![source_identity.fingerprint.clone()],
+            peers: vec![target_identity.fingerprint.clone()],
+            source_identity,
+            target_identity,
             receive_options: Vec::new(),
             migrate_options: vec!["--same-file".to_owned(), pair.shared.display().to_string()],
+            tcp: Some("close"),
             receive_environment: Vec::new(),
             migrate_environment: Vec::new(),
         }
@@ -410,6 +423,8 @@ impl<'a> Ferry<'a> {
             target: self.source,
             source_identity: self.target_identity.clone(),
             target_identity: self.source_identity.clone(),
+            trust: vec![self.target_identity.fingerprint.clone()],
+            peers: vec![self.source_identity.fingerprint.clone()],
             ..self.clone()
         }
     }
@@ -427,7 +442,10 @@ impl<'a> Ferry<'a> {
         let listen = format!("{}:{PORT}", self.target.address);
         let identity = self.target_identity.directory.display().to_string();
         let mut arguments = vec!["receive", "--listen", &listen, "--identity", &identity];
-        arguments.extend(["--trust", &self.source_identity.fingerprint, "--once"]);
+        arguments.push("--once");
+        for trust in &self.trust {
+            arguments.extend(["--trust", trust]);
+        }
         if drain == Drain::Off {
             arguments.extend(["--drain", "off"]);
         }
@@ -453,14 +471,12 @@ impl<'a> Ferry<'a> {
             "--identity",
             &identity,
         ];
-        arguments.extend([
-            "--peer",
-            &self.target_identity.fingerprint,
-            "--mode",
-            "post-copy",
-        ]);
-        if !self.migrate_options.iter().any(|option| option == "--tcp") {
-            arguments.extend(["--tcp", "close"]);
+        arguments.extend(["--mode", "post-copy"]);
+        for peer in &self.peers {
+            arguments.extend(["--peer", peer]);
+        }
+        if let Some(tcp) = self.tcp {
+            arguments.extend(["--tcp", tcp]);
         }
         arguments.extend(self.migrate_options.iter().map(String::as_str));
         Running::start(self.source, &arguments, &self.migrate_environment)

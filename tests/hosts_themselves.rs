@@ -1,10 +1,13 @@
 //! The test hosts are what they claim to be, and the subjects are right when nothing is done to them: without this, no
 //! other test means anything.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
-use crate::hosts::{Before, Clocks, Pair, compile, eventually, skip};
+use crate::hosts::{
+    Before, Clocks, LIBRARY_THAT_DIFFERS, Pair, compile, eventually, list_groups, skip,
+};
 use crate::lifecycle::SUBJECTS;
 use crate::subject::{ORDINARY, Subject};
 
@@ -41,12 +44,19 @@ fn two_hosts_have_namespaces_of_their_own_and_reach_each_other() {
         monotonic_s(&pair, true) - monotonic_s(&pair, false) > 3e6,
         "B is far ahead"
     );
-    pair.a
-        .must("sh", &["-c", "touch /tmp/mine /run/mine /dev/shm/mine"]);
-    assert!(
-        !pair.b.run("ls", &["/tmp/mine"]).status.success(),
-        "/tmp is private"
-    );
+    for directory in ["/tmp", "/run", "/dev/shm"] {
+        let mine = format!("{directory}/mine");
+        pair.a.must("touch", &[&mine]);
+        assert!(
+            pair.a.outside(&mine).exists() && !pair.b.outside(&mine).exists(),
+            "{directory} is not private"
+        );
+        pair.leaves(&pair.a, &format!("file {mine}"));
+    }
+    let library = |host: &crate::hosts::Host| {
+        fs::read(host.outside(LIBRARY_THAT_DIFFERS)).expect("it is part of the C library")
+    };
+    assert_ne!(library(&pair.a), library(&pair.b));
     fs::write(pair.path("ours"), "x").expect("the directory is ours");
     pair.b
         .must("ls", &[pair.path("ours").to_str().expect("it is ASCII")]);
@@ -107,6 +117,55 @@ open('/tmp/left', 'w'); time.sleep(1000)";
         before.assert_nothing_left(&pair)
     }));
     assert!(complaint.is_err(), "the comparison is blind");
+    // And nobody has to ask for it.
+    let complaint = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(pair)));
+    assert!(complaint.is_err(), "a pair may end with something left");
+}
+
+#[test]
+fn what_a_test_says_it_leaves_is_no_difference_and_all_else_is() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    pair.b.must("touch", &["/tmp/said"]);
+    pair.leaves(&pair.b, "file /tmp/said");
+    drop(pair);
+    let pair = Pair::new(Clocks::Behind);
+    pair.a.must("touch", &["/tmp/said"]);
+    pair.leaves(&pair.b, "file /tmp/said");
+    let complaint = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(pair)));
+    assert!(complaint.is_err(), "it was said of the other host");
+}
+
+/// A control group that bears our program's name, or lies below the one a host is in, is found however deep. On folders that
+/// look like groups: real ones are seen by every other test.
+#[test]
+fn a_control_group_that_is_left_is_found() {
+    let root = tempfile::tempdir().expect("a folder");
+    for group in [
+        "own/new/below",
+        "elsewhere/pageferry-1",
+        "elsewhere/mine",
+        "system.slice/sample-1.service",
+        "own/sample-2",
+    ] {
+        fs::create_dir_all(root.path().join(group)).expect("the folder is ours");
+    }
+    let mut found = BTreeSet::new();
+    list_groups(root.path(), "/cg", "/cg/own", &mut found);
+    let expected = [
+        "/cg/elsewhere/pageferry-1",
+        "/cg/own/new",
+        "/cg/own/new/below",
+    ];
+    assert_eq!(
+        found,
+        expected
+            .iter()
+            .map(|group| format!("cgroup {group}"))
+            .collect()
+    );
 }
 
 #[test]
@@ -123,6 +182,9 @@ fn a_host_goes_with_everything_in_it() {
             .find(|process| process.name == "sleep")
     });
     let shared = pair.shared.clone();
+    for line in ["process ", "namespace "] {
+        pair.leaves(&pair.a, line);
+    }
     drop(pair);
     assert!(!sleeper.proc("").exists() && !shared.exists());
 }
@@ -185,4 +247,5 @@ fn the_steadfast_subject_notices_a_changed_byte() {
         crate::subject::Answer::Pass,
         "a changed byte went unnoticed"
     );
+    subject.end(&pair.a);
 }

@@ -1,188 +1,175 @@
-//! Real programs cross there and back, each as a user of its own, with every byte compared.
+//! Real programs cross there and back, each as a user of its own, with every byte of their memory compared, and with their
+//! clients connected.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::Path;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Host, Pair, Process, eventually, find_program, skip};
+use crate::hosts::{Before, Clocks, Host, Pair, Process, eventually, find_program, skip, strict};
 use crate::subject::Subject;
 
-const PAGE: u64 = 4096;
+const PAGE: usize = 4096;
 
-/// Hashes of the pages of private anonymous memory that hold something, by address. Reads the frozen or idle process
-/// from outside; a page that cannot be read is not listed.
-fn pages(process: &Process) -> BTreeMap<u64, u64> {
-    let maps = fs::read_to_string(process.proc("maps")).unwrap_or_default();
+/// The pages of a program's private mappings that hold something, by address: anonymous ones and those of files, but for the
+/// kernel's own. It must stand still; a page that cannot be read fails the test.
+fn pages(process: &Process) -> BTreeMap<u64, Vec<u8>> {
+    let maps = fs::read_to_string(process.proc("maps")).expect("it is there");
     let mut found = BTreeMap::new();
     for line in maps.lines() {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let (Some((start, end)), Some(&flags), Some(&inode)) =
-            (fields[0].split_once('-'), fields.get(1), fields.get(4))
-        else {
-            continue;
-        };
-        let name = fields.get(5).copied().unwrap_or_default();
-        if inode != "0"
-            || !flags.starts_with('r')
-            || !flags.ends_with('p')
-            || name.starts_with("[v")
-        {
+        let mut fields = line.split_whitespace();
+        let (range, flags) = (fields.next().unwrap_or(""), fields.next().unwrap_or(""));
+        let name = fields.nth(3).unwrap_or("");
+        if !flags.starts_with('r') || !flags.ends_with('p') || name.starts_with("[v") {
             continue;
         }
         let number = |text: &str| u64::from_str_radix(text, 16).expect("maps lists addresses");
-        let (start, end) = (number(start), number(end));
-        let mut at = start;
+        let (start, end) = range.split_once('-').expect("maps lists ranges");
+        let (mut at, end) = (number(start), number(end));
         while at < end {
-            let length = (end - at).min(1 << 20);
-            let block = process.memory(at, usize::try_from(length).expect("at most 1 MiB"));
-            for offset in (0..length).step_by(4096) {
-                let page = match &block {
-                    Some(block) => {
-                        let from = usize::try_from(offset).expect("at most 1 MiB");
-                        Some(block[from..from + 4096].to_vec())
-                    }
-                    None => process.memory(at + offset, 4096),
-                };
-                if let Some(page) = page.filter(|page| page.iter().any(|byte| *byte != 0)) {
-                    let mut hasher = DefaultHasher::new();
-                    page.hash(&mut hasher);
-                    found.insert(at + offset, hasher.finish());
+            let length = usize::try_from((end - at).min(1 << 20)).expect("at most 1 MiB");
+            let block = process
+                .memory(at, length)
+                .unwrap_or_else(|| panic!("{length} bytes at {at:#x} cannot be read: {line}"));
+            for page in block.chunks_exact(PAGE) {
+                if page.iter().any(|byte| *byte != 0) {
+                    found.insert(at, page.to_vec());
                 }
+                at += PAGE as u64;
             }
-            at += length;
         }
     }
     found
 }
 
-fn find_user_program<'a>(host: &Host, user: u32, name: &'a str) -> (Process, &'a str) {
-    let process = eventually(&format!("{name} to run"), || {
-        host.processes().into_iter().find(|process| {
-            process.name.starts_with(name)
-                && fs::read_to_string(process.proc("status"))
-                    .is_ok_and(|status| status.contains(&format!("\nUid:\t{user}\t")))
-        })
-    });
-    (process, name)
+/// Addresses of the 32-byte blocks in which two copies of a program differ.
+fn differences(source: &BTreeMap<u64, Vec<u8>>, target: &BTreeMap<u64, Vec<u8>>) -> BTreeSet<u64> {
+    let zeros = vec![0; PAGE];
+    let addresses: BTreeSet<u64> = source.keys().chain(target.keys()).copied().collect();
+    let mut found = BTreeSet::new();
+    for address in addresses {
+        let (here, there) = (
+            source.get(&address).unwrap_or(&zeros),
+            target.get(&address).unwrap_or(&zeros),
+        );
+        if here == there {
+            continue;
+        }
+        for (number, (one, other)) in here.chunks(32).zip(there.chunks(32)).enumerate() {
+            // `struct rseq` is the kernel's to write: on which processor the thread is (cpu_id_start, cpu_id, node_id, mm_cid).
+            let word = |block: &[u8], at: usize| block[at..at + 4].to_owned();
+            let rseq = |block: &[u8]| word(block, 0) == word(block, 4) && block[8..20] == [0; 12];
+            if one != other && !(rseq(one) && rseq(other)) {
+                found.insert(address + number as u64 * 32);
+            }
+        }
+    }
+    found
 }
 
-/// Fills a server with data, takes it to B and back, and compares every byte at each stop.
-fn server_crosses(
-    kind: &str,
+/// How often a program's threads have been given up a processor, all together, if none of them is running.
+fn switches(process: &Process) -> Option<u64> {
+    let mut sum = 0;
+    for task in fs::read_dir(process.proc("task")).ok()? {
+        let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+        for line in status.lines() {
+            match line.split_once(":\t") {
+                Some(("State", state)) if !state.starts_with('S') => return None,
+                Some((name, count)) if name.ends_with("ctxt_switches") => {
+                    sum += count.parse::<u64>().ok()?;
+                }
+                _ => {}
+            }
+        }
+    }
+    Some(sum)
+}
+
+/// A named pipe at a path that a program opens now and then: it waits there until somebody opens the other end, and so stands
+/// still without knowing.
+struct Gate(PathBuf);
+
+impl Gate {
+    /// Puts the pipe there and waits until the program stands still: its first thread opens, no other one runs.
+    fn close(path: PathBuf, pair: &Pair, process: &Process) -> Self {
+        let text = path.to_str().expect("it is ASCII");
+        let _ = fs::rename(&path, format!("{text}.old"));
+        pair.a.must("mkfifo", &["--mode", "666", text]);
+        eventually("the program to stand still", || {
+            let call = fs::read_to_string(process.proc("syscall")).ok()?;
+            let before = switches(process)?;
+            std::thread::sleep(Duration::from_millis(200));
+            (call.starts_with("257 ") && switches(process)? == before).then_some(())
+        });
+        Self(path)
+    }
+
+    /// Lets it go on, for good: the next time it finds no pipe. What it writes into the pipe may wait there as long as the
+    /// returned file lives.
+    fn open(self) -> fs::File {
+        let both_ends = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&self.0)
+            .expect("it is there");
+        fs::remove_file(&self.0).expect("it is there");
+        both_ends
+    }
+}
+
+/// One crossing with the drain off at first, in which nothing but the crossing touches the program's memory: as soon as it runs
+/// on the target it is stopped there, then drained. Gives where the two copies differ, and how many pages were compared.
+#[track_caller]
+fn cross_stopped(ferry: &Ferry<'_>, pid: i32) -> (BTreeSet<u64>, usize) {
+    let receive = ferry.receive(Drain::Off);
+    let mut migrate = ferry.migrate(pid);
+    migrate.wait_for_phase("drain");
+    let copy = ferry.target.process(pid).expect("it runs there");
+    copy.signal(Signal::SIGSTOP);
+    eventually("it to stop", || {
+        let mut tasks = fs::read_dir(copy.proc("task")).ok()?.flatten();
+        tasks
+            .all(|task| {
+                fs::read_to_string(task.path().join("status")).is_ok_and(|status| {
+                    status.contains("\nState:\tT") || status.contains("\nState:\tt")
+                })
+            })
+            .then_some(())
+    });
+    // The source's copy stands still for good and is there until the drain is over.
+    let source = pages(&ferry.source.process(pid).expect("it is served from"));
+    receive.signal(ferry.target, Signal::SIGTERM);
+    ferry.must_succeed(migrate, receive);
+    let target = pages(&copy);
+    copy.signal(Signal::SIGCONT);
+    (differences(&source, &target), source.len())
+}
+
+/// A server under test, and how it is started.
+struct Server {
+    kind: &'static str,
     user: u32,
     port: u16,
     records: u32,
-    program: &str,
-    arguments: &[&str],
-    clocks: Clocks,
-) {
-    if skip().is_some() {
-        return;
-    }
-    let Some(program) = find_program(program) else {
-        let strict = std::env::var_os("PAGEFERRY_TEST_STRICT").is_some_and(|value| value != "0");
-        assert!(!strict, "{program} is not installed");
-        eprintln!("skipped: needs {program}");
-        return;
-    };
-    let pair = Pair::new(clocks);
-    let before = Before::of(&pair);
-    let id = user.to_string();
-    let privileges = [format!("--reuid={id}"), format!("--regid={id}")];
-    let mut privileges: Vec<&str> = privileges.iter().map(String::as_str).collect();
-    privileges.extend([
-        "--clear-groups",
-        "--no-new-privs",
-        "--bounding-set=-all",
-        "--inh-caps=-all",
-    ]);
-    let mut command = vec![program.to_str().expect("it is ASCII")];
-    command.extend(arguments);
-    pair.a.start(&privileges, &command);
-    let (process, _) = find_user_program(&pair.a, user, kind);
-    let pid = process.inner;
-    let ready = format!("exec 3<>/dev/tcp/127.0.0.1/{port}");
-    eventually("it to listen", || {
-        pair.a
-            .run("bash", &["-c", &ready])
-            .status
-            .success()
-            .then_some(())
-    });
-    let client = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/client.py");
-    let client = client.to_str().expect("it is ASCII");
-    let ask = |host: &Host, verb: &str| {
-        host.must(
-            "/usr/bin/python3",
-            &[client, kind, verb, &port.to_string(), &records.to_string()],
-        )
-    };
-    ask(&pair.a, "fill");
-    let digest = ask(&pair.a, "digest");
-
-    let forth = Ferry::new(&pair);
-    let mut source_pages = BTreeMap::new();
-    for (number, ferry) in [forth.clone(), forth.back(), forth.clone()]
-        .iter()
-        .enumerate()
-    {
-        if number == 0 {
-            // Drain off: the source's copy stands still and can be read at leisure.
-            let receive = ferry.receive(Drain::Off);
-            let mut migrate = ferry.migrate(pid);
-            migrate.wait_for_phase("drain");
-            if let Some(copy) = ferry.source.process(pid) {
-                source_pages = pages(&copy);
-            }
-            receive.signal(ferry.target, Signal::SIGTERM);
-            ferry.must_succeed(migrate, receive);
-            let arrived = pages(&ferry.target.process(pid).expect("it runs on B"));
-            let differing = source_pages
-                .iter()
-                .filter(|(address, hash)| arrived.get(address) != Some(hash))
-                .count();
-            // An idle server touches its stacks and a few words of its own bookkeeping, nothing else.
-            assert!(
-                source_pages.len() as u64 > u64::from(records) * 3000 / PAGE,
-                "only {} pages were seen",
-                source_pages.len()
-            );
-            assert!(
-                differing < 150 + source_pages.len() / 200,
-                "{differing} of {} pages differ",
-                source_pages.len()
-            );
-        } else {
-            ferry.cross(pid);
-        }
-        assert!(
-            ferry.source.process(pid).is_none(),
-            "crossing {number}: it is still on {}",
-            ferry.source.name
-        );
-        assert_eq!(ask(ferry.target, "digest"), digest, "crossing {number}");
-        let copy = ferry.target.process(pid).expect("it has answered");
-        let status = fs::read_to_string(copy.proc("status")).expect("it runs");
-        assert!(
-            status.contains(&format!("\nUid:\t{id}\t{id}\t{id}\t{id}\n")),
-            "it runs as another user: {status}"
-        );
-    }
-    pair.b
-        .process(pid)
-        .expect("it has answered")
-        .signal(Signal::SIGTERM);
-    eventually("it to end", || pair.b.process(pid).is_none().then_some(()));
-    before.assert_nothing_left(&pair);
+    program: &'static str,
+    /// `LOG` stands for a path in the shared directory.
+    arguments: &'static [&'static str],
+    /// It opens its log for each line, and writes one every few seconds: that is where a [`Gate`] holds it.
+    opens_log: bool,
 }
 
-#[test]
-fn redis_crosses_and_comes_back() {
-    let arguments = [
+const REDIS: Server = Server {
+    kind: "redis",
+    user: 61_001,
+    port: 6379,
+    records: 25_000,
+    program: "redis-server",
+    arguments: &[
         "--port",
         "6379",
         "--bind",
@@ -198,34 +185,303 @@ fn redis_crosses_and_comes_back() {
         "no",
         "--dir",
         "/",
+        "--jemalloc-bg-thread",
+        "no",
+        "--loglevel",
+        "verbose",
         "--logfile",
-        "",
-    ];
-    server_crosses(
-        "redis",
-        61_001,
-        6379,
-        25_000,
-        "redis-server",
-        &arguments,
-        Clocks::Behind,
-    );
+        "LOG",
+    ],
+    opens_log: true,
+};
+
+const MEMCACHED: Server = Server {
+    kind: "memcached",
+    user: 61_002,
+    port: 11_211,
+    records: 20_000,
+    program: "memcached",
+    arguments: &[
+        "-l",
+        "0.0.0.0",
+        "-p",
+        "11211",
+        "-U",
+        "0",
+        "-m",
+        "220",
+        "-t",
+        "4",
+        "-c",
+        "200",
+        "-o",
+        "no_lru_maintainer,no_lru_crawler",
+    ],
+    opens_log: false,
+};
+
+impl Server {
+    fn log(&self, pair: &Pair) -> PathBuf {
+        pair.path(&format!("{}.log", self.kind))
+    }
+
+    /// Starts it on A as a user of its own and waits until it listens; gives its pid. `None`: it is not installed.
+    #[track_caller]
+    fn start(&self, pair: &Pair) -> Option<i32> {
+        let Some(program) = find_program(self.program) else {
+            assert!(!strict(), "{} is not installed", self.program);
+            eprintln!("skipped: needs {}", self.program);
+            return None;
+        };
+        let ids = [
+            format!("--reuid={}", self.user),
+            format!("--regid={}", self.user),
+        ];
+        let mut privileges: Vec<&str> = ids.iter().map(String::as_str).collect();
+        privileges.extend([
+            "--clear-groups",
+            "--no-new-privs",
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+        ]);
+        let log = self.log(pair);
+        let mut command = vec![program.to_str().expect("it is ASCII")];
+        command.extend(self.arguments.iter().map(|argument| match *argument {
+            "LOG" => log.to_str().expect("it is ASCII"),
+            other => other,
+        }));
+        pair.a.start(&privileges, &command);
+        let uid = format!("\nUid:\t{}\t", self.user);
+        let process = eventually(&format!("{} to run", self.kind), || {
+            pair.a.processes().into_iter().find(|process| {
+                process.name.starts_with(self.kind)
+                    && fs::read_to_string(process.proc("status"))
+                        .is_ok_and(|status| status.contains(&uid))
+            })
+        });
+        let ready = format!("exec 3<>/dev/tcp/127.0.0.1/{}", self.port);
+        eventually("it to listen", || {
+            pair.a
+                .run("bash", &["-c", &ready])
+                .status
+                .success()
+                .then_some(())
+        });
+        Some(process.inner)
+    }
+
+    /// Runs `tests/programs/client.py` on the server's host.
+    #[track_caller]
+    fn ask(&self, host: &Host, verb: &str) -> String {
+        let client = programs("client.py");
+        host.must(
+            "/usr/bin/python3",
+            &[
+                client.to_str().expect("it is ASCII"),
+                self.kind,
+                verb,
+                &self.port.to_string(),
+                &self.records.to_string(),
+            ],
+        )
+    }
+
+    #[track_caller]
+    fn end(host: &Host, pid: i32) {
+        host.process(pid)
+            .expect("it has answered")
+            .signal(Signal::SIGTERM);
+        eventually("it to end", || host.process(pid).is_none().then_some(()));
+    }
+}
+
+fn programs(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/programs")
+        .join(name)
+}
+
+/// Crossings at most until one was undisturbed by a program that cannot be held still. Its clock ticks once a second, and a
+/// crossing takes a fraction of that.
+const CROSSINGS_MAX: usize = 9;
+
+/// Fills a server with data and takes it to B, back and there again. Its data are asked for at each stop, and all its memory is
+/// compared bit for bit: at the first two crossings where it can be held still, else until one crossing fell between two ticks
+/// of its clock, of at least three.
+fn server_crosses(server: &Server, clocks: Clocks) {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(clocks);
+    let before = Before::of(&pair);
+    let Some(pid) = server.start(&pair) else {
+        return;
+    };
+    server.ask(&pair.a, "fill");
+    let digest = server.ask(&pair.a, "digest");
+
+    let forth = Ferry::new(&pair);
+    let mut identical = 0;
+    let mut ferry = forth.back();
+    for number in 0.. {
+        ferry = ferry.back();
+        let gate = (server.opens_log && number < 2).then(|| {
+            let process = ferry.source.process(pid).expect("it runs there");
+            Gate::close(server.log(&pair), &pair, &process)
+        });
+        let (differing, compared) = cross_stopped(&ferry, pid);
+        assert!(
+            compared > server.records as usize * 3000 / PAGE,
+            "only {compared} pages were seen"
+        );
+        println!(
+            "{} to {}: {compared} pages compared, differing blocks: {differing:x?}",
+            server.kind, ferry.target.name
+        );
+        assert!(
+            gate.is_none() || differing.is_empty(),
+            "crossing {number}: of {compared} pages, blocks at these addresses differ: {differing:x?}"
+        );
+        identical += usize::from(differing.is_empty());
+        let _log = gate.map(Gate::open);
+        assert!(
+            ferry.source.process(pid).is_none(),
+            "crossing {number}: it is still on {}",
+            ferry.source.name
+        );
+        assert_eq!(
+            server.ask(ferry.target, "digest"),
+            digest,
+            "crossing {number}"
+        );
+        let copy = ferry.target.process(pid).expect("it has answered");
+        let status = fs::read_to_string(copy.proc("status")).expect("it runs");
+        let id = server.user;
+        assert!(
+            status.contains(&format!("\nUid:\t{id}\t{id}\t{id}\t{id}\n")),
+            "it runs as another user: {status}"
+        );
+        if number >= 2 && identical > 0 {
+            break;
+        }
+        assert!(
+            number + 1 < CROSSINGS_MAX,
+            "no crossing of {CROSSINGS_MAX} left the memory as it was; in the last one blocks at these addresses differ: {differing:x?}"
+        );
+    }
+    Server::end(ferry.target, pid);
+    before.assert_nothing_left(&pair);
+}
+
+#[test]
+fn redis_crosses_and_comes_back() {
+    server_crosses(&REDIS, Clocks::Behind);
 }
 
 #[test]
 fn memcached_crosses_and_comes_back() {
-    let arguments = [
-        "-l", "0.0.0.0", "-p", "11211", "-U", "0", "-m", "220", "-t", "4", "-c", "200",
-    ];
-    server_crosses(
-        "memcached",
-        61_002,
-        11_211,
-        20_000,
-        "memcached",
-        &arguments,
-        Clocks::FarAhead,
-    );
+    server_crosses(&MEMCACHED, Clocks::FarAhead);
+}
+
+/// A client of Redis on host A that stays connected (`tests/programs/visitor.py`).
+struct Visitor {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Visitor {
+    /// Connects, and sets `key` to `value` unless that is "-".
+    #[track_caller]
+    fn connect(pair: &Pair, server: &Host, key: &str, value: &str) -> Self {
+        let mut child = pair
+            .a
+            .command("/usr/bin/python3")
+            .arg(programs("visitor.py"))
+            .args([server.address, &REDIS.port.to_string(), key, value])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("nsenter was found");
+        let mut visitor = Self {
+            input: child.stdin.take().expect("it is piped"),
+            output: BufReader::new(child.stdout.take().expect("it is piped")),
+            child,
+        };
+        assert_eq!(visitor.line(), "connected");
+        visitor
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output
+            .read_line(&mut line)
+            .expect("a pipe can be read");
+        line.trim_end().to_owned()
+    }
+
+    /// The answer to `get`, or to `wait`: "ended" once the connection is no more.
+    fn ask(&mut self, what: &str) -> String {
+        writeln!(self.input, "{what}").expect("it reads to the end");
+        self.line()
+    }
+
+    #[track_caller]
+    fn leave(mut self) {
+        drop(self.input);
+        let status = self.child.wait().expect("it is ours");
+        assert!(status.success(), "the client ended with {status}");
+    }
+}
+
+/// `--tcp refuse`, the default, touches neither server nor connection; `--tcp close` ends the connection, and the client finds
+/// its data where the server has gone.
+#[test]
+fn redis_with_a_client_is_refused_or_drops_it() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let Some(pid) = REDIS.start(&pair) else {
+        return;
+    };
+    let mut visitor = Visitor::connect(&pair, &pair.a, "mine", "kept");
+    assert_eq!(visitor.ask("get"), "kept");
+
+    let mut ferry = Ferry::new(&pair);
+    for tcp in [None, Some("refuse")] {
+        ferry.tcp = tcp;
+        let receive = ferry.receive(Drain::On);
+        let finished = ferry.migrate(pid).wait();
+        finished.must_exit(7);
+        receive.signal(ferry.target, Signal::SIGTERM);
+        receive.wait();
+        let named = format!("pid {pid} fd ");
+        let refusals = finished.refusals();
+        assert!(
+            refusals.len() == 1
+                && refusals[0].starts_with(&named)
+                && refusals[0].contains("established TCP 10.77.0.1:6379 → 10.77.0.1:")
+                && refusals[0].contains("--tcp close"),
+            "{tcp:?}: {refusals:#?}"
+        );
+        assert_eq!(visitor.ask("get"), "kept", "after --tcp {tcp:?}");
+        let process = pair.a.process(pid).expect("it has answered");
+        assert_eq!(process.tracer(), Some(0), "it is still traced");
+        assert!(pair.b.process(pid).is_none(), "something of it is on B");
+    }
+
+    ferry.tcp = Some("close");
+    ferry.cross(pid);
+    assert!(pair.a.process(pid).is_none(), "it is still on A");
+    assert_eq!(visitor.ask("wait"), "ended", "after --tcp close");
+    visitor.leave();
+    let mut visitor = Visitor::connect(&pair, &pair.b, "mine", "-");
+    assert_eq!(visitor.ask("get"), "kept", "on B");
+    visitor.leave();
+    Server::end(&pair.b, pid);
+    before.assert_nothing_left(&pair);
 }
 
 #[test]
@@ -236,11 +492,7 @@ fn threaded_python_crosses_and_comes_back() {
     let pair = Pair::new(Clocks::FarAhead);
     let before = Before::of(&pair);
     let script = pair.path("threaded.py");
-    fs::copy(
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs/threaded.py"),
-        &script,
-    )
-    .expect("the directory is ours");
+    fs::copy(programs("threaded.py"), &script).expect("the directory is ours");
     let state = pair.path("threaded.state");
     let python = fs::canonicalize("/usr/bin/python3").expect("Debian has it");
     let command = [
@@ -262,10 +514,46 @@ fn threaded_python_crosses_and_comes_back() {
     subject.must_pass("before it leaves");
     let forth = Ferry::new(&pair);
     for ferry in [forth.clone(), forth.back(), forth.clone()] {
-        ferry.cross(subject.pid);
+        let process = ferry.source.process(subject.pid).expect("it has answered");
+        let gate = Gate::close(pair.path("threaded.state.quiet"), &pair, &process);
+        let (differing, compared) = cross_stopped(&ferry, subject.pid);
+        assert!(
+            compared > 5000 && differing.is_empty(),
+            "of {compared} pages, blocks at these addresses differ: {differing:x?}"
+        );
+        let _gate = gate.open();
         subject.must_pass(&format!("on {}", ferry.target.name));
         assert!(ferry.source.process(subject.pid).is_none());
     }
     subject.end(&pair.b);
     before.assert_nothing_left(&pair);
+}
+
+/// The comparison sees one changed bit, a page more and a page less; what the kernel writes into `struct rseq` is no difference.
+#[test]
+fn the_comparison_of_two_copies_is_exact() {
+    let page = |bytes: &[(usize, u8)]| {
+        let mut page = vec![0; PAGE];
+        bytes.iter().for_each(|&(at, byte)| page[at] = byte);
+        page
+    };
+    let here = BTreeMap::from([
+        (0x1000, page(&[(7, 1)])),
+        (0x2000, page(&[(64, 3), (68, 3)])),
+    ]);
+    let with = |address: u64, page: Vec<u8>| {
+        let mut there = here.clone();
+        there.insert(address, page);
+        differences(&here, &there)
+    };
+    assert!(differences(&here, &here).is_empty());
+    assert_eq!(with(0x1000, page(&[(7, 3)])), BTreeSet::from([0x1000]));
+    assert_eq!(with(0x3000, page(&[(4095, 1)])), BTreeSet::from([0x3fe0]));
+    assert!(with(0x2000, page(&[(64, 1), (68, 1), (84, 1)])).is_empty());
+    assert_eq!(
+        with(0x2000, page(&[(64, 1), (68, 2)])),
+        BTreeSet::from([0x2040])
+    );
+    let less = BTreeMap::from([(0x2000, here[&0x2000].clone())]);
+    assert_eq!(differences(&here, &less), BTreeSet::from([0x1000]));
 }

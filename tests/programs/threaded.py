@@ -1,6 +1,9 @@
 """A threaded Python program that checks itself and speaks as subjects do (tests/subjects/subject.h).
 
 threaded.py --state FILE
+
+While FILE.quiet exists no thread of it executes anything: the workers wait at a gate without a timeout, and the main thread
+opens that named pipe for reading, which ends when somebody opens it for writing.
 """
 
 import hashlib
@@ -13,6 +16,11 @@ import time
 
 state = sys.argv[2]
 THREADS = 6
+
+
+gate = threading.Event()
+gate.set()
+at_gate = threading.Semaphore(0)
 
 
 def say(line):
@@ -40,6 +48,9 @@ class Worker(threading.Thread):
 
     def run(self):
         while True:
+            if not gate.is_set():
+                at_gate.release()
+                gate.wait()
             try:
                 answer = self.inbox.get(timeout=0.01)
                 answer.put(self.check())
@@ -80,6 +91,16 @@ while True:
     if not last <= now < last + 30:
         say(f"FAIL {answered + 1} time.monotonic went from {last} to {now}")
     last = now
+    if os.path.exists(state + ".quiet"):
+        gate.clear()
+        for worker in workers:
+            at_gate.acquire()
+        try:
+            open(state + ".quiet").close()
+        except FileNotFoundError:
+            pass
+        gate.set()
+        last = time.monotonic()
     try:
         with open(state + ".ask") as file:
             question = file.read()

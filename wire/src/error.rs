@@ -90,6 +90,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether an honest peer over a good link cannot be the cause. A stream that ends early and a version too far off can be.
+    pub fn is_bad_data(&self) -> bool {
+        !matches!(self, Self::Truncated { .. } | Self::Version { .. })
+    }
+
     /// `object` of a `tag` frame breaks `rule`.
     pub(crate) fn rule(tag: Tag, object: impl Into<String>, rule: impl Into<String>) -> Self {
         Self::Rule {
