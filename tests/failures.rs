@@ -438,6 +438,44 @@ fn a_dead_source_engine_after_commit_leaves_the_source_copy_stopped_for_good() {
     assert_eq!(subject.copy_on(&pair.a).map(|copy| copy.state), Some('T'));
 }
 
+/// The OOM killer, or a service manager: the page tables of a dead process look like those of one that has only zeros.
+#[test]
+fn a_source_copy_that_somebody_kills_is_lost_and_never_read_as_zeros() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
+    let (mut receive, migrate) = half_way(&ferry, &subject);
+    let copy = subject.copy_on(&pair.a).expect("the frozen copy is on A");
+    copy.signal(Signal::SIGKILL);
+    let said = subject.lines().len();
+    subject.ask_only();
+    // The first page that is asked for tells.
+    migrate.wait().must_exit(5);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(
+        subject.lines().len(),
+        said,
+        "it went on without its pages: {:?}",
+        subject.lines()
+    );
+    assert!(
+        subject.copy_on(&pair.b).is_some(),
+        "it waits until its operator gives up"
+    );
+    let started = Instant::now();
+    while receive.runs() && started.elapsed() < Duration::from_secs(20) {
+        receive.signal(&pair.b, Signal::SIGTERM);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(receive.wait().code, Some(5));
+    assert!(subject.copy_on(&pair.b).is_none());
+    let _ = commit_was_recorded(&pair.a);
+}
+
 /// Whether COMMIT stands in the journal of a migration that nobody on the source is left to settle. Takes the journal away.
 fn commit_was_recorded(host: &Host) -> bool {
     let folder = host.outside("/run/pageferry");

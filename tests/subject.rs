@@ -144,7 +144,7 @@ impl Subject {
     }
 
     /// Asks it to look at itself, without waiting.
-    fn ask_only(&mut self) {
+    pub(crate) fn ask_only(&mut self) {
         self.asked += 1;
         self.put_question(&format!("{}\n", self.asked));
     }

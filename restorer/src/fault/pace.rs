@@ -8,7 +8,7 @@
 //! 2. From then on each fault whose answer took much longer than the quickest halves the window; each that did not
 //!    widens it a little; a beat without any fault doubles it.
 //!
-//! The quickest answer grows older by [`AGEING`] with each fault, or a path that has become longer would look busy for
+//! The quickest answer grows older by `AGEING` with each fault, or a path that has become longer would look busy for
 //! ever. The window never falls below a minimum: a process that faults all the time is drained too.
 
 use std::time::Duration;
