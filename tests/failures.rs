@@ -367,6 +367,17 @@ fn half_way<'a>(ferry: &Ferry<'a>, subject: &Subject) -> (Running, Running) {
     (receive, migrate)
 }
 
+/// Ends what a loss after COMMIT leaves for the operator to look at: stopped copies, and the journals.
+#[track_caller]
+fn lay_to_rest(pair: &Pair, subject: &Subject) {
+    for host in [&pair.a, &pair.b] {
+        pair.leaves(host, "file /run/pageferry/");
+        if let Some(copy) = subject.copy_on(host) {
+            copy.signal(Signal::SIGKILL);
+        }
+    }
+}
+
 /// The process that holds the frozen copy by ptrace.
 fn tracer_of(copy: &Process) -> Process {
     let tid = copy
@@ -408,6 +419,7 @@ fn a_dead_target_engine_after_run_kills_the_program_and_exits_5() {
         !subject.runs_on(&pair.a),
         "the source copy runs again after COMMIT"
     );
+    lay_to_rest(&pair, &subject);
 }
 
 #[test]
@@ -419,7 +431,7 @@ fn a_dead_source_engine_after_commit_leaves_the_source_copy_stopped_for_good() {
     let ferry = Ferry::new(&pair);
     let subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
         .expect("it needs nothing");
-    let (_receive, migrate) = half_way(&ferry, &subject);
+    let (mut receive, migrate) = half_way(&ferry, &subject);
     let copy = subject.copy_on(&pair.a).expect("the frozen copy is on A");
     tracer_of(&copy).signal(Signal::SIGKILL);
     let source = migrate.wait();
@@ -436,6 +448,14 @@ fn a_dead_source_engine_after_commit_leaves_the_source_copy_stopped_for_good() {
         "the source copy has moved"
     );
     assert_eq!(subject.copy_on(&pair.a).map(|copy| copy.state), Some('T'));
+    // The target's operator gives up, which counts once the target has noticed that the source is lost.
+    eventually("receive to give up", || {
+        receive.signal(&pair.b, Signal::SIGTERM);
+        std::thread::sleep(Duration::from_millis(200));
+        (!receive.runs()).then_some(())
+    });
+    receive.wait().must_exit(5);
+    lay_to_rest(&pair, &subject);
 }
 
 /// The OOM killer, or a service manager: the page tables of a dead process look like those of one that has only zeros.
@@ -473,7 +493,7 @@ fn a_source_copy_that_somebody_kills_is_lost_and_never_read_as_zeros() {
     }
     assert_eq!(receive.wait().code, Some(5));
     assert!(subject.copy_on(&pair.b).is_none());
-    let _ = commit_was_recorded(&pair.a);
+    lay_to_rest(&pair, &subject);
 }
 
 /// Whether COMMIT stands in the journal of a migration that nobody on the source is left to settle. Takes the journal away.
@@ -525,6 +545,10 @@ fn the_program_survives_sigkill_of_everything_on_the_source_before_commit() {
     }
     let pair = Pair::new(Clocks::FarAhead);
     let ferry = Ferry::new(&pair);
+    // Whoever is killed leaves its journal.
+    for host in [&pair.a, &pair.b] {
+        pair.leaves(host, "file /run/pageferry/");
+    }
     for delay_ms in [0, 10, 20, 35, 50, 65, 80, 100, 130, 170, 250] {
         let mut subject = Subject::start(
             &pair,
@@ -616,6 +640,7 @@ fn ctrl_c_before_commit_aborts_and_the_program_runs_on() {
     migrate.signal(&pair.a, Signal::SIGINT);
     let finished = migrate.wait();
     assert_eq!(finished.code, Some(130), "{finished:?}");
+    pair.b.must("nft", &["delete", "table", "inet", "hole"]);
     subject.must_pass("after Ctrl-C");
     subject.end(&pair.a);
 }
