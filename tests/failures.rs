@@ -235,6 +235,9 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
             (Some(5 | 6), None | Some("B")) => {
                 println!("{fault}: exit {:?} after COMMIT", ended.source.code);
                 for host in [&pair.a, &pair.b] {
+                    pair.leaves(host, "file /run/pageferry/");
+                }
+                for host in [&pair.a, &pair.b] {
                     if let Some(copy) = subject.copy_on(host) {
                         copy.signal(Signal::SIGKILL);
                     }
@@ -521,6 +524,7 @@ fn the_keeper_lets_the_program_run_on_when_its_engine_dies_between_park_and_comm
     let mut ferry = Ferry::new(&pair);
     let mut subject =
         Subject::start(&pair, &pair.a, "steadfast", ORDINARY, &["4"]).expect("it needs nothing");
+    ferry.shorten_silence();
     ferry
         .migrate_environment
         .push(("PAGEFERRY_FAULT", "kill:park:1".to_owned()));
@@ -533,7 +537,7 @@ fn the_keeper_lets_the_program_run_on_when_its_engine_dies_between_park_and_comm
     );
     subject.must_pass("after its engine died between PARK and COMMIT");
     assert!(subject.runs_on(&pair.a));
-    drop(receive);
+    receive.wait().must_exit(1);
     subject.end(&pair.a);
 }
 
@@ -695,6 +699,7 @@ fn a_target_that_falls_silent_in_the_freeze_is_given_up_and_the_program_runs_on(
         assert!(source.stderr.contains(part), "no {part:?}: {source:#?}");
     }
     receive.wait().must_exit(1);
+    pair.b.must("nft", &["delete", "table", "inet", "hole"]);
     subject.must_pass("after the target fell silent");
     subject.end(&pair.a);
 }
