@@ -192,6 +192,14 @@ impl Pair {
             );
             host.must("sh", &["-c", &script]);
         }
+        // The kernel activates a link in its own time, and behind the removal of another test's network that may be many
+        // seconds later. What is sent until then is dropped.
+        for host in [&pair.a, &pair.b] {
+            eventually(&format!("the link of {} to carry", host.name), || {
+                let shown = host.must("ip", &["-o", "link", "show", "eth0"]);
+                shown.contains("state UP").then_some(())
+            });
+        }
         // Programs of A get numbers that nobody on B has: the target must not refuse a taken pid by accident.
         pair.a
             .must("sh", &["-c", "echo 20000 > /proc/sys/kernel/ns_last_pid"]);
