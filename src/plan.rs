@@ -268,4 +268,37 @@ mod tests {
         plan.files[0].inode = 8;
         assert_eq!(late_files(&tree, &plan).len(), 2);
     }
+
+    #[test]
+    fn register_state_that_does_not_fit_is_refused_unless_forced() {
+        let here = host::xsave().expect("this processor has it");
+        let judge = |xcr0, xsave_size, force| {
+            let (mut refusals, mut notes) = (Vec::new(), Vec::new());
+            let plan = Plan {
+                xcr0,
+                xsave_size,
+                vdso: host::vdso().expect("this kernel has one"),
+                ..Plan::default()
+            };
+            judge_cpu(&plan, force, "pid 7", &mut refusals, &mut notes);
+            (refusals, notes)
+        };
+        assert_eq!(judge(here.xcr0, here.size, false), (vec![], vec![]));
+        for (xcr0, size) in [
+            (here.xcr0 | 1 << 62, here.size),
+            (here.xcr0, here.size + 64),
+        ] {
+            let (refusals, notes) = judge(xcr0, size, false);
+            assert!(notes.is_empty() && refusals.len() == 1);
+            assert!(
+                refusals[0]
+                    .text
+                    .starts_with("register state differs: source ")
+                    && refusals[0].text.contains("--force-cpu"),
+                "{refusals:?}"
+            );
+            let (refusals, notes) = judge(xcr0, size, true);
+            assert!(refusals.is_empty() && notes.len() == 1);
+        }
+    }
 }

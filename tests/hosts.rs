@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -759,7 +760,13 @@ fn host_program(name: &str) -> PathBuf {
 pub(crate) fn programs_directory() -> &'static Path {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
-        let directory = PathBuf::from("/var/tmp/pageferry-test-programs");
+        // One for each checkout: a program that runs must not be replaced by another one's build.
+        let mut checkout = DefaultHasher::new();
+        env!("CARGO_MANIFEST_DIR").hash(&mut checkout);
+        let directory = PathBuf::from(format!(
+            "/var/tmp/pageferry-test-programs-{:016x}",
+            checkout.finish()
+        ));
         fs::create_dir_all(&directory).expect("/var/tmp can be written by root");
         directory
     })

@@ -82,6 +82,7 @@ pub fn has_filter(socket: BorrowedFd<'_>) -> Result<bool> {
     }
 }
 
+/// The length the kernel tells: more than `value` takes, where it has more.
 fn option_into(socket: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> Result<usize> {
     const WHAT: &str = "getsockopt";
     pass(WHAT)?;
@@ -97,7 +98,7 @@ fn option_into(socket: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) 
         )
     };
     done(answer, WHAT)?;
-    Ok((len as usize).min(value.len()))
+    Ok(len as usize)
 }
 
 /// Sets an option to a value as [`option`] gives it. Note that the kernel doubles `SO_RCVBUF` and `SO_SNDBUF`.
