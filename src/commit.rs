@@ -118,7 +118,7 @@ impl SourceTree {
             .await
     }
 
-    /// Queues the SIGSTOP that outlives us. On `Err` nothing is queued.
+    /// Queues the SIGSTOP that outlives us. On `Err` it may be queued or not; [`SourceTree::roll_back`] looks.
     pub async fn park(&self) -> Result<(), Error> {
         self.ask(SourceCommand::Park).await
     }

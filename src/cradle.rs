@@ -9,7 +9,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -28,6 +28,9 @@ const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// How long the engine waits for an answer: ending a process with much memory takes seconds.
 const ANSWER_WAIT: Duration = Duration::from_secs(30);
 
+/// How long after the end of a cradle the engine may still be busy with its migration.
+const TAIL: Duration = Duration::from_secs(30);
+
 /// What the engine asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HuskOrder {
@@ -44,6 +47,8 @@ pub struct HuskOrder {
 pub struct Cradle {
     writer: UnixStream,
     reader: BufReader<UnixStream>,
+    /// An answer did not come in time.
+    is_silent: bool,
 }
 
 impl Cradle {
@@ -53,6 +58,7 @@ impl Cradle {
         Ok(Self {
             writer: socket.try_clone()?,
             reader: BufReader::new(socket),
+            is_silent: false,
         })
     }
 
@@ -89,10 +95,17 @@ impl Cradle {
     }
 
     fn ask(&mut self, line: &str, wanted: &str) -> Result<(), String> {
+        if self.is_silent {
+            return Err("the supervisor did not answer before; start receive anew".into());
+        }
         let mut answer = String::new();
         writeln!(self.writer, "{line}")
             .and_then(|()| self.reader.read_line(&mut answer))
-            .map_err(|error| format!("the supervisor cannot be reached: {error}"))?;
+            .map_err(|error| {
+                // A late answer would be taken for that to the next question.
+                self.is_silent = true;
+                format!("the supervisor cannot be reached: {error}")
+            })?;
         match answer.trim_end() {
             "" => Err("the supervisor is gone".into()),
             answer if answer == wanted => Ok(()),
@@ -165,14 +178,15 @@ fn supervisor(engine: Pid, socket: UnixStream) -> Supervised {
         let _ = kill(engine, Signal::SIGKILL);
         return Supervised::silent(exit::FAILED);
     };
-    let mut last = Rocked::NeverRan;
+    let mut last = (Rocked::NeverRan, Instant::now());
     let _ = socket.set_read_timeout(Some(LOOK_PAUSE));
     let mut lines = Lines::new(socket);
     loop {
         signals.hand_on(engine);
         match lines.next() {
             Some(line) if line.starts_with("make ") => {
-                last = rock(engine, &mut lines, &mut signals, &line)
+                let ended = rock(engine, &mut lines, &mut signals, &line);
+                last = (ended, Instant::now());
             }
             Some(_) => lines.answer("failed no husk is held"),
             None => {}
@@ -185,7 +199,10 @@ fn supervisor(engine: Pid, socket: UnixStream) -> Supervised {
                 };
             }
             Ok(WaitStatus::Signaled(_, signal, _)) => {
-                let (what, code) = match last {
+                let (what, code) = match last.0 {
+                    _ if last.1.elapsed() > TAIL => {
+                        ("no process was being received".to_owned(), exit::FAILED)
+                    }
                     Rocked::NeverRan => ("no process had run here".to_owned(), exit::FAILED),
                     Rocked::Lost => (
                         "the process had run here without all its pages and was ended".to_owned(),

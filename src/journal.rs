@@ -161,9 +161,16 @@ fn release(pid: i32) -> bool {
         let Ok(status) = procfs::status(pid, pid) else {
             return true;
         };
-        // Let go, it may not be at the queued SIGSTOP yet.
-        if status.tracer_pid == 0 && status.state == 'T' {
-            return kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok();
+        // Let go, it may not be at the queued SIGSTOP yet. Without one it runs already: the engine died before it was queued, or
+        // somebody's SIGCONT took it away.
+        let is_queued = status.shd_pnd & (1 << (Signal::SIGSTOP as i32 - 1)) != 0;
+        match status.state {
+            'T' if status.tracer_pid == 0 => {
+                return kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok();
+            }
+            'Z' | 'X' => return true,
+            _ if status.tracer_pid == 0 && !is_queued => return true,
+            _ => {}
         }
         std::thread::sleep(RELEASE_WAIT);
     }

@@ -362,6 +362,20 @@ enum End {
     Unreachable(String),
 }
 
+impl End {
+    /// The first half of a sentence on it.
+    fn what(&self) -> String {
+        match self {
+            Self::Session(SourceEnd::Failed { phase, text }) => {
+                format!("failed in phase {phase}: {text}")
+            }
+            Self::Cancelled(_) => "cancelled".to_owned(),
+            Self::Unreachable(what) | Self::Session(SourceEnd::Lost { text: what }) => what.clone(),
+            Self::Session(_) => "ended".to_owned(),
+        }
+    }
+}
+
 /// Does what the session says, and tells it what came of it.
 struct Shell<'a> {
     pid: i32,
@@ -684,7 +698,21 @@ impl Shell<'_> {
     async fn finish(mut self, end: End) -> Result<u8, Failure> {
         let pid = self.pid;
         self.account();
+        let stuck = self.stuck.take();
         let outcome = match end {
+            End::Session(SourceEnd::Failed { .. }) | End::Cancelled(_) if is_gone(pid) => {
+                Err(Failure::Ended {
+                    what: end.what(),
+                    pid,
+                })
+            }
+            End::Session(SourceEnd::Failed { .. }) | End::Cancelled(_) if stuck.is_some() => {
+                Err(Failure::Stuck {
+                    what: end.what(),
+                    pid,
+                    why: stuck.unwrap_or_default(),
+                })
+            }
             End::Session(SourceEnd::Done(resident)) => {
                 self.ledger.pages_total = resident.pages_total;
                 self.ledger.pages_faulted = resident.pages_faulted;
@@ -703,17 +731,16 @@ impl Shell<'_> {
                 }
                 Err(Failure::RefusedFrozen { pid })
             }
-            End::Session(SourceEnd::Failed { phase, text }) => {
-                let what = format!("failed in phase {phase}: {text}");
-                Err(match self.stuck.take() {
-                    _ if is_gone(pid) => Failure::Ended { what, pid },
-                    Some(why) => Failure::Stuck { what, pid, why },
-                    None if self.bad_data => Failure::BadData { what, pid },
-                    None => Failure::Before {
+            End::Session(SourceEnd::Failed { .. }) => {
+                let what = end.what();
+                Err(if self.bad_data {
+                    Failure::BadData { what, pid }
+                } else {
+                    Failure::Before {
                         what,
                         pid,
                         source: None,
-                    },
+                    }
                 })
             }
             End::Cancelled(signal) => {
@@ -734,7 +761,7 @@ impl Shell<'_> {
             + self.links.faults.link.udp_bytes()
             + self.links.bulk.udp_bytes();
         match &outcome {
-            Err(Failure::Undecided { .. } | Failure::Lost { .. }) => {
+            Err(Failure::Undecided { .. } | Failure::Lost { .. } | Failure::Stuck { .. }) => {
                 tracing::error!(
                     "what was recorded lies in {}",
                     self.journal.path().display()

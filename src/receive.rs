@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::cli::{Clock, Common, Drain, ReceiveArgs};
-use crate::commit::TargetTree;
+use crate::commit::{self, TargetTree};
 use crate::cradle::{Cradle, HuskOrder, supervise};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::Journal;
@@ -33,6 +33,8 @@ use crate::{check, drain, exit, plan};
 const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
 /// How long the source's last word is waited for once every page is here.
 const DONE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for the tree's clocks that nobody has to know of.
+const CLOCK_WAIT_NOTED: Duration = Duration::from_millis(5);
 /// Between two attempts to let go of a process that has all its pages.
 const LET_GO_PAUSE: Duration = Duration::from_millis(500);
 /// Pause between two looks at the drain for the progress line.
@@ -451,6 +453,8 @@ impl Shell<'_> {
                 frame = self.links.receiver.expect(), if !closed => match frame {
                     Ok(Frame::Pages(batch)) => {
                         if let Err(text) = keep_eager(&batch, &mut self.eager) {
+                            // A page that the source cannot read is said honestly; all else is not.
+                            self.bad_data |= batch.runs().iter().all(|run| run.kind != PageKind::Gone);
                             session.handle_failed(&text);
                         }
                     }
@@ -480,8 +484,10 @@ impl Shell<'_> {
                 Some(over) = self.driver.join_next() => match over {
                     Ok(Ok(summary)) => {
                         // Before the source hears of it, and gives up its copy: our death must not be the process's any more.
-                        self.let_go().await;
-                        session.handle_resident(self.resident(&summary));
+                        match self.let_go().await {
+                            Ok(()) => session.handle_resident(self.resident(&summary)),
+                            Err(text) => session.handle_failed(&text),
+                        }
                     }
                     Ok(Err(text)) => session.handle_failed(&text),
                     Err(error) => session.handle_failed(&error.to_string()),
@@ -659,7 +665,7 @@ impl Shell<'_> {
             ));
         }
         let state = self.state.take().ok_or("no state came")?;
-        let tree = state.decode().map_err(|error| {
+        let mut tree = state.decode().map_err(|error| {
             self.bad_data |= report::is_bad_data(&error);
             report::chain(&error)
         })?;
@@ -670,6 +676,12 @@ impl Shell<'_> {
                 "what the process opened since the plan is not the same on the target: {}",
                 late.join("; ")
             ));
+        }
+        if !self.offsets.keep {
+            // The tree gets this host's clocks, which show another time: its timers go on from here with what they had left.
+            let now = host::clocks().map_err(|error| report::chain(&error))?;
+            tree.monotonic_ns = now.monotonic_ns;
+            tree.boottime_ns = now.boottime_ns;
         }
         let frozen_at = (tree.monotonic_ns, tree.boottime_ns);
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
@@ -685,6 +697,11 @@ impl Shell<'_> {
         let behind = self.offsets.behind(frozen_at)?;
         if behind > silence_max() {
             return Err(format!("its clocks would go back by {behind:?}"));
+        }
+        if behind > CLOCK_WAIT_NOTED {
+            tracing::warn!(
+                "the process stays stopped for {behind:?} more, or its clocks would go back"
+            );
         }
         tokio::time::sleep(behind).await;
         self.resident_at_run = rebuilt.resident.len() as u64;
@@ -734,10 +751,13 @@ impl Shell<'_> {
     }
 
     /// Nothing is missing: the process is its own again, and the child of the nearest subreaper or init.
-    async fn let_go(&mut self) {
+    async fn let_go(&mut self) -> Result<(), String> {
         if let Some(tree) = &self.tree {
             // For as long as it takes: held, the process would end with us, and the source gives up its copy next.
             while let Err(error) = tree.let_go().await {
+                if matches!(error, commit::Error::Thread) {
+                    return Err(report::chain(&error));
+                }
                 tracing::error!(
                     "pid {} has all its pages but is still held, trying again: {}",
                     self.pid,
@@ -750,6 +770,7 @@ impl Shell<'_> {
             tracing::warn!("{error}");
         }
         self.in_cradle = false;
+        Ok(())
     }
 
     fn resident(&mut self, summary: &Summary) -> Resident {
@@ -769,6 +790,15 @@ impl Shell<'_> {
     }
 
     async fn finish(mut self, end: End) -> Result<u8, Failure> {
+        // It may not have heard what was decided here, and sends its operator to look.
+        let mut undecided_there = self.source_lost.is_some()
+            || matches!(
+                end,
+                End::Session(TargetEnd::Done {
+                    confirmed: false,
+                    ..
+                })
+            );
         let outcome = match end {
             End::Session(TargetEnd::Done { confirmed, .. }) => {
                 if !confirmed {
@@ -801,18 +831,17 @@ impl Shell<'_> {
         }
         if outcome.is_err() || matches!(outcome, Ok(code) if code != exit::DONE) {
             // The source closes when it has read the last word.
-            let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
+            let closed = self.links.control.closed();
+            undecided_there |= tokio::time::timeout(LAST_WORD_WAIT, closed).await.is_err();
         }
         self.ledger.wire_bytes = self.links.control.udp_bytes()
             + self.links.faults.udp_bytes()
             + self.links.bulk.udp_bytes();
         self.links.control.close();
-        let undecided_there = self.source_lost.is_some();
         match (&outcome, self.journal) {
             (Err(Failure::Lost { .. }), Some(journal)) => {
                 tracing::error!("what was recorded lies in {}", journal.path().display());
             }
-            // It may not have heard what was decided here, and sends its operator to look.
             (_, Some(journal)) if undecided_there => {
                 tracing::warn!(
                     "the source may not know how this ended; what was decided lies in {}",

@@ -4,6 +4,7 @@
 //! lives exactly as long as its [`Host`]: whatever happens to the test, the pipe to the host's process 1 closes, that
 //! process ends, and the kernel kills everything inside. It never touches a process that is not in one of its hosts.
 
+use nix::fcntl::{Flock, FlockArg};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
@@ -775,6 +776,9 @@ pub(crate) fn programs_directory() -> &'static Path {
 /// Compiles one C program and gives its path. Safe to be called by several test binaries at once.
 pub(crate) fn compile(source: &Path, name: &str, options: &[&str]) -> PathBuf {
     let program = programs_directory().join(name);
+    // One at a time: the second to find a program outdated would replace it while the first one's test runs it.
+    let lock = fs::File::create(programs_directory().join("lock")).expect("the folder is ours");
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("a file can be locked");
     let modified = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
     let newest = fs::read_dir(source.parent().expect("a source lies in a directory"))
         .into_iter()

@@ -119,6 +119,18 @@ fn threads_that_stand_in_the_vdso_never_see_a_wrong_time() {
     );
 }
 
+#[test]
+fn a_disarmed_interval_timer_that_keeps_its_interval_stays_disarmed() {
+    let disarmed = &["disarmed"];
+    lifecycle(
+        "interval_timers",
+        ORDINARY,
+        disarmed,
+        Clocks::Behind,
+        THERE_AND_BACK,
+    );
+}
+
 /// The table: `test name: subject, privileges, clocks of B`.
 macro_rules! objects {
     ($($test:ident: $subject:literal, $privileges:expr, $clocks:ident;)*) => {

@@ -189,6 +189,12 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
     };
     injection.cure()?;
     let (answered, first_touch) = asked?;
+    let mut since = timers::since(&process.pending, signals::pending(tracee, pid, true)?);
+    for thread in &process.threads {
+        let now = signals::pending(tracee, thread.tid, false)?;
+        since.extend(timers::since(&thread.pending, now));
+    }
+    timers::rearm(&mut process, &since);
 
     let asked = memory::Asked {
         brk: answered.brk,

@@ -17,6 +17,11 @@ static void setup(void) {
     MUST(setitimer(ITIMER_VIRTUAL, &later, NULL) == 0);
     MUST(setitimer(ITIMER_PROF, &later, NULL) == 0);
     MUST(EVENTUALLY(atomic_load(&ticks) > 1));
+    /* What a profiler leaves: disarmed, and its interval stays. */
+    if (argument_count) {
+        struct itimerval off = {{0, 1000}, {0, 0}};
+        MUST(setitimer(ITIMER_PROF, &off, NULL) == 0);
+    }
 }
 
 static void step(void) { doze(5); }
@@ -34,7 +39,11 @@ static void verify(int round) {
     hold_alarm(false);
     uint64_t before = atomic_load(&ticks);
     CHECK(EVENTUALLY(atomic_load(&ticks) > before + 2), "the real timer does not tick");
-    for (int which = ITIMER_VIRTUAL; which <= ITIMER_PROF; which++) {
+    if (argument_count) {
+        struct itimerval off;
+        CHECK(getitimer(ITIMER_PROF, &off) == 0 && !off.it_value.tv_sec && !off.it_value.tv_usec, "a disarmed timer runs");
+    }
+    for (int which = ITIMER_VIRTUAL; which <= (argument_count ? ITIMER_VIRTUAL : ITIMER_PROF); which++) {
         struct itimerval now;
         CHECK(getitimer(which, &now) == 0 && now.it_interval.tv_sec == 50, "timer %d: interval is %ld", which, now.it_interval.tv_sec);
         CHECK(now.it_value.tv_sec > 3900 && now.it_value.tv_sec <= 4000, "timer %d: %ld s are left", which, now.it_value.tv_sec);

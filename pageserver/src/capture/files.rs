@@ -7,7 +7,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 
 use nix::errno::Errno;
 use nix::sys::statfs::statfs;
@@ -94,12 +94,22 @@ impl KnownFiles {
     /// as that takes; the survey does it first, so that little is left in the freeze.
     pub(crate) fn sync_written(&self) -> Result<()> {
         for (path, _) in self.0.keys().filter(|(_, shared)| *shared) {
-            fs::File::open(path)
-                .and_then(|file| file.sync_data())
-                .map_err(|source| Error::File {
-                    path: path.clone(),
-                    source,
-                })?;
+            // By now there may be nothing under that name, or something else.
+            let opened = fs::OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+                .open(path);
+            match opened.and_then(|file| file.sync_data()) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(source) => {
+                    return Err(Error::File {
+                        path: path.clone(),
+                        source,
+                    });
+                }
+                Ok(()) => {}
+            }
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! Interval timers and POSIX timers. Which there are stands in `/proc`; what is left of each only the process can ask.
 
+use pageferry_image::model::signals::Pending;
+use pageferry_image::model::task::Process;
 use pageferry_image::model::timers::{Itimer, Passed, Posix};
 use pageferry_tracee::host;
 use pageferry_tracee::procfs::{self, PosixTimer};
@@ -55,8 +57,9 @@ pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Iti
                 interval_us,
             }
         })
-        // A periodic one whose signal nobody has taken yet says that nothing is left; one that is not armed has no interval.
-        .filter(|timer| timer.value_us != 0 || timer.interval_us != 0)
+        // A periodic ITIMER_REAL whose signal nobody has taken yet says that nothing is left; disarmed, it has no interval. The
+        // other two keep their interval when they are disarmed, and never say 0 while they are armed.
+        .filter(|timer| timer.value_us != 0 || (timer.which == 0 && timer.interval_us != 0))
         .collect())
 }
 
@@ -139,9 +142,96 @@ pub(crate) fn posix(
     Ok(found)
 }
 
+/// What is in a queue of signals now that was not before.
+pub(crate) fn since(before: &[Pending], now: Vec<Pending>) -> Vec<Pending> {
+    now.into_iter()
+        .filter(|signal| !before.contains(signal))
+        .collect()
+}
+
+/// Arms again, for at once, what expired for the last time between two questions:
+/// 1. the queued signals are read;
+/// 2. a timer that fires once fires: its signal is queued, and nothing is left of it;
+/// 3. the timer is read.
+///
+/// Neither the signals nor the timers that were read know of it. `since` are the signals queued after step 1.
+pub(crate) fn rearm(process: &mut Process, since: &[Pending]) {
+    let word = |signal: &Pending, at: usize| {
+        let bytes = signal.siginfo.get(at..at + 4);
+        bytes.map(|bytes| i32::from_le_bytes(bytes.try_into().expect("four bytes")))
+    };
+    for signal in since {
+        // siginfo_t: signo, errno, code, a gap, and for timers their id.
+        match (word(signal, 0), word(signal, 8)) {
+            (_, Some(libc::SI_TIMER)) => {
+                let id = word(signal, 16).and_then(|id| u32::try_from(id).ok());
+                for timer in &mut process.posix_timers {
+                    if Some(timer.id) == id && timer.value_ns == 0 && timer.interval_ns == 0 {
+                        timer.value_ns = 1;
+                    }
+                }
+            }
+            (Some(libc::SIGALRM), Some(libc::SI_KERNEL))
+                if process.itimers.iter().all(|timer| timer.which != 0) =>
+            {
+                let expired = Itimer {
+                    which: 0,
+                    value_us: 1,
+                    interval_us: 0,
+                };
+                process.itimers.insert(0, expired);
+            }
+            _ => {}
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn queued(signo: i32, code: i32, timer: i32) -> Pending {
+        let mut siginfo = vec![0; 128];
+        for (at, value) in [(0, signo), (8, code), (16, timer)] {
+            siginfo[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        Pending { siginfo }
+    }
+
+    #[test]
+    fn what_expired_between_two_questions_expires_again() {
+        let timer = |id, value_ns, interval_ns| Posix {
+            id,
+            value_ns,
+            interval_ns,
+            ..Posix::default()
+        };
+        let mut process = Process {
+            posix_timers: vec![
+                timer(3, 0, 0),
+                timer(4, 0, 0),
+                timer(5, 7, 0),
+                timer(6, 0, 9),
+            ],
+            ..Process::default()
+        };
+        let seen = queued(libc::SIGUSR1, libc::SI_TIMER, 4);
+        let now = vec![
+            seen.clone(),
+            queued(libc::SIGUSR1, libc::SI_TIMER, 3),
+            queued(libc::SIGUSR1, libc::SI_TIMER, 5),
+            queued(libc::SIGUSR1, libc::SI_TIMER, 6),
+            queued(libc::SIGALRM, libc::SI_USER, 0),
+        ];
+        let new = since(&[seen], now);
+        assert_eq!(new.len(), 4);
+        rearm(&mut process, &new);
+        let left: Vec<u64> = process.posix_timers.iter().map(|t| t.value_ns).collect();
+        assert_eq!(left, [1, 0, 7, 0]);
+        assert!(process.itimers.is_empty(), "that one came from kill(2)");
+        rearm(&mut process, &[queued(libc::SIGALRM, libc::SI_KERNEL, 0)]);
+        assert_eq!((process.itimers.len(), process.itimers[0].value_us), (1, 1));
+    }
 
     #[test]
     fn timers_of_ended_threads_and_of_descriptors_are_refused() {
