@@ -29,7 +29,7 @@ pub enum Kind {
     Ioctl,
     /// Making a process or a thread.
     Spawn,
-    /// Making sure that a process is parked, which stands between the queued SIGSTOP and COMMIT.
+    /// Parking: one call between the record of PARK and the SIGSTOP, one between that and the record of COMMIT.
     Park,
 }
 

@@ -823,15 +823,16 @@ impl Tracee {
     /// [`Error::WrongState`] unless frozen, or if the SIGSTOP does not stay; [`Error::Gone`].
     pub fn park(&mut self) -> Result<()> {
         self.must_be_frozen("parking")?;
-        let shared_pending = twice(|| procfs::status(self.pid, self.pid))?.shd_pnd;
-        self.continue_again |= shared_pending & bit(libc::SIGCONT) != 0;
+        let shared_pending = || {
+            choke::pass(Kind::Park).map_err(|errno| Error::kernel("parking", self.pid, errno))?;
+            Ok(procfs::status(self.pid, self.pid)?.shd_pnd)
+        };
+        let before = twice(shared_pending)?;
         self.send(libc::SIGSTOP)?;
         // Somebody's SIGCONT may have taken it away again, and what follows relies on it.
-        let queued = twice(|| {
-            choke::pass(Kind::Park).map_err(|errno| Error::kernel("parking", self.pid, errno))?;
-            Ok(procfs::status(self.pid, self.pid)?.shd_pnd & bit(libc::SIGSTOP) != 0)
-        })?;
-        if queued {
+        let after = twice(shared_pending)?;
+        self.continue_again |= before & bit(libc::SIGCONT) != 0;
+        if after & bit(libc::SIGSTOP) != 0 {
             Ok(())
         } else {
             Err(Error::WrongState {
