@@ -110,6 +110,8 @@ fn settle_for(text: &str) {
 /// How long the keeper waits for the kernel to let go of a dead tracer's process.
 const RELEASE_WAIT: Duration = Duration::from_millis(5);
 const RELEASE_TRIES: u32 = 12_000;
+/// So many looks in a row at a process that runs, without a SIGSTOP to come, say that it will go on running: two seconds.
+const RUNNING_LOOKS: u32 = 400;
 
 /// The keeper: reads records until the engine is gone, then makes good what it left. Returns pageferry's exit code for
 /// an engine that was killed.
@@ -157,20 +159,24 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
 
 /// Whether it runs again, or is gone.
 fn release(pid: i32) -> bool {
+    let mut running = 0;
     for _ in 0..RELEASE_TRIES {
         let Ok(status) = procfs::status(pid, pid) else {
             return true;
         };
-        // Let go, it may not be at the queued SIGSTOP yet. Without one it runs already: the engine died before it was queued, or
-        // somebody's SIGCONT took it away.
+        // Let go, it may not be at the queued SIGSTOP yet, or just between taking it off the queue and stopping. Without one for
+        // a while it runs: the engine died before it was queued, or somebody's SIGCONT took it away.
         let is_queued = status.shd_pnd & (1 << (Signal::SIGSTOP as i32 - 1)) != 0;
         match status.state {
             'T' if status.tracer_pid == 0 => {
                 return kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok();
             }
             'Z' | 'X' => return true,
-            _ if status.tracer_pid == 0 && !is_queued => return true,
-            _ => {}
+            _ if status.tracer_pid == 0 && !is_queued => running += 1,
+            _ => running = 0,
+        }
+        if running == RUNNING_LOOKS {
+            return true;
         }
         std::thread::sleep(RELEASE_WAIT);
     }

@@ -189,7 +189,7 @@ fn stderr_is_as_talkative_as_asked_for_and_plain() {
     let pair = Pair::new(Clocks::Behind);
     let forth = Ferry::new(&pair);
     // Enough for the drain to be seen on its way.
-    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["64"])
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["200"])
         .expect("it needs nothing");
     let mut spoken = Vec::new();
     for (number, options) in [&["-q"][..], &["-v"], &["--log-format", "json", "-v"]]
