@@ -332,11 +332,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             Some("destroy") => {
                 end_all(root);
                 lines.answer("gone it");
-                return if may_have_run {
-                    exit::LOST
-                } else {
-                    exit::FAILED
-                };
+                return ended(may_have_run);
             }
             Some(_) => lines.answer("failed not understood"),
             None => {}
@@ -346,15 +342,20 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             .is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
         if !alive {
             end_all(root);
-            return if may_have_run {
-                exit::LOST
-            } else {
-                exit::FAILED
-            };
+            return ended(may_have_run);
         }
         if may_have_run {
             reap(&mut root);
         }
+    }
+}
+
+/// What a cradle whose process was ended says.
+fn ended(may_have_run: bool) -> u8 {
+    if may_have_run {
+        exit::LOST
+    } else {
+        exit::FAILED
     }
 }
 

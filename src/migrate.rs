@@ -124,14 +124,7 @@ fn front(engine: Pid, keeper: Pid, waited: &SigSet, args: &MigrateArgs, common: 
         match waited.wait() {
             Ok(Signal::SIGCHLD) => {}
             Ok(signal) => {
-                let _ = kill(
-                    engine,
-                    if signal == Signal::SIGHUP {
-                        Signal::SIGHUP
-                    } else {
-                        signal
-                    },
-                );
+                let _ = kill(engine, signal);
             }
             Err(_) => {}
         }
