@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const AFTER_HELP: &str = "Exit codes: 0 done · 1 failed, the source runs on · 2 usage · 3 host not capable · 4 bad peer data · \
 5 lost after commit · 6 undecided: the source copy stays stopped · 7 refused: the listed objects cannot be carried, \
-nothing was touched · 130/143 ended by a signal before commit, the source runs on";
+the source runs on · 130/143 ended by a signal before commit, the source runs on";
 
 /// Moves a running Linux process to another host with almost no downtime, however much memory it has.
 #[derive(Debug, Parser)]
