@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use pageferry_image::model::task::Tree;
 use pageferry_pageserver::capture::{self, Captured};
 use pageferry_pageserver::survey::{Survey, SurveyOptions};
-use pageferry_restorer::rebuild::{self, EagerPage, Rebuilt, TreeClock};
+use pageferry_restorer::rebuild::{self, EagerPage, Rebuilt};
 use pageferry_tracee::host;
 use pageferry_tracee::tree::{Held, Pumped, SeizeOptions, Tracee};
 use tokio::sync::oneshot;
@@ -58,6 +58,16 @@ pub enum Error {
 }
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// Has the thread behind `commands` do something, and waits for its answer.
+async fn ask<C, T>(
+    commands: &mpsc::Sender<C>,
+    command: impl FnOnce(Reply<T>) -> C,
+) -> Result<T, Error> {
+    let (reply, answer) = oneshot::channel();
+    commands.send(command(reply)).map_err(|_| Error::Thread)?;
+    answer.await.map_err(|_| Error::Thread)?
+}
 
 /// When a freeze happened.
 #[derive(Debug, Clone, Copy)]
@@ -99,38 +109,32 @@ impl SourceTree {
         })
     }
 
-    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> SourceCommand) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .send(command(reply))
-            .map_err(|_| Error::Thread)?;
-        answer.await.map_err(|_| Error::Thread)?
-    }
-
     /// Seizes and freezes. On `Err` the process runs on as before.
     pub async fn freeze(&self) -> Result<Frozen, Error> {
-        self.ask(SourceCommand::Freeze).await
+        ask(&self.commands, SourceCommand::Freeze).await
     }
 
     /// Reads the frozen process. On `Err` it stays frozen, until it is rolled back.
     pub async fn capture(&self, survey: Survey, options: SurveyOptions) -> Result<Captured, Error> {
-        self.ask(|reply| SourceCommand::Capture(Box::new((survey, options)), reply))
-            .await
+        ask(&self.commands, |reply| {
+            SourceCommand::Capture(Box::new((survey, options)), reply)
+        })
+        .await
     }
 
     /// Queues the SIGSTOP that outlives us. On `Err` it may be queued or not; [`SourceTree::roll_back`] looks.
     pub async fn park(&self) -> Result<(), Error> {
-        self.ask(SourceCommand::Park).await
+        ask(&self.commands, SourceCommand::Park).await
     }
 
     /// Lets the process go on as if nothing had been, parked or not. Never after the target may run it.
     pub async fn roll_back(&self) -> Result<(), Error> {
-        self.ask(SourceCommand::RollBack).await
+        ask(&self.commands, SourceCommand::RollBack).await
     }
 
     /// Ends the source copy. Only after the target has confirmed every page.
     pub async fn kill(&self) -> Result<(), Error> {
-        self.ask(SourceCommand::Kill).await
+        ask(&self.commands, SourceCommand::Kill).await
     }
 
     /// Leaves the process stopped for good: COMMIT was sent, and the outcome is not ours to decide.
@@ -261,14 +265,6 @@ impl TargetTree {
         })
     }
 
-    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> TargetCommand) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        self.commands
-            .send(command(reply))
-            .map_err(|_| Error::Thread)?;
-        answer.await.map_err(|_| Error::Thread)?
-    }
-
     /// Rebuilds `tree` in the husk. The tree's clocks are this host's plus the two offsets, nanoseconds.
     pub async fn rebuild(
         &self,
@@ -278,22 +274,22 @@ impl TargetTree {
         boottime_offset_ns: i64,
     ) -> Result<Rebuilt, Error> {
         let work = Box::new((tree, eager, monotonic_offset_ns, boottime_offset_ns));
-        self.ask(|reply| TargetCommand::Rebuild(work, reply)).await
+        ask(&self.commands, |reply| TargetCommand::Rebuild(work, reply)).await
     }
 
     /// First half of the release: nobody has run yet, our death still ends it by the leader.
     pub async fn clear_exit_kill(&self) -> Result<(), Error> {
-        self.ask(TargetCommand::ClearExitKill).await
+        ask(&self.commands, TargetCommand::ClearExitKill).await
     }
 
     /// Lets every thread run; the leader stays held with EXITKILL.
     pub async fn release(&self) -> Result<(), Error> {
-        self.ask(TargetCommand::Release).await
+        ask(&self.commands, TargetCommand::Release).await
     }
 
     /// Every page is there: lets go of the leader too. On `Err` it is still held, and may be let go again.
     pub async fn let_go(&self) -> Result<(), Error> {
-        self.ask(TargetCommand::LetGo).await
+        ask(&self.commands, TargetCommand::LetGo).await
     }
 
     /// Resolves when the process ends while it is held; the sender is dropped when it is let go. Once.
@@ -412,7 +408,7 @@ fn seize_and_rebuild(
         .map_err(|e| Error::Rebuild(e.into()))?;
     let clock = || {
         let now = host::clocks()?;
-        Ok(TreeClock {
+        Ok(host::Clocks {
             monotonic_ns: now.monotonic_ns.saturating_add_signed(monotonic_offset_ns),
             boottime_ns: now.boottime_ns.saturating_add_signed(boottime_offset_ns),
             realtime_ns: now.realtime_ns,

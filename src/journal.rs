@@ -113,15 +113,82 @@ const RELEASE_TRIES: u32 = 12_000;
 /// So many looks in a row at a process that runs, without a SIGSTOP to come, say that it will go on running: two seconds.
 const RUNNING_LOOKS: u32 = 400;
 
-/// The keeper: reads records until the engine is gone, then makes good what it left. Returns pageferry's exit code for
-/// an engine that was killed.
+/// Where the process is once the keeper has made good what a killed engine left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// On the target, which has every page; the source copy was ended.
+    Moved,
+    /// Here, as before.
+    Runs,
+    /// Here, whole and stopped: it was parked, and could not be continued.
+    Parked,
+    /// It ran on the target, without all its pages; the source copy stays stopped.
+    Lost,
+    /// COMMIT was recorded: the target may run it, and the source copy stays stopped.
+    Undecided,
+}
+
+impl Left {
+    const ALL: [Self; 5] = [
+        Self::Moved,
+        Self::Runs,
+        Self::Parked,
+        Self::Lost,
+        Self::Undecided,
+    ];
+
+    /// What the keeper says of it to its parent, by way of its own exit status.
+    pub fn status(self) -> i32 {
+        self as i32
+    }
+
+    /// The reverse of [`Left::status`]. A keeper that ended in any other way leaves the worst that can be.
+    pub fn from_status(status: i32) -> Self {
+        Self::ALL
+            .into_iter()
+            .find(|left| left.status() == status)
+            .unwrap_or(Self::Undecided)
+    }
+
+    /// pageferry's exit code for an engine that was killed.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Moved => exit::DONE,
+            Self::Runs => exit::FAILED,
+            Self::Lost => exit::LOST,
+            Self::Parked | Self::Undecided => exit::UNDECIDED,
+        }
+    }
+
+    /// The second half of a sentence on the engine's death.
+    pub fn text(self, pid: i32) -> String {
+        match self {
+            Self::Moved => {
+                "every page had arrived; it lives on the target and the source copy was ended"
+                    .to_owned()
+            }
+            Self::Runs => format!("pid {pid} runs on here, as before"),
+            Self::Parked => format!(
+                "COMMIT was not sent; pid {pid} is whole here but still stopped. Let it run: kill -CONT {pid}"
+            ),
+            Self::Lost => format!(
+                "it ran on the target, without all its pages; the source copy pid {pid} stays stopped"
+            ),
+            Self::Undecided => format!(
+                "the target may run it; the source copy pid {pid} stays stopped. Look at the target before continuing it"
+            ),
+        }
+    }
+}
+
+/// The keeper: reads records until the engine is gone, then makes good what it left.
 ///
 /// 1. The engine dies. Its pipe closes, its traced threads are let go by the kernel, in either order.
 /// 2. If PARK stands without COMMIT, the process runs into the queued SIGSTOP and stays in state T. COMMIT was never
 ///    sent, so it is continued.
 /// 3. If COMMIT stands there, the target may run it: it stays stopped for good.
 /// 4. If RESIDENT stands there, the target has every page: the stopped copy is ended.
-pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
+pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> Left {
     let start = procfs::stat(pid, pid).map(|stat| stat.start_time_ticks);
     let mut text = String::new();
     // What a dying engine wrote is whole lines: each is one write of a few bytes to a pipe.
@@ -136,24 +203,17 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
         let parked = records.contains(&Record::Park) && !records.contains(&Record::Refused);
         let released = !parked || was_stopped || !still_it() || release(pid);
         settle_for(&text);
-        if released {
-            exit::FAILED
-        } else {
-            eprintln!(
-                "pageferry: pid {pid} is intact but still stopped; let it run: kill -CONT {pid}"
-            );
-            exit::UNDECIDED
-        }
+        if released { Left::Runs } else { Left::Parked }
     } else if records.contains(&Record::Resident) {
         if !records.contains(&Record::Done) && still_it() {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         settle_for(&text);
-        exit::DONE
+        Left::Moved
     } else if records.contains(&Record::Run) {
-        exit::LOST
+        Left::Lost
     } else {
-        exit::UNDECIDED
+        Left::Undecided
     }
 }
 
@@ -161,8 +221,13 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> u8 {
 fn release(pid: i32) -> bool {
     let mut running = 0;
     for _ in 0..RELEASE_TRIES {
-        let Ok(status) = procfs::status(pid, pid) else {
-            return true;
+        let status = match procfs::status(pid, pid) {
+            Ok(status) => status,
+            Err(error) if error.is_gone() => return true,
+            Err(_) => {
+                std::thread::sleep(RELEASE_WAIT);
+                continue;
+            }
         };
         // Let go, it may not be at the queued SIGSTOP yet, or just between taking it off the queue and stopping. Without one for
         // a while it runs: the engine died before it was queued, or somebody's SIGCONT took it away.
@@ -181,4 +246,29 @@ fn release(pid: i32) -> bool {
         std::thread::sleep(RELEASE_WAIT);
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_told_by_status_and_in_words() {
+        for left in Left::ALL {
+            assert_eq!(Left::from_status(left.status()), left);
+        }
+        for status in [Left::ALL.len() as i32, 101, -1] {
+            assert_eq!(Left::from_status(status), Left::Undecided);
+        }
+        // Both are exit 6; only one may be continued without a look at the target.
+        assert_eq!(
+            Left::Parked.exit_code(),
+            Left::Undecided.exit_code(),
+            "a stopped copy"
+        );
+        assert!(Left::Parked.text(7).contains("kill -CONT 7"));
+        assert!(!Left::Parked.text(7).contains("may run it"));
+        assert!(Left::Undecided.text(7).contains("the target may run it"));
+        assert!(!Left::Undecided.text(7).contains("kill -CONT"));
+    }
 }

@@ -3,6 +3,7 @@
 //! Three processes: the *front* talks to the terminal and waits; the *engine*, in a session of its own, does the work
 //! and goes on when the terminal goes away; the *keeper* outlives a killed engine and puts right what it left.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -16,7 +17,7 @@ use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_pageserver::identity::FileCheck as FileIdentityCheck;
 use pageferry_pageserver::serve::PageReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
-use pageferry_tracee::{host, process, procfs};
+use pageferry_tracee::{choke, host, process, procfs};
 use pageferry_wire::message::{BoundSocket, Done, FileCheck, Hello, MapEnd, Plan, Role, State};
 use pageferry_wire::session::{Record, Source, SourceAction, SourceEnd};
 use pageferry_wire::{Frame, Phase, Tag};
@@ -26,7 +27,7 @@ use tokio::task::JoinSet;
 use crate::cli::{self, Common, MigrateArgs};
 use crate::commit::{self, Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
-use crate::journal::{Journal, keep};
+use crate::journal::{Journal, Left, keep};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
 use crate::transport::{self, FramedRecv, FramedSend, Link};
@@ -75,8 +76,11 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
     let keeper = process::fork(false, || {
         drop(keeper_pipe.take());
         let _ = setsid();
-        records.take().map_or(i32::from(exit::FAILED), |records| {
-            i32::from(keep(File::from(records), args.pid, was_stopped))
+        // What a test makes fail is the engine.
+        choke::arm(None);
+        let records = records.take().map(File::from);
+        records.map_or(Left::Undecided.status(), |records| {
+            keep(records, args.pid, was_stopped).status()
         })
     });
     drop(records.take());
@@ -93,7 +97,7 @@ pub fn run(args: &MigrateArgs, common: &Common) -> u8 {
         let code = keeper_pipe
             .take()
             .map_or(exit::FAILED, |pipe| engine(args, common, pipe));
-        pageferry_tracee::choke::report();
+        choke::report();
         i32::from(code)
     });
     drop(keeper_pipe.take());
@@ -137,31 +141,18 @@ fn front(engine: Pid, keeper: Pid, waited: &SigSet, args: &MigrateArgs, common: 
         }
         break;
     }
-    let keeper_code = loop {
+    let left = loop {
         match waitpid(keeper, None) {
-            Ok(WaitStatus::Exited(_, code)) => break u8::try_from(code).unwrap_or(exit::UNDECIDED),
+            Ok(WaitStatus::Exited(_, status)) => break Left::from_status(status),
             Err(Errno::EINTR) => {}
-            _ => break exit::UNDECIDED,
+            _ => break Left::Undecided,
         }
     };
     if let Some(code) = engine_code {
         return code;
     }
-    let where_is_it = match keeper_code {
-        exit::DONE => {
-            "every page had arrived; it lives on the target and the source copy was ended"
-                .to_owned()
-        }
-        exit::FAILED => format!("pid {pid} runs on here, as before"),
-        exit::LOST => format!(
-            "it ran on the target, without all its pages; the source copy pid {pid} stays stopped"
-        ),
-        _ => format!(
-            "the target may run it; the source copy pid {pid} stays stopped. Look at the target before continuing it"
-        ),
-    };
-    eprintln!("pageferry: the engine was killed; {where_is_it}");
-    alone(args, common, keeper_code)
+    eprintln!("pageferry: the engine was killed; {}", left.text(pid));
+    alone(args, common, left.exit_code())
 }
 
 /// Why a migration did not end well. Says where the process is.
@@ -329,6 +320,7 @@ async fn crossing(
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
+        early: VecDeque::new(),
         stuck: None,
         page_service: JoinSet::new(),
     };
@@ -369,6 +361,33 @@ impl End {
     }
 }
 
+/// Why something was not sent.
+enum Unsent {
+    /// The target gave up and said so; that is the next frame.
+    Aborted,
+    /// The link.
+    Link(String),
+    /// The process could not be read.
+    Own(String),
+}
+
+impl From<pageferry_pageserver::Error> for Unsent {
+    fn from(error: pageferry_pageserver::Error) -> Self {
+        Self::Own(report::chain(&error))
+    }
+}
+
+/// What came while something was being sent, then what comes.
+async fn next_frame(
+    early: &mut VecDeque<Frame>,
+    receiver: &mut FramedRecv,
+) -> Result<Frame, transport::Error> {
+    match early.pop_front() {
+        Some(frame) => Ok(frame),
+        None => receiver.expect().await,
+    }
+}
+
 /// Does what the session says, and tells it what came of it.
 struct Shell<'a> {
     pid: i32,
@@ -385,6 +404,8 @@ struct Shell<'a> {
     refused: Vec<survey::Refusal>,
     /// The target sent what cannot be.
     bad_data: bool,
+    /// What came while something was being sent, oldest first.
+    early: VecDeque<Frame>,
     /// Why the process could not be thawed.
     stuck: Option<String>,
     /// The page map and the bulk pages, once the process runs on the target. A task ends only when it failed.
@@ -426,7 +447,7 @@ impl Shell<'_> {
                 }
             };
             tokio::select! {
-                frame = self.links.receiver.expect() => match frame {
+                frame = next_frame(&mut self.early, &mut self.links.receiver) => match frame {
                     Ok(Frame::Progress(progress)) => {
                         self.report.progress(progress.pages_total, progress.pages_resident, progress.pages_faulted);
                     }
@@ -481,17 +502,20 @@ impl Shell<'_> {
                     }
                 }
                 let state = frame.tag() == Tag::State;
-                if let Err(text) = self.send(frame).await {
-                    session.handle_link_lost(&text);
-                } else if state {
-                    match self.send_eager().await {
-                        Ok(page_count) => {
-                            self.ledger.eager_bytes = page_count * PAGE_SIZE;
-                            self.clock.sent = Some(Instant::now());
-                            session.handle_eager_sent(page_count);
-                        }
-                        Err(text) => session.handle_failed(&text),
+                let sent = match self.send(frame).await {
+                    Ok(()) if state => self.send_eager().await.map(Some),
+                    sent => sent.map(|()| None),
+                };
+                match sent {
+                    Ok(Some(page_count)) => {
+                        self.ledger.eager_bytes = page_count * PAGE_SIZE;
+                        self.clock.sent = Some(Instant::now());
+                        session.handle_eager_sent(page_count);
                     }
+                    // What was said instead comes next.
+                    Ok(None) | Err(Unsent::Aborted) => {}
+                    Err(Unsent::Link(text)) => session.handle_link_lost(&text),
+                    Err(Unsent::Own(text)) => session.handle_failed(&text),
                 }
             }
             SourceAction::Freeze => {
@@ -541,8 +565,11 @@ impl Shell<'_> {
                     tracing::error!("the journal cannot be written: {error}");
                 }
                 // The process runs on the target: what cannot be had from here any more makes its threads wait, and nothing more.
-                if let Err(text) = self.serve().await {
-                    self.page_service.spawn(std::future::ready(text));
+                match self.serve().await {
+                    Ok(()) | Err(Unsent::Aborted) => {}
+                    Err(Unsent::Link(text) | Unsent::Own(text)) => {
+                        self.page_service.spawn(std::future::ready(text));
+                    }
                 }
             }
             SourceAction::Thaw => {
@@ -596,33 +623,53 @@ impl Shell<'_> {
     }
 
     /// Sends on the control stream, but not for ever to a target that has fallen silent: the process may be frozen. After an
-    /// error the stream is of no use, since a frame may have been sent in part.
-    async fn send(&mut self, frame: impl Into<Frame>) -> Result<(), String> {
+    /// error the stream is of no use, since a frame may have been sent in part. What comes meanwhile is kept: a target that gave
+    /// up reads no more, and would be waited for while it waits for us.
+    async fn send(&mut self, frame: impl Into<Frame>) -> Result<(), Unsent> {
         let Links {
-            control, sender, ..
+            control,
+            sender,
+            receiver,
+            ..
         } = &mut self.links;
-        tokio::select! {
-            sent = sender.send(frame) => sent.map_err(|error| report::chain(&error)),
-            error = control.silent_for(transport::silence_max()) => Err(report::chain(&error)),
+        let sending = sender.send(frame);
+        let silence = control.silent_for(transport::silence_max());
+        tokio::pin!(sending, silence);
+        loop {
+            tokio::select! {
+                biased;
+                frame = receiver.expect() => match frame {
+                    Ok(frame) => {
+                        let aborted = frame.tag() == Tag::Abort;
+                        self.early.push_back(frame);
+                        if aborted {
+                            return Err(Unsent::Aborted);
+                        }
+                    }
+                    Err(error) => return Err(Unsent::Link(report::chain(&error))),
+                },
+                sent = &mut sending => {
+                    return sent.map_err(|error| Unsent::Link(report::chain(&error)));
+                }
+                error = &mut silence => {
+                    return Err(Unsent::Link(report::chain(&error)));
+                }
+            }
         }
     }
 
     /// Sends the pages that must be there at the first instruction; how many have data.
-    async fn send_eager(&mut self) -> Result<u64, String> {
-        let mut reader = PageReader::open(self.pid).map_err(|error| report::chain(&error))?;
+    async fn send_eager(&mut self) -> Result<u64, Unsent> {
+        let mut reader = PageReader::open(self.pid)?;
         let mut page_count = 0;
         for range in std::mem::take(&mut self.eager) {
             let mut next = range.start;
             while next < range.end {
-                let batch = reader
-                    .batch(
-                        0,
-                        PageRange {
-                            start: next,
-                            end: range.end,
-                        },
-                    )
-                    .map_err(|error| report::chain(&error))?;
+                let left = PageRange {
+                    start: next,
+                    end: range.end,
+                };
+                let batch = reader.batch(0, left)?;
                 next = batch.range().end;
                 page_count += batch.data_page_count() as u64;
                 self.send(batch).await?;
@@ -632,8 +679,8 @@ impl Shell<'_> {
     }
 
     /// Sends the page map of the frozen process, and beside it begins to serve its pages in bulk; faults are served already.
-    async fn serve(&mut self) -> Result<(), String> {
-        let reader = twice(|| PageReader::open(self.pid)).map_err(|error| report::chain(&error))?;
+    async fn serve(&mut self) -> Result<(), Unsent> {
+        let reader = twice(|| PageReader::open(self.pid))?;
         let (bulk, pid) = (self.links.bulk.clone(), self.pid);
         self.page_service.spawn(async move {
             serve_pages(&bulk, pid).await;
@@ -647,7 +694,7 @@ impl Shell<'_> {
         let mut total = 0;
         let lazy = std::mem::take(&mut self.lazy);
         for piece in reader.page_map(&lazy) {
-            let (map, page_count) = piece.map_err(|error| report::chain(&error))?;
+            let (map, page_count) = piece?;
             total += page_count;
             self.send(map).await?;
             // Others serve pages on this thread.

@@ -538,7 +538,7 @@ impl Shell<'_> {
                 }
             }
             TargetAction::Check(plan) => {
-                match self.check(&plan) {
+                match self.check(&plan).await {
                     Ok(verdict) => session.handle_verdict(verdict),
                     Err(text) => session.handle_failed(&text),
                 }
@@ -626,11 +626,14 @@ impl Shell<'_> {
     }
 
     /// Looks at the plan, and makes the husk: what would fail then must be said in the verdict.
-    fn check(&mut self, plan: &Plan) -> Result<Verdict, String> {
+    async fn check(&mut self, plan: &Plan) -> Result<Verdict, String> {
         let now = host::clocks().map_err(|error| report::chain(&error))?;
         self.offsets = ClockOffsets::new(plan, self.args.clock, now);
         self.pid = plan.pid;
-        let mut verdict = plan::judge(plan, self.args.force_cpu);
+        // Files are read, with --file-check content to their end: the links must not fall silent meanwhile.
+        let (judged, force_cpu) = (plan.clone(), self.args.force_cpu);
+        let judging = tokio::task::spawn_blocking(move || plan::judge(&judged, force_cpu));
+        let mut verdict = judging.await.map_err(|error| error.to_string())?;
         if verdict.refusals.is_empty() {
             let offsets = self.offsets;
             let order = HuskOrder {
@@ -665,12 +668,13 @@ impl Shell<'_> {
             ));
         }
         let state = self.state.take().ok_or("no state came")?;
-        let mut tree = state.decode().map_err(|error| {
+        let tree = state.decode().map_err(|error| {
             self.bad_data |= report::is_bad_data(&error);
             report::chain(&error)
         })?;
         let plan = self.plan.take().ok_or("no plan came")?;
-        let late = plan::late_files(&tree, &plan);
+        let looked_at = tokio::task::spawn_blocking(move || (plan::late_files(&tree, &plan), tree));
+        let (late, mut tree) = looked_at.await.map_err(|error| error.to_string())?;
         if !late.is_empty() {
             return Err(format!(
                 "what the process opened since the plan is not the same on the target: {}",

@@ -211,16 +211,17 @@ impl Report {
             pages_resident,
             pages_faulted,
         };
-        if std::io::stderr().is_terminal() && !self.quiet {
-            let bar = self.bar.get_or_insert_with(|| {
-                let bar = indicatif::ProgressBar::new(pages_total);
-                if let Ok(style) = indicatif::ProgressStyle::with_template(
-                    "drain {bar:40} {pos}/{len} pages, {msg}, {eta} left",
-                ) {
-                    bar.set_style(style);
-                }
-                bar
-            });
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = indicatif::ProgressBar::new(pages_total);
+            if let Ok(style) = indicatif::ProgressStyle::with_template(
+                "drain {bar:40} {pos}/{len} pages, {msg}, {eta} left",
+            ) {
+                bar.set_style(style);
+            }
+            bar
+        });
+        // Hidden where stderr is no terminal, or one that cannot draw.
+        if !bar.is_hidden() && !self.quiet {
             bar.set_length(pages_total);
             bar.set_position(pages_resident);
             bar.set_message(format!("{pages_faulted} waited for"));

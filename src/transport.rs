@@ -65,6 +65,9 @@ const CHUNKS_PER_READ: usize = 32;
 /// The code of an orderly end.
 const CLOSE_DONE: u32 = 0;
 
+/// So many looks in a row that find nothing new make a silence.
+const SILENT_LOOKS: u32 = 8;
+
 /// Silence after which a peer counts as lost, wherever a phase cannot wait: see [`Link::silent_for`]. Ten seconds, or what
 /// `PAGEFERRY_SILENCE_MS` says: tests that kill the other end again and again wait it out each time. Both ends must agree.
 pub fn silence_max() -> Duration {
@@ -905,16 +908,20 @@ impl Link {
     /// Resolves when no datagram has come for `silence` (or the connection has ended). A living peer is never silent for longer
     /// than a few seconds, so with [`silence_max`] this means: it, its host or the network is gone.
     pub async fn silent_for(&self, silence: Duration) -> Error {
-        let mut heard = (self.connection.stats().udp_rx.datagrams, Instant::now());
+        let heard = || self.connection.stats().udp_rx.datagrams;
+        let (mut last, mut looks) = (heard(), 0);
         loop {
-            let looked = timeout_at(Instant::now() + silence / 8, self.connection.closed()).await;
-            if let Ok(reason) = looked {
+            let pause = Instant::now() + silence / SILENT_LOOKS;
+            if let Ok(reason) = timeout_at(pause, self.connection.closed()).await {
                 return self.place.lost(reason);
             }
-            let datagrams = self.connection.stats().udp_rx.datagrams;
-            if datagrams != heard.0 {
-                heard = (datagrams, Instant::now());
-            } else if heard.1.elapsed() >= silence {
+            // Looks are counted, not time: this thread may have been kept from running for as long, and what came meanwhile waits
+            // behind it.
+            match heard() {
+                datagrams if datagrams != last => (last, looks) = (datagrams, 0),
+                _ => looks += 1,
+            }
+            if looks == SILENT_LOOKS {
                 return self.place.lost(ConnectionError::TimedOut);
             }
         }

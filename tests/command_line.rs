@@ -99,14 +99,27 @@ fn strangers_are_refused_on_either_side_before_anything_is_said() {
     let path = |name: &str| pair.path(name).display().to_string();
     let target = Identity::make(&pair, &pair.b, "identity-b").fingerprint;
 
+    let counter = "nft add table inet heard && nft add chain inet heard input '{ type filter hook input priority 0; }' \
+        && nft add rule inet heard input udp dport 7700 counter";
+    let heard_bytes = || {
+        let rules = pair.b.must("nft", &["list", "table", "inet", "heard"]);
+        let mut words = rules.split_whitespace().skip_while(|word| *word != "bytes");
+        let count: u64 = words.nth(1).expect("it counts").parse().expect("a number");
+        count
+    };
+    pair.b.must("sh", &["-c", counter]);
     let mut receive = ferry.receive(Drain::On);
-    // The source does not know the target.
+    // The source does not know the target, which hears a handshake and nothing of the process: what is said of it first, its
+    // plan, holds a copy of the vdso, of two pages.
     let finished = migrate(&path("identity-a"), &stranger.fingerprint);
     assert!(matches!(finished.code, Some(1 | 4)), "{finished:?}");
+    let heard = heard_bytes();
+    assert!((1200..8192).contains(&heard), "it heard {heard} bytes");
     // The target does not know the source.
     let finished = migrate(&path("stranger"), &target);
     assert!(matches!(finished.code, Some(1 | 4)), "{finished:?}");
     assert!(receive.runs(), "a stranger ended receive");
+    pair.b.must("nft", &["delete", "table", "inet", "heard"]);
     receive.signal(&pair.b, Signal::SIGTERM);
     receive.wait();
     assert!(
@@ -262,6 +275,44 @@ fn stderr_is_as_talkative_as_asked_for_and_plain() {
             );
         }
     }
+}
+
+/// On a terminal the drain is a bar that is drawn again and again.
+#[test]
+fn on_a_terminal_the_drain_is_a_bar() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["200"])
+        .expect("it needs nothing");
+    let receive = ferry.receive(Drain::On);
+    // script(1) gives its command a terminal, and writes what appears there.
+    let command = format!(
+        "stty cols 120 rows 40; TERM=xterm {} migrate --pid {} --to 10.77.0.2:7700 --identity {} --peer {} --same-file {}",
+        program().display(),
+        subject.pid,
+        pair.path("identity-a").display(),
+        ferry.peers[0],
+        pair.shared.display()
+    );
+    let typescript = pair.path("typescript").display().to_string();
+    pair.a.must(
+        "script",
+        &["--quiet", "--return", "--command", &command, &typescript],
+    );
+    receive.wait().must_exit(0);
+    let shown = fs::read_to_string(&typescript).expect("script has written it");
+    let bars = shown.matches("drain [").count() + shown.matches("drain \u{2588}").count();
+    assert!(
+        bars > 0 && shown.contains('\r') && shown.contains(" waited for, "),
+        "no bar: {shown:?}"
+    );
+    assert!(!shown.contains("drain: "), "a plain line too: {shown:?}");
+    assert!(shown.contains("downtime "), "no ledger: {shown:?}");
+    subject.must_pass("after it");
+    subject.end(&pair.b);
 }
 
 /// Without `-v` no debug line is written; without `-q` the ledger is told in a sentence.

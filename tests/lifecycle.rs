@@ -119,6 +119,34 @@ fn threads_that_stand_in_the_vdso_never_see_a_wrong_time() {
     );
 }
 
+/// `--clock jump`: it gets the target's clocks, and its timers go on with what they had left.
+#[test]
+fn clocks_jump_where_that_is_asked_for() {
+    if skip().is_some() {
+        return;
+    }
+    for clocks in [Clocks::Behind, Clocks::FarAhead] {
+        let pair = Pair::new(clocks);
+        let mut ferry = Ferry::new(&pair);
+        let options = ["--clock".to_owned(), "jump".to_owned()];
+        let mut subject = Subject::start(&pair, &pair.a, "interval_timers", ORDINARY, &[])
+            .expect("it needs nothing");
+        subject.must_pass("at home");
+        for jumps in [true, false, true] {
+            ferry.receive_options = if jumps { options.to_vec() } else { Vec::new() };
+            ferry.cross(subject.pid);
+            let when = format!("{clocks:?}, on {}, jumps: {jumps}", ferry.target.name);
+            subject.must_pass(&when);
+            let copy = subject.copy_on(ferry.target).expect("it has answered");
+            let own = std::fs::read_link(copy.proc("ns/time")).expect("it runs");
+            let of_host = ferry.target.must("readlink", &["/proc/self/ns/time"]);
+            assert_eq!(own.to_str() == Some(of_host.trim_end()), jumps, "{when}");
+            ferry = ferry.back();
+        }
+        subject.end(&pair.b);
+    }
+}
+
 #[test]
 fn a_disarmed_interval_timer_that_keeps_its_interval_stays_disarmed() {
     let disarmed = &["disarmed"];

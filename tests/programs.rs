@@ -555,6 +555,48 @@ fn threaded_python_crosses_and_comes_back() {
     before.assert_nothing_left(&pair);
 }
 
+/// Pages of a file that are not on its storage yet: cachestat(2), Linux 6.5.
+#[track_caller]
+fn unwritten_pages(host: &Host, path: &Path) -> u64 {
+    let script = "import ctypes, os, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+whole, found = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 5)()
+assert ctypes.CDLL(None).syscall(451, file, whole, found, 0) == 0
+print(found[1] + found[2])";
+    let path = path.to_str().expect("it is ASCII");
+    let printed = host.must("/usr/bin/python3", &["-c", script, path]);
+    printed.trim_end().parse().expect("a number")
+}
+
+/// The target reads a written file from its storage: what the source still held of it would be missing there, or be written over
+/// what the program writes next.
+#[test]
+fn written_files_are_on_their_storage_before_the_program_runs_elsewhere() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let file = pair.path("written");
+    let script = format!(
+        "exec 7>{0}; chmod 666 {0}; head --bytes 4000000 /dev/zero >&7; exec sleep 100000",
+        file.display()
+    );
+    pair.a.start(&[], &["bash", "-c", &script]);
+    let process = eventually("it to have written", || {
+        let mut processes = pair.a.processes().into_iter();
+        processes.find(|process| process.name == "sleep")
+    });
+    if unwritten_pages(&pair.a, &file) == 0 {
+        assert!(!strict(), "{} has no storage", file.display());
+        eprintln!("skipped: {} has no storage", file.display());
+        return;
+    }
+    let ferry = Ferry::new(&pair);
+    ferry.cross(process.inner);
+    assert_eq!(unwritten_pages(&pair.b, &file), 0);
+    Server::end(&pair.b, process.inner);
+}
+
 /// The comparison sees one changed bit, a page more and a page less; what the kernel writes into `struct rseq` is no difference.
 #[test]
 fn the_comparison_of_two_copies_is_exact() {

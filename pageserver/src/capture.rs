@@ -13,6 +13,7 @@ pub(crate) mod task;
 pub(crate) mod timers;
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use pageferry_image::model::files::{File, file};
@@ -29,6 +30,9 @@ use crate::survey::{
     Object, Pids, Refusal, RefusalKind, Survey, SurveyOptions, executable, working_directory,
 };
 use crate::{Error, Result};
+
+/// Longest wait for the storage of written files, with the process frozen.
+const SYNC_WAIT_FROZEN: Duration = Duration::from_secs(5);
 
 /// What one freeze yields.
 #[derive(Debug)]
@@ -221,7 +225,7 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
         })
         .collect();
     let lazy = memory::without(memory::merge(lazy), &guards);
-    look.known.sync_written()?;
+    look.known.sync_written(SYNC_WAIT_FROZEN)?;
     Ok(Captured {
         tree: Tree {
             root: Some(process),

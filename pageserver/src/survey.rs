@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
@@ -25,6 +26,9 @@ use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
 use crate::capture::{memory, task, timers};
 use crate::identity::FileCheck;
 use crate::{Error, Result};
+
+/// Longest wait for the storage of written files, with the process running.
+const SYNC_WAIT: Duration = Duration::from_secs(60);
 
 /// What to do with TCP connections (`--tcp`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -192,7 +196,7 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
     notes.extend(identity_notes(pid, &stat));
     notes.extend(socket_notes(pid, &entries, &table)?);
     if refusals.is_empty() {
-        look.known.sync_written()?;
+        look.known.sync_written(SYNC_WAIT)?;
     }
     let mut files = look.known.identities();
     files.dedup_by(|next, kept| {

@@ -23,6 +23,7 @@ use pageferry_image::model::memory::{Kind, Space};
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_tracee::Error as TraceeError;
+use pageferry_tracee::host::Clocks;
 use pageferry_tracee::injection::{Arg, Batch, Injection, Slot, ThreadStart};
 use pageferry_tracee::tree::Tracee;
 use pageferry_tracee::uffd::Uffd;
@@ -88,17 +89,6 @@ pub struct EagerPage {
     pub address: u64,
     /// Exactly one page.
     pub content: bytes::Bytes,
-}
-
-/// The tree's clocks at this moment, read on the target with the tree's time namespace applied, nanoseconds.
-#[derive(Debug, Clone, Copy)]
-pub struct TreeClock {
-    /// CLOCK_MONOTONIC as the tree sees it.
-    pub monotonic_ns: u64,
-    /// CLOCK_BOOTTIME as the tree sees it.
-    pub boottime_ns: u64,
-    /// CLOCK_REALTIME.
-    pub realtime_ns: u64,
 }
 
 /// A rebuilt process: every thread stopped with its final registers, memory registered with the run userfaultfd.
@@ -265,7 +255,7 @@ pub fn rebuild(
     husk: &mut Tracee,
     tree: &Tree,
     eager: &[EagerPage],
-    clock: impl Fn() -> pageferry_tracee::Result<TreeClock>,
+    clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
 ) -> Result<Rebuilt> {
     tree.validate()?;
     let process = tree
@@ -311,7 +301,7 @@ fn build(
     space: &Space,
     tree: &Tree,
     eager: &[EagerPage],
-    clock: impl Fn() -> pageferry_tracee::Result<TreeClock>,
+    clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
 ) -> Result<(Rebuilt, Vec<ThreadStart>)> {
     let pid = process.pid;
     let agent = injection.mapping();

@@ -213,7 +213,7 @@ pub fn clock_ns(clock: i32) -> Result<u64> {
         .saturating_add(now.tv_nsec as u64))
 }
 
-/// What our clocks show at one moment, in nanoseconds.
+/// What clocks show at one moment, in nanoseconds: ours, or those of a time namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Clocks {
     /// CLOCK_MONOTONIC.
@@ -224,7 +224,14 @@ pub struct Clocks {
     pub realtime_ns: u64,
 }
 
-/// Reads the three clocks; tens of nanoseconds lie between them.
+impl Clocks {
+    /// In the order of the fields.
+    pub fn all_ns(self) -> [u64; 3] {
+        [self.monotonic_ns, self.boottime_ns, self.realtime_ns]
+    }
+}
+
+/// Reads our three clocks; tens of nanoseconds lie between them.
 ///
 /// # Errors
 /// [`Error::Kernel`].

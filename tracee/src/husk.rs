@@ -115,8 +115,8 @@ pub fn build_elf(load_address: u64) -> Result<Vec<u8>> {
 
 /// Makes a husk and returns its pid, which is the one asked for. It has executed its program when this returns.
 ///
-/// The caller is its parent, or with `sibling` its brother, and must have one thread. Address space randomisation is off in
-/// it. It lives in the time namespace that the caller has chosen for its children ([`process::unshare_time`]).
+/// The caller is its parent, or with `sibling` its brother, and must have one thread. It is killed when its parent ends
+/// (`PR_SET_PDEATHSIG`), for as long as nobody sets that anew in it. Address space randomisation is off in it. It lives in the time namespace that the caller has chosen for its children ([`process::unshare_time`]).
 ///
 /// # Errors
 /// [`Error::PidTaken`]; [`Error::WrongState`] with a second thread; [`Error::Kernel`]: `EINVAL` from clone3 for a pid above
@@ -153,6 +153,11 @@ fn execute(request: &HuskRequest<'_>, program: &OwnedFd) -> Result<i32> {
 
     let mut entry = Entry {
         program: program.as_raw_fd(),
+        parent: if request.sibling {
+            process::parent_pid()
+        } else {
+            own_pid()
+        },
         set_sid: request.set_sid,
         inherit: inherit.as_ptr(),
         inherit_len: inherit.len(),
@@ -175,24 +180,27 @@ fn execute(request: &HuskRequest<'_>, program: &OwnedFd) -> Result<i32> {
 }
 
 /// What [`enter`] was doing when it failed; index 0 is "nothing".
-const STEPS: [&str; 6] = [
+const STEPS: [&str; 7] = [
     "husk",
+    "prctl(PR_SET_PDEATHSIG)",
     "setsid",
     "close_range",
     "dup3",
     "personality",
     "execveat",
 ];
-const STEP_SESSION: usize = 1;
-const STEP_CLOSE: usize = 2;
-const STEP_INHERIT: usize = 3;
-const STEP_PERSONALITY: usize = 4;
-const STEP_EXECUTE: usize = 5;
+const STEP_PARENT: usize = 1;
+const STEP_SESSION: usize = 2;
+const STEP_CLOSE: usize = 3;
+const STEP_INHERIT: usize = 4;
+const STEP_PERSONALITY: usize = 5;
+const STEP_EXECUTE: usize = 6;
 
 /// What parent and child share while the parent is suspended.
 #[repr(C)]
 struct Entry {
     program: i32,
+    parent: i32,
     set_sid: bool,
     inherit: *const (i32, i32),
     inherit_len: usize,
@@ -333,6 +341,14 @@ fn prepare_and_execute(entry: &Entry) -> (usize, Errno) {
             Err(errno) => Err((step, errno)),
         };
         let prepared = (|| {
+            check(
+                libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL),
+                STEP_PARENT,
+            )?;
+            // It may have ended before: nobody would tell.
+            if libc::syscall(libc::SYS_getppid) != i64::from(entry.parent) {
+                return Err((STEP_PARENT, Errno::ESRCH));
+            }
             if entry.set_sid {
                 check(libc::syscall(libc::SYS_setsid), STEP_SESSION)?;
             }

@@ -33,6 +33,19 @@ pub struct Passed {
 }
 
 impl Passed {
+    /// From the moment of `then` to that of `now`, each CLOCK_MONOTONIC, CLOCK_BOOTTIME and CLOCK_REALTIME in nanoseconds. A clock
+    /// that was set back has not gone.
+    #[must_use]
+    pub fn between(then: [u64; 3], now: [u64; 3]) -> Self {
+        let [monotonic_ns, boottime_ns, realtime_ns] =
+            std::array::from_fn(|clock| now[clock].saturating_sub(then[clock]));
+        Self {
+            monotonic_ns,
+            boottime_ns,
+            realtime_ns,
+        }
+    }
+
     /// What is left of `value_ns` on `clock`: at least 1 ns, so that an expired timer fires; 0 stays disarmed. Clocks of CPU
     /// time stand still, as the process does not run.
     #[must_use]
@@ -183,11 +196,12 @@ mod tests {
 
     #[test]
     fn timers_lose_what_has_passed_on_their_own_clock() {
-        let passed = Passed {
-            monotonic_ns: 10,
-            boottime_ns: 20,
-            realtime_ns: 30,
-        };
+        let passed = Passed::between([5, 6, 7], [15, 26, 37]);
+        assert_eq!(
+            Passed::between([7; 3], [6; 3]),
+            Passed::default(),
+            "set back"
+        );
         let left = |clock| passed.left_ns(clock, 100);
         assert_eq!(left(CLOCK_MONOTONIC), 90);
         assert_eq!(left(CLOCK_BOOTTIME), 80);

@@ -6,8 +6,11 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
+use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::statfs::statfs;
@@ -90,26 +93,42 @@ pub(crate) struct KnownFiles(BTreeMap<(String, bool), (u64, u64, FileIdentity)>)
 
 impl KnownFiles {
     /// Writes what the host still holds of the files the process may have changed to their storage, where the target reads them:
-    /// its own cache does not know of ours, and ours would be written over what the process writes there. Blocks for as long
-    /// as that takes; the survey does it first, so that little is left in the freeze.
-    pub(crate) fn sync_written(&self) -> Result<()> {
-        for (path, _) in self.0.keys().filter(|(_, shared)| *shared) {
-            // By now there may be nothing under that name, or something else.
-            let opened = fs::OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                .open(path);
-            match opened.and_then(|file| file.sync_data()) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                Err(source) => {
-                    return Err(Error::File {
-                        path: path.clone(),
-                        source,
-                    });
+    /// its own cache does not know of ours, and ours would be written over what the process writes there. Waits for that as
+    /// long as `limit`; the survey does it first, so that little is left in the freeze.
+    ///
+    /// # Errors
+    /// [`Error::File`](crate::Error::File), after the time with [`ErrorKind::TimedOut`].
+    pub(crate) fn sync_written(&self, limit: Duration) -> Result<()> {
+        let shared = self.0.keys().filter(|(_, shared)| *shared);
+        let paths: Vec<String> = shared.map(|(path, _)| path.clone()).collect();
+        if paths.is_empty() {
+            return Ok(());
+        }
+        let failed = |path: &str, source| Error::File {
+            path: path.to_owned(),
+            source,
+        };
+        // A call on a network file system whose server is gone does not come back, and cannot be taken back.
+        let (tell, told) = mpsc::channel();
+        let wanted = paths.clone();
+        std::thread::Builder::new()
+            .name("sync".into())
+            .spawn(move || {
+                for path in wanted {
+                    if tell.send(sync(&path)).is_err() {
+                        return;
+                    }
                 }
-                Ok(()) => {}
-            }
+            })
+            .map_err(|error| failed(&paths[0], error))?;
+        let until = Instant::now() + limit;
+        for path in &paths {
+            told.recv_timeout(until.saturating_duration_since(Instant::now()))
+                .unwrap_or_else(|_| {
+                    let text = format!("its storage took longer than {limit:?} to write");
+                    Err(std::io::Error::new(ErrorKind::TimedOut, text))
+                })
+                .map_err(|error| failed(path, error))?;
         }
         Ok(())
     }
@@ -120,6 +139,20 @@ impl KnownFiles {
             .values()
             .map(|(_, _, identity)| identity.clone())
             .collect()
+    }
+}
+
+/// What of the file at `path` is not on its storage yet goes there.
+fn sync(path: &str) -> std::io::Result<()> {
+    // By now there may be nothing under that name, or something else.
+    let opened = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    match opened.and_then(|file| file.sync_data()) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        synced => synced,
     }
 }
 

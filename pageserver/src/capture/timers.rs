@@ -21,12 +21,7 @@ const SIGEV_THREAD_ID: u32 = 4;
 
 /// How far the clocks have gone since they were read.
 pub(crate) fn until_now(then: host::Clocks) -> Result<Passed> {
-    let now = host::clocks()?;
-    Ok(Passed {
-        monotonic_ns: now.monotonic_ns.saturating_sub(then.monotonic_ns),
-        boottime_ns: now.boottime_ns.saturating_sub(then.boottime_ns),
-        realtime_ns: now.realtime_ns.saturating_sub(then.realtime_ns),
-    })
+    Ok(Passed::between(then.all_ns(), host::clocks()?.all_ns()))
 }
 
 /// The armed interval timers.

@@ -470,7 +470,8 @@ fn privileges(work: &mut Work<'_, '_>, process: &Process, thread: &Thread) -> Re
             1,
         );
     }
-    if thread.parent_death_signal != 0 {
+    // Also none: a husk is killed with its parent.
+    if thread.parent_death_signal != 0 || thread.tid == process.pid {
         // Cleared by every change of credentials, so it comes last.
         prctl(
             work,

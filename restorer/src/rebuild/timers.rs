@@ -2,9 +2,10 @@
 
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::model::timers::Passed;
+use pageferry_tracee::host::Clocks;
 use pageferry_tracee::injection::Injection;
 
-use super::{Result, TreeClock, Work};
+use super::{Result, Work};
 
 const NS_PER_S: u64 = 1_000_000_000;
 const US_PER_S: u64 = 1_000_000;
@@ -14,12 +15,9 @@ const TIMER_ABSTIME: u64 = 1;
 const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
 
 /// How far the tree's clocks have gone since the capture.
-pub(crate) fn since_capture(tree: &Tree, now: TreeClock) -> Passed {
-    Passed {
-        monotonic_ns: now.monotonic_ns.saturating_sub(tree.monotonic_ns),
-        boottime_ns: now.boottime_ns.saturating_sub(tree.boottime_ns),
-        realtime_ns: now.realtime_ns.saturating_sub(tree.realtime_ns),
-    }
+pub(crate) fn since_capture(tree: &Tree, now: Clocks) -> Passed {
+    let then = [tree.monotonic_ns, tree.boottime_ns, tree.realtime_ns];
+    Passed::between(then, now.all_ns())
 }
 
 fn pair(first: u64, second: u64) -> [u8; 16] {
