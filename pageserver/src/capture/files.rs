@@ -97,7 +97,7 @@ impl KnownFiles {
     /// long as `limit`; the survey does it first, so that little is left in the freeze.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File), after the time with [`ErrorKind::TimedOut`].
+    /// [`Error::File`], after the time with [`ErrorKind::TimedOut`].
     pub(crate) fn sync_written(&self, limit: Duration) -> Result<()> {
         let shared = self.0.keys().filter(|(_, shared)| *shared);
         let paths: Vec<String> = shared.map(|(path, _)| path.clone()).collect();
