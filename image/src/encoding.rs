@@ -6,8 +6,8 @@
 
 use prost::Message as _;
 
-use crate::model::{files, limits, memory, signals, sockets, task, timers};
 use crate::model::{Invalid, task::Tree};
+use crate::model::{files, limits, memory, signals, sockets, task, timers};
 
 /// Why bytes are no tree.
 #[derive(Debug, thiserror::Error)]
@@ -99,8 +99,7 @@ const PROCESS: Shape = of::<task::Process>(fields! {
     9 "itimers": of::<timers::Itimer>(&[]), 10 "posix_timers": of::<timers::Posix>(&[]),
     11 "descriptors": of::<files::Descriptor>(&[]), 14 "limits": of::<task::Limit>(&[]),
 });
-const SOCKET: Shape =
-    of::<sockets::Socket>(fields! {7 "options": of::<sockets::Option>(&[])});
+const SOCKET: Shape = of::<sockets::Socket>(fields! {7 "options": of::<sockets::Option>(&[])});
 // The kinds are part of the file itself.
 const FILE: Shape = of::<files::File>(fields! {
     3 "owner": of::<files::Owner>(&[]), 4 "regular": of::<files::Regular>(fields! {1 "identity": IDENTITY}),
@@ -119,7 +118,11 @@ const NUMBER_LEN: usize = 8;
 
 /// Bytes of memory that the tree encoded in `bytes` would take, nearly. Takes none itself, and never more steps than bytes.
 fn memory_of(bytes: &[u8]) -> Result<usize, Error> {
-    let mut walk = Walk { bytes, at: 0, taken: 0 };
+    let mut walk = Walk {
+        bytes,
+        at: 0,
+        taken: 0,
+    };
     walk.message(bytes.len(), TREE)?;
     Ok(walk.taken)
 }
@@ -149,7 +152,9 @@ impl Walk<'_> {
                         .ok()
                         .filter(|&len| len <= end - self.at)
                         .ok_or(Error::Malformed { offset })?;
-                    let field = fields.iter().find(|field| u64::from(field.number) == key >> 3);
+                    let field = fields
+                        .iter()
+                        .find(|field| u64::from(field.number) == key >> 3);
                     match field.map(|field| &field.shape) {
                         Some(&Shape::Message(own, fields)) => {
                             self.take(own)?;
@@ -223,7 +228,10 @@ mod tests {
                 .lines()
                 .map(|line| line.split("//").next().unwrap_or_default().to_owned() + " ")
                 .collect();
-            let spaced = text.replace('{', " { ").replace('}', " } ").replace(';', " ; ");
+            let spaced = text
+                .replace('{', " { ")
+                .replace('}', " } ")
+                .replace(';', " ; ");
             let mut stack: Vec<String> = Vec::new();
             let mut words: Vec<&str> = Vec::new();
             for word in spaced.split_whitespace() {
@@ -245,8 +253,8 @@ mod tests {
                             let kind = kind.rsplit('.').next().unwrap_or_default();
                             let is_message = kind.starts_with(char::is_uppercase)
                                 && !matches!(kind, "Kind" | "State");
-                            let is_list = *repeated == ["repeated"]
-                                && !matches!(kind, "string" | "bytes");
+                            let is_list =
+                                *repeated == ["repeated"] && !matches!(kind, "string" | "bytes");
                             if is_message || is_list {
                                 found.entry(message.to_owned()).or_default().insert(
                                     number.parse().expect("a field number"),
@@ -270,11 +278,16 @@ mod tests {
         let mut open = vec![("Tree".to_owned(), TREE)];
         while let Some((message, fields)) = open.pop() {
             let wanted = written.get(&message).cloned().unwrap_or_default();
-            let listed: BTreeMap<u32, &str> =
-                fields.iter().map(|field| (field.number, field.name)).collect();
+            let listed: BTreeMap<u32, &str> = fields
+                .iter()
+                .map(|field| (field.number, field.name))
+                .collect();
             assert_eq!(
                 listed,
-                wanted.iter().map(|(&number, (name, _))| (number, name.as_str())).collect(),
+                wanted
+                    .iter()
+                    .map(|(&number, (name, _))| (number, name.as_str()))
+                    .collect(),
                 "fields of {message}"
             );
             seen += 1;
@@ -301,13 +314,25 @@ mod tests {
         let tree = wrap(0x0a, wrap(0x32, mappings));
         assert!(tree.len() < limits::TREE_LEN / 10);
         assert!(matches!(Tree::from_bytes(&tree), Err(Error::TooLarge)));
-        let numbers = wrap(0x0a, wrap(0x2a, wrap(0x62, wrap(0x4a, vec![1; limits::TREE_MEMORY / 4 + 1]))));
+        let numbers = wrap(
+            0x0a,
+            wrap(
+                0x2a,
+                wrap(0x62, wrap(0x4a, vec![1; limits::TREE_MEMORY / 4 + 1])),
+            ),
+        );
         assert!(matches!(Tree::from_bytes(&numbers), Err(Error::TooLarge)));
     }
 
     #[test]
     fn garbage_is_named_where_it_lies() {
-        for bytes in [&[0x0a][..], &[0x0a, 5, 0], &[0x80; 11], &[0x0b], &[0x09, 1, 2]] {
+        for bytes in [
+            &[0x0a][..],
+            &[0x0a, 5, 0],
+            &[0x80; 11],
+            &[0x0b],
+            &[0x09, 1, 2],
+        ] {
             assert!(
                 matches!(Tree::from_bytes(bytes), Err(Error::Malformed { .. })),
                 "{bytes:?}"

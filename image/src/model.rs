@@ -39,6 +39,10 @@ impl std::error::Error for Invalid {}
 
 /// Most of everything: a model is built by a peer, and what is made from it must not outgrow the host.
 pub mod limits {
+    /// Bytes of an encoded tree: 11 KiB of xsave area a thread is the largest part.
+    pub const TREE_LEN: usize = 256 << 20;
+    /// Bytes of memory that a decoded tree takes, nearly.
+    pub const TREE_MEMORY: usize = 512 << 20;
     /// Threads of a process.
     pub const THREADS: usize = 65_536;
     /// Mappings of an address space: four times the kernel's own default limit.
@@ -47,6 +51,9 @@ pub mod limits {
     pub const GUARDS: usize = 1 << 20;
     /// One past the highest address of a mapping: what 4-level page tables reach.
     pub const ADDRESS_END: u64 = 1 << 47;
+    /// Bytes that an address space leaves free in one piece, at least: the agent that rebuilds it needs a place, away from stacks
+    /// and heap, which grow.
+    pub const ROOM_LEN: u64 = 2 << 30;
     /// Bytes of a path, as in PATH_MAX.
     pub const PATH_LEN: usize = 4096;
     /// Bytes of the auxiliary vector.
@@ -131,8 +138,29 @@ fn ascending<K: Ord>(keys: impl IntoIterator<Item = K>, object: &str) -> Result<
     Ok(())
 }
 
-/// `Err` unless `path` is one the kernel could be given: absolute, without NUL, not too long.
-fn absolute(path: &str, object: impl FnOnce() -> String) -> Result<(), Invalid> {
+/// `Err` unless `path` is one the kernel could be given: absolute, without NUL, not too long, and not back up.
+fn absolute(path: &str, object: impl Fn() -> String) -> Result<(), Invalid> {
     let is_good = path.starts_with('/') && !path.contains('\0') && path.len() < limits::PATH_LEN;
-    ensure(is_good, object, "is not an absolute path")
+    ensure(is_good, &object, "is not an absolute path")?;
+    // The kernel never tells such a path. One that hides where it leads is not followed.
+    ensure(
+        path.split('/').all(|part| part != ".."),
+        object,
+        "has `..` in its path",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_absolute_and_lead_where_they_say() {
+        let check = |path: &str| absolute(path, || "file".into()).is_ok();
+        assert!(check("/") && check("/a/b..c/..d/...") && check("/a (deleted)"));
+        for bad in ["", "a", "./a", "/..", "/a/../b", "/a/..", "/a\0b"] {
+            assert!(!check(bad), "{bad:?}");
+        }
+        assert!(!check(&format!("/{}", "a".repeat(limits::PATH_LEN))));
+    }
 }

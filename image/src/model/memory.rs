@@ -145,6 +145,18 @@ impl Space {
                 .flat_map(|mapping| [(mapping.start, 0), (mapping.end - 1, 1)]),
             "mappings",
         )?;
+        let mut at = 0;
+        let has_room = self
+            .mappings
+            .iter()
+            .map(|mapping| (mapping.start, mapping.end))
+            .chain([(limits::ADDRESS_END, limits::ADDRESS_END)])
+            .any(|(start, end)| start - std::mem::replace(&mut at, end) >= limits::ROOM_LEN);
+        ensure(
+            has_room,
+            || "address space".into(),
+            "leaves no room for the agent that rebuilds it",
+        )?;
         let vdsos = self
             .mappings
             .iter()

@@ -50,7 +50,11 @@ impl Thread {
     pub fn validate(&self) -> Result<(), Invalid> {
         let name = format!("thread {}", self.tid);
         let object = || name.clone();
-        ensure(self.tid > 0, object, "has no number")?;
+        ensure(
+            self.tid > 1,
+            object,
+            "has the number of no thread that is carried",
+        )?;
         ensure(
             self.comm.len() <= COMM_LEN && !self.comm.contains('\0'),
             object,
@@ -112,7 +116,13 @@ impl Process {
     /// The broken rule.
     pub fn validate(&self) -> Result<(), Invalid> {
         let object = || format!("process {}", self.pid);
-        ensure(self.pid > 0, object, "has no number")?;
+        ensure(self.pid != 1, object, "is the first of its pid namespace")?;
+        ensure(self.pid > 0, object, "has the number of no process")?;
+        ensure(
+            self.ppid >= 0 && self.pgid >= 0 && self.sid >= 0,
+            object,
+            "has an impossible parent, group or session",
+        )?;
         at_most(self.threads.len(), limits::THREADS, || {
             format!("thread list of process {}", self.pid)
         })?;
@@ -224,42 +234,42 @@ mod tests {
 
     #[test]
     fn threads_follow_their_rules() {
-        assert_eq!(thread(1).validate(), Ok(()));
+        assert_eq!(thread(2).validate(), Ok(()));
         for (why, bad) in [
             ("number", thread(0)),
             (
                 "registers",
                 Thread {
                     registers: vec![0; 8],
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
                 "xsave",
                 Thread {
                     xsave: vec![0; 100],
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
                 "credentials",
                 Thread {
                     credentials: None,
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
                 "scheduling",
                 Thread {
                     scheduling: None,
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
                 "no CPU",
                 Thread {
                     scheduling: Some(Scheduling::default()),
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
@@ -267,21 +277,21 @@ mod tests {
                 Thread {
                     robust_list: 0x1000,
                     robust_list_len: 8,
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
                 "kernel address",
                 Thread {
                     clear_child_tid: u64::MAX,
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
             (
                 "signal",
                 Thread {
                     parent_death_signal: 65,
-                    ..thread(1)
+                    ..thread(2)
                 },
             ),
         ] {
