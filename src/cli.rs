@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-const AFTER_HELP: &str = "Exit codes: 0 done · 1 failed, the source runs on · 2 usage · 3 host not capable · 4 bad peer data · \
+const AFTER_HELP: &str = "Exit codes: 0 done · 1 failed, the source runs on · 2 usage · 3 host not capable · 4 bad peer data or image · \
 5 lost after commit · 6 undecided: the source copy stays stopped · 7 refused: the listed objects cannot be carried, \
 the source runs on · 130/143 ended by a signal before commit, the source runs on";
 
@@ -33,7 +34,7 @@ pub struct Common {
     /// How log lines on stderr are written
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// Print one JSON object per line on stdout; the last is the ledger
+    /// Print one JSON object per line on stdout; the last one of a migration is the ledger
     #[arg(long, global = true)]
     pub json: bool,
 }
@@ -58,6 +59,86 @@ pub enum Verb {
     Receive(ReceiveArgs),
     /// Move a running process to another host (run on the source)
     Migrate(MigrateArgs),
+    /// Show what an image holds: processes, memory, descriptors, and what they take on disk
+    Inspect(InspectArgs),
+    /// Look after images: check, list and remove them
+    Image(ImageArgs),
+}
+
+/// Options of `inspect`.
+#[derive(Debug, Clone, Args)]
+pub struct InspectArgs {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+}
+
+/// Options of `image`.
+#[derive(Debug, Clone, Args)]
+pub struct ImageArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: ImageVerb,
+}
+
+/// The verbs of `image`.
+#[derive(Debug, Clone, Subcommand)]
+pub enum ImageVerb {
+    /// Read images to their last byte and check everything
+    Verify {
+        /// The images
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<PathBuf>,
+    },
+    /// List the images in a folder, the newest first
+    Ls {
+        /// The folder
+        #[arg(value_name = "DIR", default_value = ".")]
+        folder: PathBuf,
+    },
+    /// Remove images, and nothing that is not one
+    Rm {
+        /// The images
+        #[arg(value_name = "IMAGE", required = true)]
+        images: Vec<PathBuf>,
+    },
+    /// Remove old images from a folder: those that no option keeps
+    Prune(PruneArgs),
+}
+
+/// Options of `image prune`.
+#[derive(Debug, Clone, Args)]
+pub struct PruneArgs {
+    /// The folder
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Keep so many, the newest
+    #[arg(long, value_name = "COUNT", required_unless_present = "older_than")]
+    pub keep: Option<usize>,
+    /// Keep those that are not older than this: 90m, 12h, 7d, 4w
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    pub older_than: Option<Duration>,
+    /// Only say what would be removed
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// A time as a number and its unit.
+fn age(text: &str) -> Result<Duration, String> {
+    let units = [
+        ('s', 1),
+        ('m', 60),
+        ('h', 3600),
+        ('d', 86_400),
+        ('w', 7 * 86_400),
+    ];
+    units
+        .iter()
+        .find_map(|&(unit, seconds)| {
+            let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+            Some(Duration::from_secs(number.checked_mul(seconds)?))
+        })
+        .ok_or_else(|| "a number and one of s, m, h, d, w".to_owned())
 }
 
 /// Where this host's key lies.

@@ -8,7 +8,7 @@ pub const FAILED: u8 = 1;
 pub const USAGE: u8 = 2;
 /// This host cannot do it: no root, or a kernel that lacks something.
 pub const HOST: u8 = 3;
-/// The peer sent what cannot be.
+/// The peer sent, or an image holds, what cannot be.
 pub const BAD_DATA: u8 = 4;
 /// The process was lost after COMMIT.
 pub const LOST: u8 = 5;

@@ -10,6 +10,8 @@ pub mod cradle;
 pub mod drain;
 pub mod exit;
 pub mod identity;
+pub mod image;
+pub mod inspect;
 pub mod journal;
 pub mod migrate;
 pub mod plan;

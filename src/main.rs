@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pageferry::cli::{Cli, Verb};
-use pageferry::{check, identity, migrate, receive, report};
+use pageferry::{check, identity, image, inspect, migrate, receive, report};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         Verb::Identity(args) => identity::run(args, &cli.common),
         Verb::Receive(args) => receive::run(args, &cli.common),
         Verb::Migrate(args) => migrate::run(args, &cli.common),
+        Verb::Inspect(args) => inspect::run(args, &cli.common),
+        Verb::Image(args) => image::run(args, &cli.common),
     };
     ExitCode::from(code)
 }

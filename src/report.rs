@@ -284,7 +284,19 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         text.push_str(&source.to_string());
         next = source.source();
     }
-    text.replace('\n', " ")
+    plain(&text.replace('\n', " "))
+}
+
+/// `text` with everything escaped that a terminal would not simply show: names may come from a peer or a file.
+pub fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '"' | '\'' | '\\' => plain.push(character),
+            other => plain.extend(other.escape_debug()),
+        }
+    }
+    plain
 }
 
 /// Milliseconds in a duration, with fractions.
@@ -295,6 +307,12 @@ pub fn ms(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_file_says_does_not_reach_the_terminal_as_it_is() {
+        assert_eq!(plain("größe \"x\" \\"), "größe \"x\" \\");
+        assert_eq!(plain("a\x1b[2Jb\r\u{202e}"), "a\\u{1b}[2Jb\\r\\u{202e}");
+    }
 
     #[test]
     fn bad_data_is_told_from_a_bad_link() {

@@ -11,6 +11,7 @@ mod failures;
 mod ferry;
 mod hosts;
 mod hosts_themselves;
+mod images;
 mod lifecycle;
 mod programs;
 mod refusals;

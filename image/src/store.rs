@@ -129,4 +129,6 @@ pub trait PageSource: Send + Sync {
 }
 
 #[cfg(test)]
+mod malformed;
+#[cfg(test)]
 mod tests;

@@ -47,6 +47,12 @@ pub enum Error {
         /// What the decoder says.
         source: prost::DecodeError,
     },
+    /// A captured tree that cannot be built.
+    #[error("what a {} frame carries is no tree that can be", Tag::State)]
+    Tree {
+        /// Why.
+        source: pageferry_image::encoding::Error,
+    },
     /// A message that breaks one of its rules.
     #[error("a {tag} frame breaks a rule")]
     Rule {

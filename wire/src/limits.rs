@@ -9,8 +9,8 @@ pub const SMALL_LEN_MAX: u32 = 4 << 10;
 pub const PLAN_LEN_MAX: u32 = 64 << 20;
 /// Body of VERDICT: one line for each thing that cannot be carried.
 pub const VERDICT_LEN_MAX: u32 = 16 << 20;
-/// Body of STATE: the encoded tree; 11 KiB of xsave area a thread is the largest part.
-pub const STATE_LEN_MAX: u32 = 256 << 20;
+/// Body of STATE: the encoded tree.
+pub const STATE_LEN_MAX: u32 = pageferry_image::model::limits::TREE_LEN as u32;
 /// Body of MAP.
 pub const MAP_LEN_MAX: u32 = 1 << 20;
 /// Body of PAGES: [`BATCH_DATA_PAGES_MAX`] pages, their checksums, [`BATCH_RUNS_MAX`] runs and the batch header.

@@ -334,12 +334,9 @@ impl State {
         }
     }
 
-    /// Decodes the tree. The model's own rules are the caller's to check.
+    /// Decodes the tree. Every rule of the model holds for it.
     pub fn decode(&self) -> Result<Tree> {
-        Tree::decode(self.tree.clone()).map_err(|source| Error::Decode {
-            tag: Tag::State,
-            source,
-        })
+        Tree::from_bytes(&self.tree).map_err(|source| Error::Tree { source })
     }
 }
 

@@ -392,6 +392,17 @@ mod tests {
             .validate()
             .is_err()
         );
+        let all = limits::ADDRESS_END - limits::ROOM_LEN;
+        assert_eq!(space(vec![anonymous(0, all)]).validate(), Ok(()));
+        assert!(
+            space(vec![
+                anonymous(0, all),
+                anonymous(all + 0x1000, all + 0x2000)
+            ])
+            .validate()
+            .is_err(),
+            "no room for the agent"
+        );
         let vdso = |start| Mapping {
             kind: Kind::Vdso.into(),
             ..anonymous(start, start + 0x1000)

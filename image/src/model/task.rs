@@ -126,6 +126,7 @@ impl Process {
         at_most(self.threads.len(), limits::THREADS, || {
             format!("thread list of process {}", self.pid)
         })?;
+        ensure(!self.threads.is_empty(), object, "has no thread")?;
         ensure(
             self.threads
                 .first()

@@ -43,6 +43,16 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// Pages of this kind.
+    pub fn of(&self, kind: super::PageKind) -> u64 {
+        match kind {
+            super::PageKind::Data => self.data_pages,
+            super::PageKind::Zero => self.zero_pages,
+            super::PageKind::Hole => self.hole_pages,
+            super::PageKind::Guard => self.guard_pages,
+        }
+    }
+
     pub(super) fn add(&mut self, kind: super::PageKind, page_count: u64) {
         let count = match kind {
             super::PageKind::Data => &mut self.data_pages,
@@ -253,7 +263,7 @@ impl Header {
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, Damage> {
         // What begins like a header but is cut off was one.
         let begin = bytes.len().min(MAGIC.len());
-        if begin == 0 || bytes[..begin] != MAGIC[..begin] {
+        if bytes[..begin] != MAGIC[..begin] {
             return Err(Damage::Magic);
         }
         // These two stay where they are in every format.
@@ -325,8 +335,8 @@ impl Header {
             super::leaves::file_len::<{ super::pagemap::RANGE_LEN }>(limits::RANGES),
         )?;
         over(PAGES, self.pages.len, self.counts.data_pages * PAGE_SIZE)?;
-        if self.map.len % super::leaves::LEN as u64 != 0 {
-            return Err(MAP.bad("is no number of whole leaves"));
+        if !super::leaves::is_file_len::<{ super::pagemap::RANGE_LEN }>(self.map.len) {
+            return Err(MAP.bad("is no number of whole records"));
         }
         let block_count = self.counts.data_pages.div_ceil(super::BLOCK_PAGES);
         let wanted = super::leaves::file_len::<{ super::pagemap::BLOCK_LEN }>(block_count);

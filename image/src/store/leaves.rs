@@ -1,11 +1,12 @@
-//! Files of records that all have one length, in leaves of 4096 bytes. A leaf has its own checksum and number, so any record can
-//! be read, and believed, without the rest of the file.
+//! Files of records that all have one length, in leaves of at most 4096 bytes. A leaf has its own checksum and number, so any
+//! record can be read, and believed, without the rest of the file.
 //!
 //! ```text
 //! 0       4              8             16            20     32
 //! | crc32 | record_count | leaf number | record_len  | 0 …  | records … | 0 …
 //! ```
-//! The checksum is over all that follows it. Every leaf but the last is full, and the last is not empty.
+//! The checksum is over all that follows it. Every leaf but the last is full, and filled up to 4096 bytes; the last is not empty
+//! and ends with its records.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 use super::header::Extent;
 use super::{Damage, Error, Result};
 
-/// Bytes of a leaf.
+/// Bytes of a leaf that is not the last.
 pub(super) const LEN: usize = 4096;
 /// Bytes of it before the first record.
 const HEAD_LEN: usize = 32;
@@ -27,7 +28,17 @@ pub(super) const fn per_leaf<const N: usize>() -> usize {
 
 /// Bytes of a file of so many records of `N` bytes.
 pub(super) fn file_len<const N: usize>(record_count: u64) -> u64 {
-    record_count.div_ceil(per_leaf::<N>() as u64) * LEN as u64
+    let in_full_leaves = record_count / per_leaf::<N>() as u64;
+    match record_count % per_leaf::<N>() as u64 {
+        0 => in_full_leaves * LEN as u64,
+        rest => in_full_leaves * LEN as u64 + HEAD_LEN as u64 + rest * N as u64,
+    }
+}
+
+/// Whether a file of records of `N` bytes can have this length.
+pub(super) fn is_file_len<const N: usize>(len: u64) -> bool {
+    let rest = (len % LEN as u64) as usize;
+    rest == 0 || (rest > HEAD_LEN && (rest - HEAD_LEN) % N == 0)
 }
 
 /// One file of an open image.
@@ -135,25 +146,18 @@ impl<const N: usize> Leaf<N> {
 #[derive(Debug)]
 pub(super) struct Leaves<const N: usize> {
     file: Opened,
-    count: u64,
+    len: u64,
 }
 
 impl<const N: usize> Leaves<N> {
-    /// The leaves in `file`, whose length has been checked to be that of whole ones.
+    /// The leaves in `file`, whose length has been checked.
     pub(super) fn new(file: Opened, len: u64) -> Self {
-        Self {
-            file,
-            count: len / LEN as u64,
-        }
+        Self { file, len }
     }
 
     /// How many leaves there are.
     pub(super) fn count(&self) -> u64 {
-        self.count
-    }
-
-    pub(super) fn file(&self) -> &Opened {
-        &self.file
+        self.len.div_ceil(LEN as u64)
     }
 
     /// Where a record lies in the file.
@@ -163,7 +167,6 @@ impl<const N: usize> Leaves<N> {
 
     /// Reads a leaf and checks all but its records.
     pub(super) fn leaf(&self, number: u64) -> Result<Leaf<N>> {
-        let mut bytes = Box::new([0; LEN]);
         let offset = number.saturating_mul(LEN as u64);
         let bad = |rule| {
             Err(self.file.bad(Damage::Leaf {
@@ -172,10 +175,13 @@ impl<const N: usize> Leaves<N> {
                 rule,
             }))
         };
-        if number >= self.count {
+        let len = self.len.saturating_sub(offset).min(LEN as u64) as usize;
+        if len < HEAD_LEN {
             return bad("is not there");
         }
-        self.file.read(&mut bytes[..], offset)?;
+        let mut buffer = Box::new([0; LEN]);
+        let bytes = &mut buffer[..len];
+        self.file.read(bytes, offset)?;
         let word = |at: usize| {
             let mut word = [0; 4];
             word.copy_from_slice(&bytes[at..at + 4]);
@@ -191,23 +197,28 @@ impl<const N: usize> Leaves<N> {
             return bad("is of another file");
         }
         let count = word(4) as usize;
-        let is_last = number + 1 == self.count;
-        if count > per_leaf::<N>() || count == 0 || (!is_last && count < per_leaf::<N>()) {
+        if count != (len - HEAD_LEN) / N {
             return bad("has an impossible number of records");
         }
         if bytes[HEAD_LEN + count * N..].iter().any(|&byte| byte != 0) {
             return bad("goes on behind its records");
         }
-        Ok(Leaf { bytes, count })
+        Ok(Leaf {
+            bytes: buffer,
+            count,
+        })
     }
 
     /// The checksum of the whole file is that of the header. One pass, a leaf at a time.
     pub(super) fn check(&self, wanted: Extent) -> Result<()> {
         let mut hasher = crc32fast::Hasher::new();
         let mut bytes = [0; LEN];
-        for number in 0..self.count {
-            self.file.read(&mut bytes, number * LEN as u64)?;
-            hasher.update(&bytes);
+        let mut at = 0;
+        while at < self.len {
+            let piece = &mut bytes[..(self.len - at).min(LEN as u64) as usize];
+            self.file.read(piece, at)?;
+            hasher.update(piece);
+            at += piece.len() as u64;
         }
         if hasher.finalize() == wanted.checksum {
             return Ok(());
@@ -226,6 +237,7 @@ pub(super) struct LeafWriter<const N: usize> {
     leaf: Box<[u8; LEN]>,
     count: usize,
     number: u64,
+    len: u64,
     hasher: crc32fast::Hasher,
 }
 
@@ -237,6 +249,7 @@ impl<const N: usize> LeafWriter<N> {
             leaf: Box::new([0; LEN]),
             count: 0,
             number: 0,
+            len: 0,
             hasher: crc32fast::Hasher::new(),
         }
     }
@@ -261,13 +274,20 @@ impl<const N: usize> LeafWriter<N> {
             self.leaf[at..at + 4].copy_from_slice(&word.to_le_bytes());
         }
         self.leaf[8..16].copy_from_slice(&self.number.to_le_bytes());
-        let checksum = crc32fast::hash(&self.leaf[4..]);
+        // Only the last leaf is not full.
+        let len = if self.count == per_leaf::<N>() {
+            LEN
+        } else {
+            HEAD_LEN + self.count * N
+        };
+        let checksum = crc32fast::hash(&self.leaf[4..len]);
         self.leaf[..4].copy_from_slice(&checksum.to_le_bytes());
-        self.hasher.update(&self.leaf[..]);
+        self.hasher.update(&self.leaf[..len]);
         self.file
-            .write_all(&self.leaf[..])
+            .write_all(&self.leaf[..len])
             .map_err(Error::io(&self.path, "write it"))?;
         self.leaf.fill(0);
+        self.len += len as u64;
         self.number += 1;
         self.count = 0;
         Ok(())
@@ -282,7 +302,7 @@ impl<const N: usize> LeafWriter<N> {
             .sync_all()
             .map_err(Error::io(&self.path, "write it"))?;
         Ok(Extent {
-            len: self.number * LEN as u64,
+            len: self.len,
             checksum: self.hasher.finalize(),
         })
     }

@@ -49,7 +49,10 @@ impl Range {
             return Err("is empty");
         }
         let end_of_space = ADDRESS_END / PAGE_SIZE;
-        if start >= end_of_space || count > end_of_space - start {
+        if start >= end_of_space {
+            return Err("does not begin at a user address");
+        }
+        if count > end_of_space - start {
             return Err("leaves the address space");
         }
         Ok(Self {

@@ -86,7 +86,7 @@ impl ImageWriter {
         tree.validate()
             .map_err(|invalid| Error::Unwritable(Damage::Tree(invalid)))?;
         if path.file_name().is_none() {
-            let source = std::io::ErrorKind::InvalidFilename.into();
+            let source = std::io::ErrorKind::InvalidInput.into();
             return Err(Error::io(path, "make an image of this name")(source));
         }
         if path.symlink_metadata().is_ok() {

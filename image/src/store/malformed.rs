@@ -1,0 +1,998 @@
+//! The images under `tests/golden`: made here, committed, and compared with what is made.
+//!
+//! `PAGEFERRY_GOLDEN=write cargo test -p pageferry-image golden` writes them. Malformed ones may be written anew; what lies in
+//! `tests/golden/v1` never changes again, for it must load for ever.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use prost::Message as _;
+
+use super::*;
+use crate::model::files::{
+    Descriptor, Device, Epoll, EpollItem, Eventfd, File, Pipe, PipeEnd, Regular, file,
+};
+use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
+use crate::model::signals::Action;
+use crate::model::sockets::{Socket, State};
+use crate::model::task::{Credentials, Limit, Process, Scheduling, Thread, Tree};
+use crate::page::{PAGE_LEN, PAGE_SIZE};
+
+const ROOT: ObjectId = ObjectId::ROOT_SPACE;
+/// Where the anonymous memory lies, and how many pages it has.
+const HEAP: u64 = 0x5555_5560_0000;
+const HEAP_PAGES: u64 = 24;
+/// Where the file is mapped.
+const DATA: u64 = 0x5555_5555_8000;
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
+}
+
+fn is_writing() -> bool {
+    std::env::var_os("PAGEFERRY_GOLDEN").is_some_and(|value| value == "write")
+}
+
+fn thread(tid: i32, comm: &str) -> Thread {
+    Thread {
+        tid,
+        comm: comm.into(),
+        registers: (0..216).map(|byte| byte as u8).collect(),
+        xsave: vec![0; 576],
+        sigmask: 1 << 12,
+        credentials: Some(Credentials {
+            euid: 1000,
+            groups: vec![4, 1000],
+            ..Credentials::default()
+        }),
+        scheduling: Some(Scheduling {
+            affinity_default: true,
+            ..Scheduling::default()
+        }),
+        ..Thread::default()
+    }
+}
+
+fn identity(path: &str) -> FileIdentity {
+    FileIdentity {
+        path: path.into(),
+        size: 4096,
+        ..FileIdentity::default()
+    }
+}
+
+fn space() -> Space {
+    let mapping = |start, pages, kind: Kind| Mapping {
+        start,
+        end: start + pages * PAGE_SIZE,
+        prot: 3,
+        kind: kind.into(),
+        ..Mapping::default()
+    };
+    let heap = HEAP + (HEAP_PAGES - 1) * PAGE_SIZE;
+    Space {
+        mappings: vec![
+            Mapping {
+                file: Some(identity("/usr/bin/subject")),
+                ..mapping(DATA, 2, Kind::FilePrivate)
+            },
+            Mapping {
+                guards: vec![Range {
+                    start: heap,
+                    end: heap + PAGE_SIZE,
+                }],
+                name: "heap".into(),
+                ..mapping(HEAP, HEAP_PAGES, Kind::Anon)
+            },
+            Mapping {
+                prot: 5,
+                ..mapping(0x7fff_0000_0000, 2, Kind::Vdso)
+            },
+        ],
+        start_brk: HEAP,
+        brk: HEAP,
+        exe: Some(identity("/usr/bin/subject")),
+        ..Space::default()
+    }
+}
+
+/// One of most things there are.
+fn tree() -> Tree {
+    let open = |id, kind| File {
+        id,
+        flags: 2,
+        kind: Some(kind),
+        ..File::default()
+    };
+    let end = |write_end| file::Kind::Pipe(PipeEnd { pipe: 1, write_end });
+    let pair = || {
+        file::Kind::Socket(Socket {
+            family: 1,
+            r#type: 1,
+            state: State::Paired.into(),
+            pair: 1,
+            queue: vec![b"unread".to_vec()],
+            ..Socket::default()
+        })
+    };
+    let files = vec![
+        open(
+            1,
+            file::Kind::Device(Device {
+                path: "/dev/null".into(),
+                rdev: 0x103,
+                position: 0,
+            }),
+        ),
+        open(
+            2,
+            file::Kind::Regular(Regular {
+                identity: Some(identity("/etc/subject.conf")),
+                position: 17,
+            }),
+        ),
+        open(3, end(false)),
+        open(4, end(true)),
+        open(5, pair()),
+        open(6, pair()),
+        open(
+            7,
+            file::Kind::Eventfd(Eventfd {
+                count: 3,
+                semaphore: false,
+            }),
+        ),
+        open(
+            8,
+            file::Kind::Epoll(Epoll {
+                items: vec![EpollItem {
+                    fd: 7,
+                    events: 1,
+                    data: 9,
+                }],
+            }),
+        ),
+    ];
+    Tree {
+        root: Some(Process {
+            pid: 4711,
+            ppid: 1,
+            pgid: 4711,
+            sid: 4711,
+            threads: vec![thread(4711, "subject"), thread(4712, "worker")],
+            space: Some(space()),
+            actions: vec![Action {
+                signo: 15,
+                handler: HEAP,
+                ..Action::default()
+            }],
+            descriptors: (1..9)
+                .map(|file| Descriptor {
+                    fd: file,
+                    file,
+                    close_on_exec: file > 2,
+                })
+                .collect(),
+            cwd: "/var/lib/subject".into(),
+            umask: 0o22,
+            limits: vec![Limit {
+                resource: 7,
+                soft: 1024,
+                hard: 4096,
+            }],
+            ..Process::default()
+        }),
+        files,
+        pipes: vec![Pipe {
+            id: 1,
+            capacity: 4096,
+            content: b"in flight".to_vec(),
+        }],
+        monotonic_ns: 1_000,
+        boottime_ns: 2_000,
+        realtime_ns: 3_000,
+    }
+}
+
+/// What data page number `page` holds: the last one is not to be compressed.
+fn content(page: u64) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..PAGE_LEN)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            if page == 16 {
+                state as u8
+            } else {
+                page as u8 + 1
+            }
+        })
+        .collect()
+}
+
+/// Writes the image that the golden one is, and all malformed ones are made of: 17 data pages, in one block that LZ4 has made
+/// shorter and one that it has not.
+fn write(path: &Path) {
+    let origin = Origin {
+        id: *b"golden image  v1",
+        created_ns: 1_735_734_896_000_000_000,
+        host: "alpha".into(),
+        program: "0.1.0".into(),
+    };
+    let mut writer =
+        ImageWriter::create(path, tree(), origin, Compression::Lz4).expect("a good tree");
+    let heap = |from: u64, to: u64| PageRange {
+        start: HEAP + from * PAGE_SIZE,
+        end: HEAP + to * PAGE_SIZE,
+    };
+    let mut tell = |kind, range| writer.without_data(ROOT, kind, range).expect("the next");
+    tell(
+        PageKind::Hole,
+        PageRange {
+            start: DATA,
+            end: DATA + PAGE_SIZE,
+        },
+    );
+    writer
+        .pages(ROOT, DATA + PAGE_SIZE, &content(0))
+        .expect("the next");
+    let bytes: Vec<u8> = (1..16).flat_map(content).collect();
+    writer.pages(ROOT, HEAP, &bytes).expect("the next");
+    let mut tell = |kind, range| writer.without_data(ROOT, kind, range).expect("the next");
+    tell(PageKind::Zero, heap(15, 17));
+    tell(PageKind::Hole, heap(17, 22));
+    writer
+        .pages(ROOT, heap(22, 23).start, &content(16))
+        .expect("the next");
+    writer
+        .without_data(ROOT, PageKind::Guard, heap(23, 24))
+        .expect("the next");
+    writer.finish().expect("all pages");
+}
+
+#[test]
+fn the_golden_image_of_version_1_holds_what_it_did() {
+    let path = golden().join("v1");
+    if is_writing() && !path.exists() {
+        write(&path);
+    }
+    let image = Image::open(&path).expect("it must load for ever");
+    image.verify().expect("it must load for ever");
+    assert_eq!(image.tree(), &tree());
+    assert_eq!(image.header().origin.id, *b"golden image  v1");
+    let heap = |page| HEAP + page * PAGE_SIZE;
+    let places = [(DATA + PAGE_SIZE, 0)].into_iter();
+    let places = places
+        .chain((0..15).map(|page| (heap(page), page + 1)))
+        .chain([(heap(22), 16)]);
+    for (address, page) in places {
+        let mut bytes = vec![0; PAGE_LEN];
+        image
+            .read(ROOT, PageRange::page_of(address), &mut bytes)
+            .expect("it must load for ever");
+        assert!(bytes == content(page), "page {page}");
+    }
+    let kinds: Vec<_> = image
+        .runs(
+            ROOT,
+            PageRange {
+                start: DATA,
+                end: HEAP + HEAP_PAGES * PAGE_SIZE,
+            },
+        )
+        .expect("it must load for ever")
+        .iter()
+        .map(|run| (run.kind, run.range.page_count()))
+        .collect();
+    let gap = (HEAP - DATA) / PAGE_SIZE - 2;
+    assert_eq!(
+        kinds,
+        [
+            (Some(PageKind::Hole), 1),
+            (Some(PageKind::Data), 1),
+            (None, gap),
+            (Some(PageKind::Data), 15),
+            (Some(PageKind::Zero), 2),
+            (Some(PageKind::Hole), 5),
+            (Some(PageKind::Data), 1),
+            (Some(PageKind::Guard), 1),
+        ]
+    );
+}
+
+type Files = BTreeMap<&'static str, Vec<u8>>;
+
+/// An image in pieces, before its checksums are taken.
+struct Parts {
+    header: Header,
+    /// Bytes put into the header before its checksum is taken.
+    edits: Vec<(usize, Vec<u8>)>,
+    tree: Vec<u8>,
+    ranges: Vec<[u8; pagemap::RANGE_LEN]>,
+    blocks: Vec<[u8; pagemap::BLOCK_LEN]>,
+    pages: Vec<u8>,
+}
+
+/// The records of a file of one leaf.
+fn records<const N: usize>(file: &[u8]) -> Vec<[u8; N]> {
+    let records = file[32..].chunks_exact(N);
+    records
+        .map(|record| record.try_into().expect("N bytes"))
+        .collect()
+}
+
+/// A file of one leaf, by the words of docs/image.md.
+fn leaf<const N: usize>(number: u64, record_len: u32, records: &[[u8; N]]) -> Vec<u8> {
+    let mut bytes = vec![0; 4];
+    bytes.extend((records.len() as u32).to_le_bytes());
+    bytes.extend(number.to_le_bytes());
+    bytes.extend(record_len.to_le_bytes());
+    bytes.extend([0; 12]);
+    bytes.extend(records.concat());
+    let checksum = crc32fast::hash(&bytes[4..]);
+    bytes[..4].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+impl Parts {
+    fn of(path: &Path) -> Self {
+        let read = |name: &str| fs::read(path.join(name)).expect("it was written");
+        Self {
+            header: Header::of(path).expect("it was written"),
+            edits: Vec::new(),
+            tree: read(TREE),
+            ranges: records(&read(MAP)),
+            blocks: records(&read(BLOCKS)),
+            pages: read(PAGES),
+        }
+    }
+
+    fn tree(&mut self, change: impl FnOnce(&mut Tree)) {
+        let mut tree = Tree::decode(&self.tree[..]).expect("it was encoded");
+        change(&mut tree);
+        self.tree = tree.encode_to_vec();
+    }
+
+    fn root(&mut self, change: impl FnOnce(&mut Process)) {
+        self.tree(|tree| change(tree.root.as_mut().expect("it has one")));
+    }
+
+    fn space(&mut self, change: impl FnOnce(&mut Space)) {
+        self.root(|root| change(root.space.as_mut().expect("it has one")));
+    }
+
+    fn file(&mut self, id: usize, kind: file::Kind) {
+        self.tree(|tree| tree.files[id - 1].kind = Some(kind));
+    }
+
+    fn edit(&mut self, offset: usize, bytes: &[u8]) {
+        self.edits.push((offset, bytes.to_vec()));
+    }
+
+    fn word(&mut self, range: usize, at: usize, value: u64) {
+        self.ranges[range][at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    /// All checksums are right, and all lengths.
+    fn seal(mut self) -> Files {
+        let (map, blocks) = (leaf(0, 32, &self.ranges), leaf(0, 16, &self.blocks));
+        let extent = |bytes: &[u8]| header::Extent {
+            len: bytes.len() as u64,
+            checksum: crc32fast::hash(bytes),
+        };
+        self.header.tree = extent(&self.tree);
+        self.header.map = extent(&map);
+        self.header.blocks = extent(&blocks);
+        self.header.pages.len = self.pages.len() as u64;
+        let mut header = self.header.encode().to_vec();
+        for (offset, bytes) in &self.edits {
+            header[*offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+        let mut files = Files::from([
+            (HEADER, header),
+            (TREE, self.tree),
+            (MAP, map),
+            (BLOCKS, blocks),
+            (PAGES, self.pages),
+        ]);
+        seal_header(&mut files);
+        files
+    }
+}
+
+fn seal_header(files: &mut Files) {
+    let header = files.get_mut(HEADER).expect("it has one");
+    let checksum = crc32fast::hash(&header[..508]);
+    header[508..].copy_from_slice(&checksum.to_le_bytes());
+}
+
+/// Puts a file in the place of another, and its checksum in the header.
+fn replace(files: &mut Files, name: &'static str, bytes: Vec<u8>) {
+    let at = match name {
+        MAP => 256,
+        _ => 272,
+    };
+    let header = files.get_mut(HEADER).expect("it has one");
+    header[at..at + 8].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
+    header[at + 8..at + 12].copy_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+    files.insert(name, bytes);
+    seal_header(files);
+}
+
+fn flip(files: &mut Files, name: &str, at: usize) {
+    files.get_mut(name).expect("it is there")[at] ^= 0x10;
+}
+
+enum Change {
+    /// Impossible, though every checksum is right.
+    Built(fn(&mut Parts)),
+    /// Torn, cut, flipped, foreign.
+    Damaged(fn(&mut Files)),
+}
+
+use Change::{Built, Damaged};
+
+/// Name, what is done to the image, and the sentence that tells it.
+fn cases() -> Vec<(&'static str, Change, &'static str)> {
+    vec![
+        // Torn, truncated, bit-flipped, foreign.
+        (
+            "header-missing",
+            Damaged(|files| {
+                files.remove(HEADER);
+            }),
+            "is no image, it has no file `header`",
+        ),
+        (
+            "header-empty",
+            Damaged(|files| {
+                files.insert(HEADER, Vec::new());
+            }),
+            "`header` has 0 bytes, not 512",
+        ),
+        (
+            "header-of-criu",
+            Damaged(|files| {
+                files.get_mut(HEADER).expect("there")[..4]
+                    .copy_from_slice(&[0x19, 0x43, 0x56, 0x54])
+            }),
+            "is no image, its `header` does not begin as one",
+        ),
+        (
+            "header-torn",
+            Damaged(|files| files.get_mut(HEADER).expect("there").truncate(300)),
+            "`header` has 300 bytes, not 512",
+        ),
+        (
+            "header-too-long",
+            Damaged(|files| files.get_mut(HEADER).expect("there").push(0)),
+            "`header` has 513 bytes, not 512",
+        ),
+        (
+            "header-flipped",
+            Damaged(|files| flip(files, HEADER, 70)),
+            "`header` has the wrong checksum",
+        ),
+        (
+            "version-0",
+            Damaged(|files| files.get_mut(HEADER).expect("there")[16] = 0),
+            "`header` says format 0",
+        ),
+        (
+            "version-of-the-future",
+            Damaged(|files| files.get_mut(HEADER).expect("there")[16] = 2),
+            "`header` says format 2",
+        ),
+        (
+            "tree-missing",
+            Damaged(|files| {
+                files.remove(TREE);
+            }),
+            "the file `tree` is missing",
+        ),
+        (
+            "tree-torn",
+            Damaged(|files| files.get_mut(TREE).expect("there").truncate(100)),
+            "`tree` ends at offset 100",
+        ),
+        (
+            "tree-flipped",
+            Damaged(|files| flip(files, TREE, 50)),
+            "`tree` has not the checksum",
+        ),
+        (
+            "map-missing",
+            Damaged(|files| {
+                files.remove(MAP);
+            }),
+            "the file `map` is missing",
+        ),
+        (
+            "map-torn",
+            Damaged(|files| files.get_mut(MAP).expect("there").truncate(64)),
+            "`map` ends at offset 64",
+        ),
+        (
+            "map-flipped",
+            Damaged(|files| flip(files, MAP, 50)),
+            "`map` has not the checksum",
+        ),
+        (
+            "blocks-missing",
+            Damaged(|files| {
+                files.remove(BLOCKS);
+            }),
+            "the file `blocks` is missing",
+        ),
+        (
+            "blocks-flipped",
+            Damaged(|files| flip(files, BLOCKS, 50)),
+            "`blocks` has not the checksum",
+        ),
+        (
+            "pages-missing",
+            Damaged(|files| {
+                files.remove(PAGES);
+            }),
+            "the file `pages` is missing",
+        ),
+        (
+            "pages-torn",
+            Damaged(|files| files.get_mut(PAGES).expect("there").truncate(4096)),
+            "`pages` ends at offset 4096",
+        ),
+        (
+            "pages-with-more",
+            Damaged(|files| files.get_mut(PAGES).expect("there").extend(b"more")),
+            "`pages` goes on to offset",
+        ),
+        (
+            "pages-flipped",
+            Damaged(|files| flip(files, PAGES, 10)),
+            "`pages`: the block at offset 0 has the wrong checksum, so page 555555559000 of object 1 is lost",
+        ),
+        (
+            "pages-flipped-late",
+            Damaged(|files| {
+                let at = files[PAGES].len() - 1;
+                flip(files, PAGES, at);
+            }),
+            "has the wrong checksum, so page 555555616000 of object 1 is lost",
+        ),
+        (
+            "stranger",
+            Damaged(|files| {
+                files.insert("notes", b"mine\n".to_vec());
+            }),
+            "\"notes\" lies in it and belongs to no image",
+        ),
+        // The header.
+        (
+            "header-kind",
+            Built(|parts| parts.edit(24, &[2])),
+            "`header` at offset 24: kind is 2, not 1",
+        ),
+        (
+            "header-machine",
+            Built(|parts| parts.edit(28, &[183])),
+            "`header` at offset 28: machine is 183, not 1",
+        ),
+        (
+            "header-page-length",
+            Built(|parts| parts.edit(32, &[0, 0x40])),
+            "`header` at offset 32: page length is 16384, not 4096",
+        ),
+        (
+            "header-name",
+            Built(|parts| parts.edit(80, &[0xff])),
+            "`header` at offset 80: name is no text",
+        ),
+        (
+            "header-reserved",
+            Built(|parts| parts.edit(400, &[1])),
+            "`header` at offset 336: reserved bytes are set",
+        ),
+        (
+            "header-tree-length",
+            Built(|parts| parts.edit(240, &[0xff; 6])),
+            "length of tree is 281474976710655, more than the limit of 268435456",
+        ),
+        (
+            "header-map-length",
+            Built(|parts| parts.edit(256, &[70, 0])),
+            "`header` at offset 256: length of map is no number of whole records",
+        ),
+        (
+            "header-blocks-length",
+            Built(|parts| parts.edit(272, &[80])),
+            "length of blocks is 80, not 64 as for 17 data pages",
+        ),
+        (
+            "header-pages-length",
+            Built(|parts| parts.edit(288, &[0, 0, 0, 1])),
+            "length of pages is 16777216, more than the limit of 69632",
+        ),
+        (
+            "header-data-pages",
+            Built(|parts| parts.edit(304, &[0xff; 7])),
+            "data pages is 72057594037927935, more than the limit of 4294967296",
+        ),
+        (
+            "header-zero-pages",
+            Built(|parts| parts.edit(312, &[9])),
+            "`header` at offset 312: zero pages are 9, but 2 in the map",
+        ),
+        (
+            "header-pid",
+            Built(|parts| parts.edit(64, &[9, 0])),
+            "`header` at offset 64: pid is 9, but that of the tree 4711",
+        ),
+        (
+            "header-threads",
+            Built(|parts| parts.edit(72, &[3])),
+            "thread count or the number of processes is not that of the tree",
+        ),
+        // Impossible trees.
+        (
+            "tree-garbled",
+            Built(|parts| {
+                let len = parts.tree.len();
+                parts.tree.truncate(len - 1);
+            }),
+            "`tree` is broken off or garbled at byte",
+        ),
+        (
+            "tree-not-utf8",
+            Built(|parts| {
+                let at = parts
+                    .tree
+                    .windows(9)
+                    .position(|text| text == b"/dev/null")
+                    .expect("it is there");
+                parts.tree[at] = 0xff;
+            }),
+            "`tree` cannot be decoded",
+        ),
+        (
+            "tree-empty",
+            Built(|parts| parts.tree.clear()),
+            "`tree`: tree has no process",
+        ),
+        (
+            "pid-1",
+            Built(|parts| {
+                parts.root(|root| {
+                    root.pid = 1;
+                    root.threads[0].tid = 1;
+                })
+            }),
+            "`tree`: process 1 is the first of its pid namespace",
+        ),
+        (
+            "pid-negative",
+            Built(|parts| parts.root(|root| root.pid = -5)),
+            "`tree`: process -5 has the number of no process",
+        ),
+        (
+            "parent-negative",
+            Built(|parts| parts.root(|root| root.ppid = -1)),
+            "has an impossible parent, group or session",
+        ),
+        (
+            "no-leader",
+            Built(|parts| parts.root(|root| root.threads.swap(0, 1))),
+            "`tree`: process 4711 has not its leader first",
+        ),
+        (
+            "no-threads",
+            Built(|parts| parts.root(|root| root.threads.clear())),
+            "`tree`: process 4711 has no thread",
+        ),
+        (
+            "thread-twice",
+            Built(|parts| parts.root(|root| root.threads[1].tid = 4711)),
+            "`tree`: process 4711 has a thread twice",
+        ),
+        (
+            "registers-short",
+            Built(|parts| parts.root(|root| root.threads[1].registers.truncate(8))),
+            "`tree`: thread 4712 has not the registers of x86-64",
+        ),
+        (
+            "descriptor-twice",
+            Built(|parts| parts.root(|root| root.descriptors[1].fd = 1)),
+            "`tree`: descriptors are not in ascending order without duplicates",
+        ),
+        (
+            "descriptor-of-no-file",
+            Built(|parts| parts.root(|root| root.descriptors[1].file = 99)),
+            "`tree`: fd 2 names no open file",
+        ),
+        (
+            "file-twice",
+            Built(|parts| parts.tree(|tree| tree.files[1].id = 1)),
+            "`tree`: open files are not in ascending order without duplicates",
+        ),
+        (
+            "file-of-no-kind",
+            Built(|parts| parts.tree(|tree| tree.files[0].kind = None)),
+            "`tree`: open file 1 is of no known kind",
+        ),
+        (
+            "device-of-another-kind",
+            Built(|parts| {
+                parts.file(
+                    1,
+                    file::Kind::Device(Device {
+                        path: "/dev/null".into(),
+                        rdev: 0x800,
+                        position: 0,
+                    }),
+                )
+            }),
+            "`tree`: open file 1 is no device that is carried",
+        ),
+        (
+            "epoll-of-itself",
+            Built(|parts| {
+                parts.file(
+                    8,
+                    file::Kind::Epoll(Epoll {
+                        items: vec![EpollItem {
+                            fd: 8,
+                            events: 1,
+                            data: 0,
+                        }],
+                    }),
+                )
+            }),
+            "`tree`: epoll instances watch each other in a circle or too deep",
+        ),
+        (
+            "pipe-over-its-limit",
+            Built(|parts| parts.tree(|tree| tree.pipes[0].capacity = 4)),
+            "`tree`: pipe 1 holds more than its capacity",
+        ),
+        (
+            "pair-with-one-end",
+            Built(|parts| parts.file(5, file::Kind::Eventfd(Eventfd::default()))),
+            "`tree`: socket pair 1 has not its two ends",
+        ),
+        (
+            "path-back-up",
+            Built(|parts| parts.root(|root| root.cwd = "/var/../etc".into())),
+            "`tree`: working directory /var/../etc has `..` in its path",
+        ),
+        (
+            "path-relative",
+            Built(|parts| parts.root(|root| root.cwd = "etc".into())),
+            "`tree`: working directory etc is not an absolute path",
+        ),
+        (
+            "path-to-the-terminal",
+            Built(|parts| parts.root(|root| root.cwd = "\u{1b}[2J".into())),
+            "working directory \\u{1b}[2J is not an absolute path",
+        ),
+        (
+            "mapping-overlap",
+            Built(|parts| parts.space(|space| space.mappings[0].end = HEAP + PAGE_SIZE)),
+            "`tree`: mappings are not in ascending order without duplicates",
+        ),
+        (
+            "mapping-of-the-kernel",
+            Built(|parts| parts.space(|space| space.mappings[2].end = 0xffff_8000_0000_0000)),
+            "is no range of user pages",
+        ),
+        (
+            "mapping-over-the-agent",
+            Built(|parts| {
+                parts.space(|space| {
+                    space.mappings.truncate(1);
+                    space.mappings[0].start = PAGE_SIZE;
+                    space.mappings[0].end = (1 << 47) - PAGE_SIZE;
+                })
+            }),
+            "`tree`: address space leaves no room for the agent that rebuilds it",
+        ),
+        (
+            "mapping-of-no-kind",
+            Built(|parts| parts.space(|space| space.mappings[1].kind = 9)),
+            "mapping 555555600000-555555618000 is of no known kind",
+        ),
+        (
+            "guard-outside",
+            Built(|parts| parts.space(|space| space.mappings[1].guards[0].end += PAGE_SIZE)),
+            "mapping 555555600000-555555618000 has guard regions outside of it or out of order",
+        ),
+        // Impossible page maps.
+        (
+            "map-leaf-flipped",
+            Damaged(|files| {
+                let mut map = files[MAP].clone();
+                map[50] ^= 1;
+                replace(files, MAP, map);
+            }),
+            "`map`: the leaf at offset 0 has the wrong checksum",
+        ),
+        (
+            "map-leaf-elsewhere",
+            Damaged(|files| {
+                let records = records::<32>(&files[MAP]);
+                replace(files, MAP, leaf(1, 32, &records));
+            }),
+            "`map`: the leaf at offset 0 belongs elsewhere",
+        ),
+        (
+            "map-leaf-of-blocks",
+            Damaged(|files| {
+                let records = records::<32>(&files[MAP]);
+                replace(files, MAP, leaf(0, 16, &records));
+            }),
+            "`map`: the leaf at offset 0 is of another file",
+        ),
+        (
+            "range-of-no-kind",
+            Built(|parts| parts.ranges[2][4] = 7),
+            "`map`: the range at offset 96 is of an unknown kind",
+        ),
+        (
+            "range-empty",
+            Built(|parts| parts.word(2, 16, 0)),
+            "`map`: the range at offset 96 is empty",
+        ),
+        (
+            "range-of-the-kernel",
+            Built(|parts| parts.word(2, 8, u64::MAX >> 12)),
+            "`map`: the range at offset 96 does not begin at a user address",
+        ),
+        (
+            "range-that-wraps",
+            Built(|parts| parts.word(2, 16, u64::MAX)),
+            "`map`: the range at offset 96 leaves the address space",
+        ),
+        (
+            "range-twice",
+            Built(|parts| {
+                let range = parts.ranges[0];
+                parts.ranges.insert(1, range);
+            }),
+            "`map` tells pages 555555558000-555555559000 of object 1, which the tree does not have, or a second time",
+        ),
+        (
+            "range-too-long",
+            Built(|parts| parts.word(0, 16, 3)),
+            "`map` tells pages 555555558000-55555555b000 of object 1",
+        ),
+        (
+            "range-missing",
+            Built(|parts| {
+                parts.ranges.remove(3);
+            }),
+            "`map` does not tell pages 55555560f000-555555611000 of object 1",
+        ),
+        (
+            "range-missing-at-the-end",
+            Built(|parts| {
+                parts.ranges.pop();
+            }),
+            "`map` does not tell pages 555555617000-555555618000 of object 1",
+        ),
+        (
+            "range-of-another-object",
+            Built(|parts| parts.ranges[0][0] = 2),
+            "`map` does not tell pages 555555558000-55555555a000 of object 1",
+        ),
+        (
+            "range-of-other-pages",
+            Built(|parts| parts.word(2, 24, 0)),
+            "`map`: the range at offset 96 has not the data pages that follow those before",
+        ),
+        (
+            "memory-in-a-guard-region",
+            Built(|parts| parts.ranges[6][4] = 2),
+            "`map` has memory in the guard region pages 555555617000-555555618000 of object 1",
+        ),
+        // Impossible page stores.
+        (
+            "block-out-of-place",
+            Built(|parts| parts.blocks[1][0] ^= 1),
+            "`blocks`: the block at offset 48 does not lie behind the one before",
+        ),
+        (
+            "block-empty",
+            Built(|parts| parts.blocks[0][8..12].fill(0)),
+            "`blocks`: the block at offset 32 has an impossible length",
+        ),
+        (
+            "block-too-long",
+            Built(|parts| parts.blocks[1][8..12].copy_from_slice(&8192_u32.to_le_bytes())),
+            "`blocks`: the block at offset 48 has an impossible length",
+        ),
+        (
+            "block-short-of-its-file",
+            Built(|parts| parts.blocks[1][8..12].copy_from_slice(&100_u32.to_le_bytes())),
+            "`blocks`: the block at offset 64 does not end where `pages` does",
+        ),
+        (
+            "block-not-lz4",
+            Built(|parts| {
+                let len = u32::from_le_bytes(parts.blocks[0][8..12].try_into().expect("four bytes"))
+                    as usize;
+                parts.pages[..len].fill(0xff);
+                let checksum = crc32fast::hash(&parts.pages[..len]);
+                parts.blocks[0][12..].copy_from_slice(&checksum.to_le_bytes());
+            }),
+            "`pages`: the block at offset 0 cannot be decoded, so page 555555559000 of object 1 is lost",
+        ),
+    ]
+}
+
+#[test]
+fn the_malformed_golden_images_are_those_that_are_made() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = folder.path().join("base");
+    write(&base);
+    let committed = golden().join("malformed");
+    if is_writing() {
+        let _ = fs::remove_dir_all(&committed);
+        fs::create_dir_all(&committed).expect("the folder is ours");
+    }
+    let mut sentences = String::new();
+    let mut names = Vec::new();
+    for (name, change, sentence) in cases() {
+        let mut parts = Parts::of(&base);
+        let files = match change {
+            Built(change) => {
+                change(&mut parts);
+                parts.seal()
+            }
+            Damaged(change) => {
+                let mut files = parts.seal();
+                change(&mut files);
+                files
+            }
+        };
+        let path = committed.join(name);
+        if is_writing() {
+            fs::create_dir(&path).expect("names differ");
+            for (file, bytes) in &files {
+                fs::write(path.join(file), bytes).expect("the folder is ours");
+            }
+        }
+        let mut found = Files::new();
+        for file in fs::read_dir(&path).unwrap_or_else(|error| panic!("{name}: {error}")) {
+            let file = file.expect("it can be read");
+            let bytes = fs::read(file.path()).expect("it can be read");
+            let known = files.keys().find(|known| file.file_name() == **known);
+            found.insert(known.unwrap_or_else(|| panic!("{name}: {file:?}")), bytes);
+        }
+        assert!(found == files, "{name} is not what is made");
+        sentences += &format!("{name}: {sentence}\n");
+        names.push(name.to_owned());
+        // The sentence itself is for the program's own tests; here, only that it is the image that is to blame.
+        let refused = Image::open(&path).and_then(|image| image.verify());
+        let error = refused.expect_err(name);
+        assert!(error.is_bad_image(), "{name}: {error}");
+    }
+    let list = committed.join("sentences");
+    if is_writing() {
+        fs::write(&list, &sentences).expect("the folder is ours");
+    }
+    assert_eq!(
+        fs::read_to_string(list).expect("it is committed"),
+        sentences
+    );
+    names.push("sentences".to_owned());
+    names.sort();
+    let mut found: Vec<String> = fs::read_dir(committed)
+        .expect("it is committed")
+        .map(|entry| {
+            let name = entry.expect("it can be read").file_name();
+            name.to_string_lossy().into_owned()
+        })
+        .collect();
+    found.sort();
+    assert_eq!(found, names);
+}

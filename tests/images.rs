@@ -1,0 +1,296 @@
+//! Images as an operator handles them: shown, checked, listed, removed. Those of others are looked at under a filter that kills
+//! whatever makes a process or a thread.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use nix::sys::signal::Signal;
+
+use crate::ferry::program;
+use crate::hosts::{compile, skip};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// The wrapper that installs the filter.
+fn no_fork() -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/no_fork.c");
+    compile(&source, "no_fork", &[])
+}
+
+/// Runs pageferry under the filter, in `folder`.
+fn run(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(no_fork())
+        .arg(program())
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .expect("it was compiled")
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).expect("what it prints is text")
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).expect("what it prints is text")
+}
+
+/// A folder with copies of the golden image.
+fn copies(names: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in names {
+        fs::create_dir(folder.path().join(name)).expect("names differ");
+        for file in fs::read_dir(golden().join("v1")).expect("it is committed") {
+            let file = file.expect("it can be read");
+            let to = folder.path().join(name).join(file.file_name());
+            fs::copy(file.path(), to).expect("the folder is ours");
+        }
+    }
+    folder
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).expect("it is there");
+    bytes[at] ^= 1;
+    fs::write(path, bytes).expect("it is ours");
+}
+
+/// The directories in a folder.
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .expect("it is there")
+        .flatten()
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_filter_kills_what_forks() {
+    if skip().is_some() {
+        return;
+    }
+    let status = Command::new(no_fork()).arg("fork").status();
+    let status = status.expect("it was compiled");
+    assert_eq!(status.signal(), Some(Signal::SIGSYS as i32), "{status:?}");
+}
+
+/// Each of the malformed images is refused with exit 4 and the sentence that was written down for it, which no other kind of
+/// damage has.
+#[test]
+fn malformed_images_are_refused_each_with_its_own_sentence() {
+    if skip().is_some() {
+        return;
+    }
+    let folder = golden().join("malformed");
+    let list = fs::read_to_string(folder.join("sentences")).expect("it is committed");
+    let sentences: BTreeMap<&str, &str> = list
+        .lines()
+        .map(|line| line.split_once(": ").expect("name: sentence"))
+        .collect();
+    assert!(sentences.len() >= 30, "{} images", sentences.len());
+    assert_eq!(
+        names(&folder),
+        sentences.keys().copied().collect::<Vec<_>>()
+    );
+    let mut said = BTreeMap::new();
+    for (name, sentence) in &sentences {
+        let output = run(&folder, &["image", "verify", name]);
+        let text = stderr(&output).to_owned();
+        assert_eq!(output.status.code(), Some(4), "{name}: {output:?}");
+        assert!(text.contains(sentence), "{name} is refused with: {text}");
+        assert!(
+            text.starts_with(&format!("pageferry: {name}: ")) && text.lines().count() == 1,
+            "{name} is refused with: {text}"
+        );
+        let text = text.replace(&format!("pageferry: {name}: "), "");
+        said.entry(text).or_insert_with(Vec::new).push(*name);
+        // What cannot be checked cannot be shown either, unless only pages are lost, which are not read for it.
+        let output = run(&folder, &["inspect", name]);
+        let is_shown = sentence.contains("is lost") || sentence.contains("belongs to no image");
+        let wanted = if is_shown { 0 } else { 4 };
+        assert_eq!(output.status.code(), Some(wanted), "{name}: {output:?}");
+    }
+    let shared: Vec<_> = said.values().filter(|names| names.len() > 1).collect();
+    assert!(shared.is_empty(), "refused alike: {shared:?}");
+}
+
+/// What the first format's image holds is shown for ever as it was on the day that the format was made.
+#[test]
+fn the_golden_image_is_shown_as_it_was() {
+    if skip().is_some() {
+        return;
+    }
+    let output = run(&golden(), &["inspect", "--json", "v1"]);
+    assert!(output.status.success(), "{output:?}");
+    let wanted = fs::read_to_string(golden().join("v1.jsonl")).expect("it is committed");
+    assert_eq!(stdout(&output), wanted);
+    for line in wanted.lines() {
+        let value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        assert!(
+            value["type"].is_string() && value["data"].is_object(),
+            "{line}"
+        );
+    }
+    let output = run(&golden(), &["inspect", "v1"]);
+    assert!(output.status.success(), "{output:?}");
+    for part in [
+        "process 4711 subject: /usr/bin/subject",
+        "4712 worker",
+        "1 anonymous, 96.0 KiB",
+        "68.0 KiB data, stored as 4.3 KiB; 8.0 KiB zero; 24.0 KiB never touched; 4.0 KiB guards",
+        "3 pipe 1, read end",
+    ] {
+        assert!(
+            stdout(&output).contains(part),
+            "{part}: {}",
+            stdout(&output)
+        );
+    }
+    let output = run(&golden(), &["image", "verify", "v1"]);
+    assert!(
+        output.status.success() && stderr(&output).starts_with("good "),
+        "{output:?}"
+    );
+    let output = run(&golden(), &["image", "verify", "v1", "-q"]);
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+}
+
+#[test]
+fn verify_goes_through_all_and_ends_with_the_worst() {
+    if skip().is_some() {
+        return;
+    }
+    let folder = copies(&["bad", "good"]);
+    flip(&folder.path().join("bad/pages"), 9);
+    let output = run(folder.path(), &["image", "verify", "bad", "good", "--json"]);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    let lines: Vec<serde_json::Value> = stdout(&output)
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    assert_eq!(
+        (&lines[0]["type"], &lines[0]["data"]["path"]),
+        (&"bad".into(), &"bad".into())
+    );
+    assert_eq!(
+        (&lines[1]["type"], &lines[1]["data"]["path"]),
+        (&"good".into(), &"good".into())
+    );
+    // The host is to blame, not the image.
+    let output = run(folder.path(), &["image", "verify", "nothing"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let output = run(folder.path(), &["inspect", "nothing"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    for arguments in [
+        &["image", "verify"][..],
+        &["image"],
+        &["inspect"],
+        &["image", "rm"],
+    ] {
+        let output = run(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn images_are_listed_and_removed_and_nothing_else_is() {
+    if skip().is_some() {
+        return;
+    }
+    let folder = copies(&["one", "two", "damaged", ".unfinished-00"]);
+    let path = |name: &str| folder.path().join(name);
+    flip(&path("damaged/header"), 100);
+    fs::create_dir(path("mine")).expect("the name is free");
+    fs::write(path("mine/header"), "of a letter").expect("the folder is ours");
+
+    let output = run(folder.path(), &["image", "ls"]);
+    assert_eq!(output.status.code(), Some(4), "one is damaged: {output:?}");
+    let listed: Vec<&str> = stdout(&output)
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert_eq!(listed, ["NAME", "one", "two"]);
+    assert!(
+        stdout(&output).contains("4711 subject         2025-01-01 12:34:56Z    7.2 KiB alpha"),
+        "{}",
+        stdout(&output)
+    );
+    let said = stderr(&output);
+    assert!(
+        said.contains("damaged: `header` has the wrong checksum") && said.contains("leftover "),
+        "{said}"
+    );
+    let output = run(folder.path(), &["image", "ls", "--json"]);
+    let types: Vec<String> = stdout(&output)
+        .lines()
+        .map(|line| {
+            let value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            value["type"].as_str().expect("a type").to_owned()
+        })
+        .collect();
+    assert_eq!(types, ["image", "image", "bad", "leftover"]);
+
+    let output = run(
+        folder.path(),
+        &["image", "rm", "one", "mine", "damaged", "nothing"],
+    );
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert_eq!(names(folder.path()), [".unfinished-00", "mine", "two"]);
+    fs::write(path("two/notes"), "mine").expect("the folder is ours");
+    let output = run(folder.path(), &["image", "rm", "two"]);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert!(
+        stderr(&output).contains("\"notes\" lies in it"),
+        "{output:?}"
+    );
+    let output = run(folder.path(), &["image", "rm", ".unfinished-00"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(names(folder.path()), ["mine", "two"]);
+}
+
+#[test]
+fn prune_keeps_what_an_option_keeps() {
+    if skip().is_some() {
+        return;
+    }
+    let folder = copies(&["a", "b", "c", "damaged"]);
+    flip(&folder.path().join("damaged/header"), 100);
+    let prune = |options: &[&str]| {
+        let mut arguments = vec!["image", "prune", "."];
+        arguments.extend(options);
+        run(folder.path(), &arguments)
+    };
+    for wrong in [
+        &[][..],
+        &["--keep", "-1"],
+        &["--older-than", "7"],
+        &["--older-than", "d"],
+    ] {
+        let output = prune(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
+    }
+    let all = ["a", "b", "c", "damaged"];
+    // One that is damaged is said to be, and stays.
+    let output = prune(&["--keep", "1", "--dry-run"]);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert!(stderr(&output).contains("would remove ./b"), "{output:?}");
+    assert_eq!(names(folder.path()), all);
+    prune(&["--older-than", "5200w"]);
+    assert_eq!(names(folder.path()), all);
+    prune(&["--keep", "2", "--older-than", "0s"]);
+    assert_eq!(names(folder.path()), ["a", "b", "damaged"]);
+    prune(&["--older-than", "0s"]);
+    assert_eq!(names(folder.path()), ["damaged"]);
+}
