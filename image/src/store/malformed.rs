@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
@@ -926,6 +927,79 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             }),
             "`pages`: the block at offset 0 cannot be decoded, so page 555555559000 of object 1 is lost",
         ),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    /// Whatever somebody puts into an image, with all checksums made right again: it is an image or it is refused, and nothing
+    /// panics, hangs or takes the host's memory.
+    #[test]
+    fn no_image_is_more_than_refused(
+        changes in prop::collection::vec((0usize..5, any::<prop::sample::Index>(), hostile()), 1..4),
+    ) {
+        let base = tempfile::tempdir().expect("a folder");
+        write(&base.path().join("base"));
+        let mut parts = Parts::of(&base.path().join("base"));
+        for (file, place, bytes) in changes {
+            let put = |target: &mut [u8]| {
+                let at = place.index(target.len());
+                let len = bytes.len().min(target.len() - at);
+                target[at..at + len].copy_from_slice(&bytes[..len]);
+            };
+            match file {
+                0 => parts.edit(20 + place.index(316), &bytes),
+                1 => put(&mut parts.tree),
+                2 => put(parts.ranges.as_flattened_mut()),
+                3 => put(parts.blocks.as_flattened_mut()),
+                _ => put(&mut parts.pages),
+            }
+        }
+        let path = base.path().join("image");
+        fs::create_dir(&path).expect("the folder is ours");
+        for (file, bytes) in parts.seal() {
+            fs::write(path.join(file), bytes).expect("the folder is ours");
+        }
+        match Image::open(&path) {
+            Err(error) => prop_assert!(error.is_bad_image(), "{error}"),
+            Ok(image) => {
+                let verified = image.verify();
+                prop_assert!(verified.as_ref().err().is_none_or(Error::is_bad_image));
+                image.stored().expect("the map was checked");
+                let all = PageRange { start: 0, end: crate::model::limits::ADDRESS_END };
+                for run in image.runs(ROOT, all).expect("the map was checked") {
+                    if run.kind == Some(PageKind::Data) {
+                        let mut bytes = vec![0; run.range.byte_len() as usize];
+                        let read = image.read(ROOT, run.range, &mut bytes);
+                        prop_assert!(read.is_ok() || verified.is_err());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Bytes that somebody might put somewhere.
+fn hostile() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        any::<u8>().prop_map(|byte| vec![byte]),
+        any::<[u8; 4]>().prop_map(|bytes| bytes.to_vec()),
+        prop::sample::select(vec![
+            0u64,
+            1,
+            15,
+            16,
+            17,
+            1 << 31,
+            1 << 32,
+            1 << 47,
+            u64::MAX >> 12,
+            u64::MAX - 1,
+            u64::MAX
+        ])
+        .prop_map(|number| number.to_le_bytes().to_vec()),
+        (0u64..64).prop_map(|number| number.to_le_bytes().to_vec()),
     ]
 }
 

@@ -652,3 +652,52 @@ fn list_names(folder: &Path) -> Vec<String> {
         })
         .collect()
 }
+
+/// The page that others go by says what the code does.
+#[test]
+fn the_document_has_the_numbers_of_the_code() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/image.md");
+    let text = fs::read_to_string(path).expect("it is part of the project");
+    let says = |line: String| assert!(text.contains(&line), "docs/image.md does not say: {line}");
+    let mut places = header::PLACES.to_vec();
+    places.sort_by_key(|&(_, offset)| offset);
+    for (name, offset) in places {
+        let row = text
+            .lines()
+            .find(|line| line.starts_with(&format!("| {offset} | ")));
+        let field = row.and_then(|row| row.split(" | ").nth(2));
+        assert_eq!(field, Some(name), "the field at {offset}");
+    }
+    for kind in PageKind::ALL {
+        says(format!(
+            "| {} | {} |",
+            kind as u32,
+            format!("{kind:?}").to_lowercase()
+        ));
+    }
+    for file in FILES {
+        says(format!("| `{file}` | "));
+    }
+    says(format!("This page is format {FORMAT_VERSION}."));
+    says(format!("\n{} bytes. What is not listed", header::LEN));
+    says(format!("*leaves* of {} bytes", leaves::LEN));
+    says(format!(
+        "Records of {} bytes ({} a leaf)",
+        pagemap::RANGE_LEN,
+        leaves::per_leaf::<{ pagemap::RANGE_LEN }>()
+    ));
+    says(format!(
+        "one record of {} bytes ({} a leaf)",
+        pagemap::BLOCK_LEN,
+        leaves::per_leaf::<{ pagemap::BLOCK_LEN }>()
+    ));
+    says(format!("{BLOCK_PAGES} pages, the last block"));
+    says(format!("`{}` and the hexadecimal id", write::UNFINISHED));
+    says(format!(
+        "| `tree` | {} bytes, and as decoded {} bytes of memory |",
+        crate::model::limits::TREE_LEN,
+        crate::model::limits::TREE_MEMORY
+    ));
+    says(format!("| ranges | {} |", limits::RANGES));
+    says(format!("| data pages | {} |", limits::DATA_PAGES));
+}

@@ -134,24 +134,26 @@ impl ImageWriter {
             start % PAGE_SIZE == 0 && bytes.len() % PAGE_LEN == 0,
             "whole pages"
         );
-        let is_zero = |page: &[u8]| page.iter().all(|&byte| byte == 0);
-        let mut at = start;
-        for run in bytes
-            .chunks_exact(PAGE_LEN)
-            .collect::<Vec<_>>()
-            .chunk_by(|one, next| is_zero(one) == is_zero(next))
-        {
+        let (mut at, mut rest) = (start, bytes);
+        while !rest.is_empty() {
+            let is_zero = rest[..PAGE_LEN] == [0; PAGE_LEN];
+            let page_count = 1 + rest[PAGE_LEN..]
+                .chunks_exact(PAGE_LEN)
+                .take_while(|&page| (*page == [0; PAGE_LEN]) == is_zero)
+                .count();
+            let run;
+            (run, rest) = rest.split_at(page_count * PAGE_LEN);
             let range = PageRange {
                 start: at,
-                end: at + run.len() as u64 * PAGE_SIZE,
+                end: at + run.len() as u64,
             };
             at = range.end;
-            if is_zero(run[0]) {
+            if is_zero {
                 self.range(object, PageKind::Zero, range)?;
                 continue;
             }
             self.range(object, PageKind::Data, range)?;
-            for page in run {
+            for page in run.chunks_exact(PAGE_LEN) {
                 self.block.extend_from_slice(page);
                 if self.block.len() == BLOCK_LEN {
                     self.flush_block()?;
