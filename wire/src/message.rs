@@ -348,3 +348,25 @@ fn cut(text: &str, limit: usize) -> String {
     }
     text[..end].to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_a_tree_that_can_be() {
+        let refused = |tree: &[u8]| {
+            let state = State {
+                tree: Bytes::copy_from_slice(tree),
+            };
+            let error = state.decode().expect_err("no such tree");
+            assert!(error.is_bad_data());
+            crate::Error::to_string(&error)
+        };
+        assert_eq!(
+            refused(&Tree::default().encode_to_vec()),
+            "what a STATE frame carries is no tree that can be"
+        );
+        refused(&[0x0a, 9]);
+    }
+}
