@@ -1,7 +1,7 @@
 //! The model as bytes: protobuf, bounded. A tree from a file or a peer is decoded here and nowhere else.
 //!
 //! An encoded element may take two bytes and a decoded one some hundred, so a limit on the length alone does not bound the
-//! memory. The encoding is walked first, without keeping anything, and what it would take is summed up ([`memory_of`]); only
+//! memory. The encoding is walked first, without keeping anything, and what it would take is summed up; only
 //! what stays within [`limits::TREE_MEMORY`] is decoded.
 
 use prost::Message as _;

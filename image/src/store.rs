@@ -54,8 +54,6 @@ pub mod limits {
     pub const HOST_LEN: usize = 64;
     /// Bytes of the name of the program that wrote an image.
     pub const PROGRAM_LEN: usize = 32;
-    /// Entries of a directory that is looked at.
-    pub const SHELF_ENTRIES: usize = 1 << 20;
 }
 
 /// Something that has pages. Its pages are named by their byte offset in it; in an address space that is the address.

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::header::Header;
 use super::write::{UNFINISHED, parent, sync_folder};
-use super::{Damage, Error, FILES, HEADER, Result, limits};
+use super::{Damage, Error, FILES, HEADER, Result};
 
 /// How the name of an image that is being removed begins.
 const REMOVED: &str = ".removed-";
@@ -39,7 +39,7 @@ pub enum State {
 pub fn list(folder: &Path) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
     let listed = fs::read_dir(folder).map_err(Error::io(folder, "list it"))?;
-    for entry in listed.take(limits::SHELF_ENTRIES) {
+    for entry in listed {
         let path = entry.map_err(Error::io(folder, "list it"))?.path();
         let is_folder = path.symlink_metadata().is_ok_and(|found| found.is_dir());
         if !is_folder {
