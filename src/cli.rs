@@ -59,6 +59,10 @@ pub enum Verb {
     Receive(ReceiveArgs),
     /// Move a running process to another host (run on the source)
     Migrate(MigrateArgs),
+    /// Write a process to an image on disk and END it, unless --leave-running is given
+    Dump(DumpArgs),
+    /// Run what an image holds, as often as you like; the image stays
+    Restore(RestoreArgs),
     /// Show what an image holds: processes, memory, descriptors, and what they take on disk
     Inspect(InspectArgs),
     /// Look after images: check, list and remove them
@@ -193,21 +197,90 @@ pub struct MigrateArgs {
     /// How memory moves
     #[arg(long, value_enum, default_value_t = Mode::PostCopy)]
     pub mode: Mode,
-    /// Established TCP connections: refuse to migrate, or close them
-    #[arg(long, value_enum, default_value_t = Tcp::Refuse)]
-    pub tcp: Tcp,
-    /// How files that the process only reads are compared between the hosts
-    #[arg(long, value_enum, default_value_t = FileCheck::BuildId)]
-    pub file_check: FileCheck,
+    /// What may be carried.
+    #[command(flatten)]
+    pub carry: CarryArgs,
     /// Files under this path are the same on both hosts although no network file system says so
     #[arg(long, value_name = "PATH")]
     pub same_file: Vec<PathBuf>,
     /// Migrate although the target's CPU lacks features or register state that this one has
     #[arg(long)]
     pub force_cpu: bool,
-    /// Migrate although a service manager or container runtime may start the process again here
+}
+
+/// What of a process may be carried.
+#[derive(Debug, Clone, Args)]
+pub struct CarryArgs {
+    /// Established TCP connections: refuse the process, or close them
+    #[arg(long, value_enum, default_value_t = Tcp::Refuse)]
+    pub tcp: Tcp,
+    /// How files that the process only reads are compared with those it finds where it goes on
+    #[arg(long, value_enum, default_value_t = FileCheck::BuildId)]
+    pub file_check: FileCheck,
+    /// Go on although a service manager or container runtime may start the process again here
     #[arg(long)]
     pub unmanaged: bool,
+}
+
+/// Options of `dump`.
+#[derive(Debug, Clone, Args)]
+pub struct DumpArgs {
+    /// The process
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(2..))]
+    pub pid: i32,
+    /// The image: a folder that is made, and must not exist
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+    /// Let the process run on instead of ending it
+    #[arg(long)]
+    pub leave_running: bool,
+    /// How pages are stored
+    #[arg(long, value_enum, default_value_t = Compress::Lz4)]
+    pub compress: Compress,
+    /// What may be carried.
+    #[command(flatten)]
+    pub carry: CarryArgs,
+}
+
+/// How an image's pages are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compress {
+    /// Blocks of 64 KiB, each packed where that makes it shorter.
+    Lz4,
+    /// As they are: twice the speed of a lazy restore, and more room.
+    None,
+}
+
+/// Options of `restore`.
+#[derive(Debug, Clone, Args)]
+pub struct RestoreArgs {
+    /// The image
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+    /// Let the process run at once and read its pages behind it
+    #[arg(long)]
+    pub lazy: bool,
+    /// With --lazy: read all pages (on), or only those it touches (off); with off, SIGTERM or Ctrl-C switches it on
+    #[arg(long, value_enum, default_value_t = Drain::On, requires = "lazy")]
+    pub drain: Drain,
+    /// Leave it stopped: SIGCONT lets it run
+    #[arg(long)]
+    pub stopped: bool,
+    /// Exit with 0 once it has all its pages, instead of waiting for its end and exiting with its status
+    #[arg(long)]
+    pub detach: bool,
+    /// Keep the process's monotonic and boot-time clocks going, in a time namespace, or let them jump to this host's
+    #[arg(long, value_enum, default_value_t = Clock::Keep)]
+    pub clock: Clock,
+    /// How files that the process only reads are compared with those of the dump
+    #[arg(long, value_enum, default_value_t = FileCheck::BuildId)]
+    pub file_check: FileCheck,
+    /// Files under this path may have been written to since the dump
+    #[arg(long, value_name = "PATH")]
+    pub same_file: Vec<PathBuf>,
+    /// Go on although this CPU lacks features or register state of the dump's
+    #[arg(long)]
+    pub force_cpu: bool,
 }
 
 /// How memory moves.
@@ -228,7 +301,7 @@ impl std::fmt::Display for Mode {
 pub enum Tcp {
     /// The process finds them closed on the target.
     Close,
-    /// The migration is refused, naming each.
+    /// The process is refused, naming each.
     Refuse,
 }
 

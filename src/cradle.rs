@@ -89,6 +89,25 @@ impl Cradle {
         self.ask("let-go", "gone it")
     }
 
+    /// Every page is there, and the process stays our child: waits for its end, without a limit. Gives its wait status. From here on
+    /// our own death ends nobody.
+    ///
+    /// # Errors
+    /// Why its end cannot be told.
+    pub fn wait_for_end(mut self) -> Result<i32, String> {
+        self.ask("wait", "noted it")?;
+        let unreachable = |error| format!("the supervisor cannot be reached: {error}");
+        let mut answer = String::new();
+        self.reader
+            .get_ref()
+            .set_read_timeout(None)
+            .and_then(|()| self.reader.read_line(&mut answer))
+            .map_err(unreachable)?;
+        let status = answer.trim_end().strip_prefix("ended ");
+        let status = status.and_then(|status| status.parse().ok());
+        status.ok_or_else(|| format!("the supervisor said {answer:?}"))
+    }
+
     /// Ends the husk, or the process with all its children.
     pub fn destroy(&mut self) -> Result<(), String> {
         self.ask("destroy", "gone it")
@@ -319,6 +338,8 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
     let engine = PidFd::open(engine.as_raw());
     let mut may_have_run = false;
     let mut root = Some(order.pid);
+    // Whether the engine waits for the end of the process, and how it ended.
+    let (mut waited_for, mut status) = (false, None);
     loop {
         match lines.next().as_deref() {
             Some("running") => {
@@ -328,6 +349,10 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             Some("let-go") => {
                 lines.answer("gone it");
                 return exit::DONE;
+            }
+            Some("wait") => {
+                lines.answer("noted it");
+                waited_for = true;
             }
             Some("destroy") => {
                 end_all(root);
@@ -340,12 +365,19 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
         let alive = engine
             .as_ref()
             .is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
+        if !alive && waited_for {
+            return exit::DONE;
+        }
         if !alive {
             end_all(root);
             return ended(may_have_run);
         }
         if may_have_run {
-            reap(&mut root);
+            status = reap(&mut root).or(status);
+        }
+        if let (true, Some(status)) = (waited_for, status) {
+            lines.answer(&format!("ended {status}"));
+            return exit::DONE;
         }
     }
 }
@@ -373,13 +405,18 @@ fn parse(line: &str) -> Option<HuskOrder> {
     })
 }
 
-/// Reaps what ended, the process itself included: its status is told by the one who traces it. Its number is then anybody's.
-fn reap(root: &mut Option<i32>) {
-    while let Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) =
-        waitpid(None, Some(WaitPidFlag::WNOHANG))
-    {
+/// Reaps what ended, the process itself included, whose number is then anybody's. Gives its wait status if it is among them.
+fn reap(root: &mut Option<i32>) -> Option<i32> {
+    let mut found = None;
+    loop {
+        let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) => (pid, code << 8),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, signal as i32),
+            _ => return found,
+        };
         if *root == Some(pid.as_raw()) {
             *root = None;
+            found = Some(status);
         }
     }
 }

@@ -1,7 +1,8 @@
-//! Joins the fault driver to the links: what it asks for goes out on a stream of each link, what comes back goes in.
-//!
-//! Faults travel on a connection of their own, so that bulk never stands in front of one.
+//! Joins the fault driver to where pages come from. Over the network what it asks for goes out on a stream of each link, what
+//! comes back goes in: faults have a connection of their own, so that bulk never stands in front of one. From an image, each
+//! kind has a thread of its own.
 
+use pageferry_pageserver::at_rest::ImagePages;
 use pageferry_restorer::fault::driver::{Connections, Driver, DriverHandle, FaultError, Memory};
 use pageferry_restorer::fault::engine::Options;
 use pageferry_restorer::rebuild::Rebuilt;
@@ -15,30 +16,16 @@ use crate::transport::{self, Link};
 /// Batches that may wait for the driver before a link's reader pauses: QUIC's flow control then slows the source down.
 const BATCHES_WAITING_MAX: usize = 64;
 
-/// Why the drain could not begin.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No stream to ask for pages on.
-    #[error("pages cannot be asked for")]
-    Link(#[from] transport::Error),
-    /// The driver.
-    #[error("page faults cannot be answered")]
-    Fault(#[from] FaultError),
-}
-
 /// Takes charge of a rebuilt process that does not run yet. Must be called inside a tokio runtime.
 ///
 /// # Errors
 /// The process must then never run.
-pub async fn start(
+pub fn start(
     pid: i32,
     rebuilt: Rebuilt,
-    faults: &Link,
-    bulk: &Link,
+    connections: Connections,
     drain: bool,
-) -> Result<(Driver, DriverHandle), Error> {
-    let (fault_fetches, fault_pages) = channel(faults).await?;
-    let (bulk_fetches, bulk_pages) = channel(bulk).await?;
+) -> Result<(Driver, DriverHandle), FaultError> {
     let Rebuilt {
         uffd,
         lazy,
@@ -52,20 +39,71 @@ pub async fn start(
         resident,
         wipe_on_fork,
     };
+    let options = Options {
+        drain,
+        ..Options::default()
+    };
+    Driver::new(memory, connections, options)
+}
+
+/// Pages come from the host at the other end of two links.
+///
+/// # Errors
+/// If a stream cannot be opened.
+pub async fn from_links(faults: &Link, bulk: &Link) -> Result<Connections, transport::Error> {
+    let (fault_fetches, fault_pages) = channel(faults).await?;
+    let (bulk_fetches, bulk_pages) = channel(bulk).await?;
+    Ok(Connections {
+        fault_fetches,
+        fault_pages,
+        bulk_fetches,
+        bulk_pages,
+    })
+}
+
+/// Pages come from an image on this host. Why they do not come any more is told once, before a channel closes. Must be called
+/// inside a tokio runtime.
+pub fn from_image(
+    pages: &ImagePages,
+) -> (
+    Connections,
+    mpsc::UnboundedReceiver<pageferry_pageserver::Error>,
+) {
+    let (failed, failures) = mpsc::unbounded_channel();
+    let serve = || {
+        let (fetches, mut wanted) = mpsc::unbounded_channel::<Fetch>();
+        let (arrived, batches) = mpsc::channel(BATCHES_WAITING_MAX);
+        let (pages, failed) = (pages.clone(), failed.clone());
+        tokio::task::spawn_blocking(move || {
+            while let Some(fetch) = wanted.blocking_recv() {
+                let mut left = fetch.range();
+                while !left.is_empty() {
+                    let batch = match pages.batch(fetch.request, left) {
+                        Ok(batch) => batch,
+                        Err(error) => {
+                            // Whoever waits for the pages is told by the closed channel, too.
+                            let _ = failed.send(error);
+                            return;
+                        }
+                    };
+                    left.start = batch.range().end;
+                    if arrived.blocking_send(batch).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        (fetches, batches)
+    };
+    let (fault_fetches, fault_pages) = serve();
+    let (bulk_fetches, bulk_pages) = serve();
     let connections = Connections {
         fault_fetches,
         fault_pages,
         bulk_fetches,
         bulk_pages,
     };
-    Ok(Driver::new(
-        memory,
-        connections,
-        Options {
-            drain,
-            ..Options::default()
-        },
-    )?)
+    (connections, failures)
 }
 
 /// A page stream on `link`.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pageferry::cli::{Cli, Verb};
-use pageferry::{check, identity, image, inspect, migrate, receive, report};
+use pageferry::{check, dump, identity, image, inspect, migrate, receive, report, restore};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         Verb::Identity(args) => identity::run(args, &cli.common),
         Verb::Receive(args) => receive::run(args, &cli.common),
         Verb::Migrate(args) => migrate::run(args, &cli.common),
+        Verb::Dump(args) => dump::run(args, &cli.common),
+        Verb::Restore(args) => restore::run(args, &cli.common),
         Verb::Inspect(args) => inspect::run(args, &cli.common),
         Verb::Image(args) => image::run(args, &cli.common),
     };

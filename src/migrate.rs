@@ -14,24 +14,23 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
-use pageferry_pageserver::identity::FileCheck as FileIdentityCheck;
 use pageferry_pageserver::serve::PageReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
-use pageferry_wire::message::{BoundSocket, Done, FileCheck, Hello, MapEnd, Plan, Role, State};
+use pageferry_wire::message::{BoundSocket, Done, Hello, MapEnd, Plan, Role, State};
 use pageferry_wire::session::{Record, Source, SourceAction, SourceEnd};
 use pageferry_wire::{Frame, Phase, Tag};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use crate::cli::{self, Common, MigrateArgs};
+use crate::cli::{Common, MigrateArgs};
 use crate::commit::{self, Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, Left, keep};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
 use crate::transport::{self, FramedRecv, FramedSend, Link};
-use crate::{check, exit};
+use crate::{check, exit, plan};
 
 /// Longest time from the end of the freeze to the target's READY, and from COMMIT to its answer.
 const ANSWER_WAIT: Duration = Duration::from_secs(60);
@@ -225,23 +224,6 @@ fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
     code
 }
 
-fn survey_options(args: &MigrateArgs) -> SurveyOptions {
-    SurveyOptions {
-        tcp: match args.tcp {
-            cli::Tcp::Close => survey::TcpPolicy::Close,
-            cli::Tcp::Refuse => survey::TcpPolicy::Refuse,
-        },
-        file_check: match args.file_check {
-            cli::FileCheck::BuildId => FileIdentityCheck::BuildId,
-            cli::FileCheck::Size => FileIdentityCheck::Size,
-            cli::FileCheck::Mtime => FileIdentityCheck::Mtime,
-            cli::FileCheck::Content => FileIdentityCheck::Content,
-        },
-        same_file: args.same_file.clone(),
-        unmanaged: args.unmanaged,
-    }
-}
-
 /// The three connections of a migration. The control link's stream has carried nothing yet: greeting is the session's.
 struct Links {
     control: Link,
@@ -277,7 +259,7 @@ async fn crossing(
         .resolve(args.peer.iter().map(String::as_str))
         .map_err(|e| before("the peer is not known")(e.into()))?;
 
-    let options = survey_options(args);
+    let options = plan::survey_options(&args.carry, args.same_file.clone());
     let survey = survey::survey(pid, &options)
         .map_err(|e| before("the process cannot be looked at")(e.into()))?;
     for note in &survey.notes {
@@ -821,14 +803,14 @@ impl Shell<'_> {
 }
 
 /// Whether the process ended, or is ending.
-fn is_gone(pid: i32) -> bool {
+pub(crate) fn is_gone(pid: i32) -> bool {
     procfs::status(pid, pid).map_or_else(
         |error| error.is_gone(),
         |status| matches!(status.state, 'Z' | 'X'),
     )
 }
 
-fn new_id() -> std::io::Result<[u8; 16]> {
+pub(crate) fn new_id() -> std::io::Result<[u8; 16]> {
     let mut id = [0; 16];
     std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut id)?;
     Ok(id)
@@ -1018,18 +1000,8 @@ fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_trac
             listening: bound.listening,
         });
     }
-    plan.cpu_flags = host::cpu_flags()?.into_iter().collect();
-    plan.xsave_size = host::xsave_size()?;
-    plan.xcr0 = host::xcr0()?;
-    plan.kernel_release = host::kernel_release()?;
-    plan.vdso = host::vdso()?;
-    plan.page_size = u32::try_from(PAGE_SIZE).unwrap_or(0);
-    plan.set_file_check(match args.file_check {
-        cli::FileCheck::BuildId => FileCheck::BuildId,
-        cli::FileCheck::Size => FileCheck::Size,
-        cli::FileCheck::Mtime => FileCheck::Mtime,
-        cli::FileCheck::Content => FileCheck::Content,
-    });
+    plan.host = Some(plan::this_host()?);
+    plan.set_file_check(plan::file_check(args.carry.file_check));
     plan.same_file = args
         .same_file
         .iter()

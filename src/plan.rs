@@ -5,15 +5,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 
 use nix::libc;
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
-use pageferry_image::model::task::Tree;
+use pageferry_image::model::sockets::State;
+use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_pageserver::identity;
+use pageferry_pageserver::survey::{SurveyOptions, TcpPolicy};
 use pageferry_tracee::{host, procfs, socket};
 use pageferry_wire::message::{self, BoundSocket, Plan, Refusal, Verdict};
+
+use crate::cli::{self, CarryArgs};
 
 /// Memory that must stay free beside the process, bytes: the engine, page tables, and a little air.
 const MEMORY_MARGIN: u64 = 64 << 20;
@@ -30,15 +35,6 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
     let mut refusals = Vec::new();
     let mut notes = Vec::new();
     let process = format!("pid {}", plan.pid);
-    if u64::from(plan.page_size) != PAGE_SIZE {
-        refusals.push(refusal(
-            &process,
-            format!(
-                "pages of {} bytes; this version moves pages of {PAGE_SIZE}",
-                plan.page_size
-            ),
-        ));
-    }
     judge_cpu(
         plan,
         force_cpu || plan.force_cpu,
@@ -81,10 +77,10 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
         ));
     }
     let kernel_release = host::kernel_release().unwrap_or_default();
-    if kernel_release != plan.kernel_release {
+    let source = plan.host.as_ref().map_or("", |host| &host.kernel_release);
+    if kernel_release != source {
         notes.push(format!(
-            "kernels differ: source {}, target {kernel_release}",
-            plan.kernel_release
+            "kernels differ: source {source}, target {kernel_release}"
         ));
     }
     Verdict {
@@ -95,14 +91,17 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
     }
 }
 
-/// The files of `tree` that `plan` did not name, since they were opened or mapped after it was made, and that are not the same
-/// here: a clause about each.
-pub fn late_files(tree: &Tree, plan: &Plan) -> Vec<String> {
-    let Some(process) = &tree.root else {
-        return Vec::new();
-    };
-    let space = process.space.as_ref();
-    let mapped = space.into_iter().flat_map(|space| {
+/// What distinguishes a file from another one of the same name.
+type FileKey = (String, u64, u64);
+
+fn key(file: &FileIdentity) -> FileKey {
+    (file.path.clone(), file.device, file.inode)
+}
+
+/// The files that `tree` maps or has open, each once.
+fn files_of(tree: &Tree) -> BTreeMap<FileKey, &FileIdentity> {
+    let spaces = tree.root.iter().filter_map(|root| root.space.as_ref());
+    let mapped = spaces.flat_map(|space| {
         let mapped = space.mappings.iter().filter_map(|m| m.file.as_ref());
         mapped.chain(&space.exe)
     });
@@ -110,16 +109,136 @@ pub fn late_files(tree: &Tree, plan: &Plan) -> Vec<String> {
         Some(file::Kind::Regular(regular)) => regular.identity.as_ref(),
         _ => None,
     });
-    let key = |file: &FileIdentity| (file.path.clone(), file.device, file.inode);
-    let judged: BTreeSet<_> = plan.files.iter().map(key).collect();
-    let late: BTreeMap<_, _> = mapped
-        .chain(open)
-        .map(|file| (key(file), file))
+    let mut found: BTreeMap<FileKey, &FileIdentity> = BTreeMap::new();
+    for file in mapped.chain(open) {
+        let known = found.entry(key(file)).or_insert(file);
+        // The stricter of two demands.
+        if file.must_be_shared {
+            *known = file;
+        }
+    }
+    found
+}
+
+/// The files of `tree` that `plan` did not name, since they were opened or mapped after it was made, and that are not the same
+/// here: a clause about each.
+pub fn late_files(tree: &Tree, plan: &Plan) -> Vec<String> {
+    let judged: BTreeSet<FileKey> = plan.files.iter().map(key).collect();
+    files_of(tree)
+        .into_iter()
         .filter(|(key, _)| !judged.contains(key))
-        .collect();
-    late.values()
-        .filter_map(|file| Some(format!("file {} {}", file.path, judge_file(file, plan)?)))
+        .filter_map(|(_, file)| Some(format!("file {} {}", file.path, judge_file(file, plan)?)))
         .collect()
+}
+
+/// What the survey is to find fit to be carried.
+pub fn survey_options(args: &CarryArgs, same_file: Vec<PathBuf>) -> SurveyOptions {
+    SurveyOptions {
+        tcp: match args.tcp {
+            cli::Tcp::Close => TcpPolicy::Close,
+            cli::Tcp::Refuse => TcpPolicy::Refuse,
+        },
+        file_check: identity_check(file_check(args.file_check)),
+        same_file,
+        unmanaged: args.unmanaged,
+    }
+}
+
+/// As it travels.
+pub fn file_check(check: cli::FileCheck) -> message::FileCheck {
+    match check {
+        cli::FileCheck::BuildId => message::FileCheck::BuildId,
+        cli::FileCheck::Size => message::FileCheck::Size,
+        cli::FileCheck::Mtime => message::FileCheck::Mtime,
+        cli::FileCheck::Content => message::FileCheck::Content,
+    }
+}
+
+fn identity_check(check: message::FileCheck) -> identity::FileCheck {
+    match check {
+        message::FileCheck::Size => identity::FileCheck::Size,
+        message::FileCheck::Mtime => identity::FileCheck::Mtime,
+        message::FileCheck::Content => identity::FileCheck::Content,
+        message::FileCheck::BuildId | message::FileCheck::Invalid => identity::FileCheck::BuildId,
+    }
+}
+
+/// What this host is, for those that may run its processes.
+///
+/// # Errors
+/// What cannot be read.
+pub fn this_host() -> Result<Host, pageferry_tracee::Error> {
+    let xsave = host::xsave()?;
+    Ok(Host {
+        cpu_flags: host::cpu_flags()?.into_iter().collect(),
+        xsave_size: xsave.size,
+        xcr0: xsave.xcr0,
+        kernel_release: host::kernel_release()?,
+        vdso: host::vdso()?,
+        page_size: u32::try_from(PAGE_SIZE).unwrap_or(0),
+    })
+}
+
+/// The files that `tree` writes and that somebody else has written to, or has put another in place of, since it was brought to
+/// rest: a refusal each. Those under `same_file` are as they are.
+pub fn touched_files(tree: &Tree, same_file: &[PathBuf]) -> Vec<Refusal> {
+    let pid = tree.root.as_ref().map_or(0, |root| root.pid);
+    files_of(tree)
+        .into_values()
+        .filter(|file| file.must_be_shared)
+        .filter(|file| {
+            !same_file
+                .iter()
+                .any(|prefix| Path::new(&file.path).starts_with(prefix))
+        })
+        .filter_map(|file| {
+            let how = identity::touched(file)?;
+            let text = format!(
+                "{how} (put it back as it was, or --same-file {} to go on)",
+                file.path
+            );
+            Some(refusal(format!("pid {pid} file {}", file.path), text))
+        })
+        .collect()
+}
+
+/// A plan to run what an image holds: it goes the way of all plans. `resident_bytes`: the memory that will be needed.
+pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
+    let root = tree.root.as_ref();
+    let descriptors = || root.into_iter().flat_map(|root| &root.descriptors);
+    let number = |value: i32| u32::try_from(value).unwrap_or(0);
+    let bound = tree.files.iter().filter_map(|file| {
+        let Some(file::Kind::Socket(socket)) = &file.kind else {
+            return None;
+        };
+        let listening = socket.state() == State::Listening;
+        (listening || socket.state() == State::Bound).then(|| BoundSocket {
+            fd: descriptors()
+                .find(|descriptor| descriptor.file == file.id)
+                .map_or(0, |descriptor| descriptor.fd),
+            family: number(socket.family),
+            kind: number(socket.r#type),
+            protocol: number(socket.protocol),
+            address: socket.local.clone(),
+            listening,
+        })
+    });
+    let threads = root.map_or(&[][..], |root| &root.threads);
+    Plan {
+        pid: root.map_or(0, |root| root.pid),
+        comm: threads
+            .first()
+            .map_or_else(String::new, |leader| leader.comm.clone()),
+        tids: threads.iter().map(|thread| thread.tid).collect(),
+        files: files_of(tree).into_values().cloned().collect(),
+        sockets: bound.collect(),
+        host: tree.host.clone(),
+        monotonic_ns: tree.monotonic_ns,
+        boottime_ns: tree.boottime_ns,
+        realtime_ns: tree.realtime_ns,
+        resident_bytes,
+        ..Plan::default()
+    }
 }
 
 fn judge_cpu(
@@ -130,8 +249,10 @@ fn judge_cpu(
     notes: &mut Vec<String>,
 ) {
     let mut found = Vec::new();
+    let nobody = Host::default();
+    let wanted = plan.host.as_ref().unwrap_or(&nobody);
     let ours = host::cpu_flags().unwrap_or_default();
-    let missing: Vec<&str> = plan
+    let missing: Vec<&str> = wanted
         .cpu_flags
         .iter()
         .filter(|flag| !ours.contains(*flag))
@@ -141,10 +262,10 @@ fn judge_cpu(
         found.push(format!("the target's CPU lacks {}", missing.join(" ")));
     }
     match host::xsave() {
-        Ok(here) if plan.xcr0 == here.xcr0 && plan.xsave_size <= here.size => {}
+        Ok(here) if wanted.xcr0 == here.xcr0 && wanted.xsave_size <= here.size => {}
         Ok(here) => found.push(format!(
             "register state differs: source {:#x} in {} bytes, target {:#x} in {} bytes",
-            plan.xcr0, plan.xsave_size, here.xcr0, here.size
+            wanted.xcr0, wanted.xsave_size, here.xcr0, here.size
         )),
         Err(error) => found.push(format!(
             "the target's register state cannot be read: {error}"
@@ -160,7 +281,7 @@ fn judge_cpu(
             ));
         }
     }
-    if host::vdso().is_ok_and(|vdso| vdso != plan.vdso) {
+    if host::vdso().is_ok_and(|vdso| vdso != wanted.vdso) {
         refusals.push(refusal(
             process,
             "the target's kernel brings another vdso; run the same kernel build on both hosts",
@@ -170,13 +291,7 @@ fn judge_cpu(
 
 /// Whether the file at the same path here is the one the process means.
 fn judge_file(file: &FileIdentity, plan: &Plan) -> Option<String> {
-    let check = match plan.file_check() {
-        message::FileCheck::Size => identity::FileCheck::Size,
-        message::FileCheck::Mtime => identity::FileCheck::Mtime,
-        message::FileCheck::Content => identity::FileCheck::Content,
-        message::FileCheck::BuildId | message::FileCheck::Invalid => identity::FileCheck::BuildId,
-    };
-    identity::difference(file, check)
+    identity::difference(file, identity_check(plan.file_check()))
 }
 
 /// Whether the address can be bound here: tried, and given back at once.
@@ -275,9 +390,12 @@ mod tests {
         let judge = |xcr0, xsave_size, force| {
             let (mut refusals, mut notes) = (Vec::new(), Vec::new());
             let plan = Plan {
-                xcr0,
-                xsave_size,
-                vdso: host::vdso().expect("this kernel has one"),
+                host: Some(Host {
+                    xcr0,
+                    xsave_size,
+                    vdso: host::vdso().expect("this kernel has one"),
+                    ..Host::default()
+                }),
                 ..Plan::default()
             };
             judge_cpu(&plan, force, "pid 7", &mut refusals, &mut notes);

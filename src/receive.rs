@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use pageferry_image::model::task::Tree;
 use pageferry_image::page::{PAGE_LEN, PAGE_SIZE};
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
 use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
@@ -635,15 +636,7 @@ impl Shell<'_> {
         let judging = tokio::task::spawn_blocking(move || plan::judge(&judged, force_cpu));
         let mut verdict = judging.await.map_err(|error| error.to_string())?;
         if verdict.refusals.is_empty() {
-            let offsets = self.offsets;
-            let order = HuskOrder {
-                pid: plan.pid,
-                set_sid: true,
-                clock_offsets_ns: offsets
-                    .keep
-                    .then_some((offsets.monotonic_ns, offsets.boottime_ns)),
-            };
-            match self.cradle.make(order) {
+            match self.cradle.make(self.offsets.order(plan.pid)) {
                 Ok(()) => self.in_cradle = true,
                 Err(text) => verdict.refusals.push(Refusal {
                     object: format!("pid {}", plan.pid),
@@ -681,12 +674,7 @@ impl Shell<'_> {
                 late.join("; ")
             ));
         }
-        if !self.offsets.keep {
-            // The tree gets this host's clocks, which show another time: its timers go on from here with what they had left.
-            let now = host::clocks().map_err(|error| report::chain(&error))?;
-            tree.monotonic_ns = now.monotonic_ns;
-            tree.boottime_ns = now.boottime_ns;
-        }
+        self.offsets.adjust(&mut tree)?;
         let frozen_at = (tree.monotonic_ns, tree.boottime_ns);
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
         let rebuilt = target
@@ -720,15 +708,11 @@ impl Shell<'_> {
     async fn take_right(&mut self) -> Result<(), String> {
         let rebuilt = self.rebuilt.take().ok_or("nothing is rebuilt")?;
         let drain = self.args.drain == Drain::On;
-        let (driver, handle) = drain::start(
-            self.pid,
-            rebuilt,
-            &self.links.faults,
-            &self.links.bulk,
-            drain,
-        )
-        .await
-        .map_err(|error| report::chain(&error))?;
+        let connections = drain::from_links(&self.links.faults, &self.links.bulk)
+            .await
+            .map_err(|error| report::chain(&error))?;
+        let (driver, handle) = drain::start(self.pid, rebuilt, connections, drain)
+            .map_err(|error| report::chain(&error))?;
         self.handle = Some(handle);
         self.driver
             .spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
@@ -907,17 +891,17 @@ fn enter(ledger: &mut Ledger, done: &Done) {
 
 /// What the tree's clocks are ahead of this host's.
 #[derive(Debug, Clone, Copy)]
-struct ClockOffsets {
+pub(crate) struct ClockOffsets {
     /// Against our own CLOCK_MONOTONIC.
-    monotonic_ns: i64,
+    pub(crate) monotonic_ns: i64,
     /// Against our own CLOCK_BOOTTIME.
-    boottime_ns: i64,
+    pub(crate) boottime_ns: i64,
     /// Whether the tree gets a time namespace with these offsets.
     keep: bool,
 }
 
 impl ClockOffsets {
-    fn new(plan: &Plan, clock: Clock, now: host::Clocks) -> Self {
+    pub(crate) fn new(plan: &Plan, clock: Clock, now: host::Clocks) -> Self {
         if clock == Clock::Jump {
             return Self {
                 monotonic_ns: 0,
@@ -932,6 +916,29 @@ impl ClockOffsets {
             boottime_ns: ahead(plan.boottime_ns, now.boottime_ns),
             keep: true,
         }
+    }
+
+    /// The husk of `pid` in which they hold.
+    pub(crate) fn order(self, pid: i32) -> HuskOrder {
+        HuskOrder {
+            pid,
+            set_sid: true,
+            clock_offsets_ns: self.keep.then_some((self.monotonic_ns, self.boottime_ns)),
+        }
+    }
+
+    /// With `--clock jump` the tree gets this host's clocks, which show another time: its timers go on from here with what they
+    /// had left.
+    ///
+    /// # Errors
+    /// If the clocks cannot be read.
+    pub(crate) fn adjust(self, tree: &mut Tree) -> Result<(), String> {
+        if !self.keep {
+            let now = host::clocks().map_err(|error| report::chain(&error))?;
+            tree.monotonic_ns = now.monotonic_ns;
+            tree.boottime_ns = now.boottime_ns;
+        }
+        Ok(())
     }
 
     /// How far the tree's clocks are behind what it last saw. The plan was on its way for a while that nobody knows, and the

@@ -74,7 +74,8 @@ pub struct ProgressEvent {
 pub struct Ledger {
     /// Migration id, the same on both hosts.
     pub id: String,
-    /// `post-copy`.
+    /// `post-copy`, `dump`, `restore` or `restore-lazy`. A dump has freeze and capture only, the latter with all its pages written
+    /// (and, unless it is left running, synced); a restore has rebuild and commit only, from its start until the process runs.
     pub mode: String,
     /// First thread stopped → running on the target.
     pub downtime_ms: f64,
@@ -102,6 +103,41 @@ pub struct Ledger {
     pub wire_bytes: u64,
     /// pageferry's exit code.
     pub exit: u8,
+}
+
+impl Ledger {
+    /// What a person wants to know of it.
+    fn sentence(&self) -> String {
+        match self.mode.as_str() {
+            "dump" => format!(
+                "frozen for {:.1} ms = freeze {:.1} + dump {:.1}; {} pages",
+                self.downtime_ms, self.freeze_ms, self.capture_ms, self.pages_total
+            ),
+            "restore" | "restore-lazy" => format!(
+                "ran after {:.1} ms; all pages in {:.0} ms; {} pages, {} there at the start, {} waited for",
+                self.downtime_ms,
+                self.drain_ms,
+                self.pages_total,
+                self.pages_resident_at_run,
+                self.pages_faulted
+            ),
+            _ => format!(
+                "downtime {:.1} ms = freeze {:.1} + capture {:.1} + rebuild {:.1} + commit {:.1} + hooks {:.1}; drain {:.0} ms; \
+                 {} pages, {} there at the start, {} waited for; {:.1} MB on the wire",
+                self.downtime_ms,
+                self.freeze_ms,
+                self.capture_ms,
+                self.rebuild_ms,
+                self.commit_ms,
+                self.hook_ms,
+                self.drain_ms,
+                self.pages_total,
+                self.pages_resident_at_run,
+                self.pages_faulted,
+                self.wire_bytes as f64 / 1e6,
+            ),
+        }
+    }
 }
 
 /// Sets up log lines on stderr.
@@ -245,21 +281,7 @@ impl Report {
             bar.finish_and_clear();
         }
         if !self.quiet && ledger.downtime_ms > 0.0 {
-            eprintln!(
-                "downtime {:.1} ms = freeze {:.1} + capture {:.1} + rebuild {:.1} + commit {:.1} + hooks {:.1}; drain {:.0} ms; \
-                 {} pages, {} there at the start, {} waited for; {:.1} MB on the wire",
-                ledger.downtime_ms,
-                ledger.freeze_ms,
-                ledger.capture_ms,
-                ledger.rebuild_ms,
-                ledger.commit_ms,
-                ledger.hook_ms,
-                ledger.drain_ms,
-                ledger.pages_total,
-                ledger.pages_resident_at_run,
-                ledger.pages_faulted,
-                ledger.wire_bytes as f64 / 1e6,
-            );
+            eprintln!("{}", ledger.sentence());
         }
         self.emit(&Event::Ledger(ledger.clone()));
     }

@@ -98,6 +98,7 @@ const PROCESS: Shape = of::<task::Process>(fields! {
     5 "threads": THREAD, 6 "space": SPACE, 7 "actions": of::<signals::Action>(&[]), 8 "pending": PENDING,
     9 "itimers": of::<timers::Itimer>(&[]), 10 "posix_timers": of::<timers::Posix>(&[]),
     11 "descriptors": of::<files::Descriptor>(&[]), 14 "limits": of::<task::Limit>(&[]),
+    20 "first_touch": RANGE,
 });
 const SOCKET: Shape = of::<sockets::Socket>(fields! {7 "options": of::<sockets::Option>(&[])});
 // The kinds are part of the file itself.
@@ -108,8 +109,7 @@ const FILE: Shape = of::<files::File>(fields! {
     9 "epoll": of::<files::Epoll>(fields! {1 "items": of::<files::EpollItem>(&[])}),
     10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET,
 });
-const TREE: &[Field] =
-    fields! {1 "root": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[])};
+const TREE: &[Field] = fields! {1 "root": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[])};
 
 /// Memory of a byte string beside its bytes: the string itself, and what an allocation costs.
 const STRING_LEN: usize = size_of::<String>() + 16;

@@ -45,6 +45,14 @@ pub mod limits {
     pub const TREE_MEMORY: usize = 512 << 20;
     /// Threads of a process.
     pub const THREADS: usize = 65_536;
+    /// Ranges of pages that a process touches first: a few for each thread.
+    pub const FIRST_TOUCH: usize = 8 * THREADS;
+    /// Flags of a processor.
+    pub const CPU_FLAGS: usize = 4096;
+    /// Bytes of such a flag, and of a kernel's release.
+    pub const HOST_NAME_LEN: usize = 256;
+    /// Bytes of a vdso.
+    pub const VDSO_LEN: usize = 1 << 20;
     /// Mappings of an address space: four times the kernel's own default limit.
     pub const MAPPINGS: usize = 262_144;
     /// Guard regions of one mapping.

@@ -6,6 +6,8 @@
 //! What a reader holds in memory is the tree and 24 bytes for each 127 ranges of pages; pages are read in place (`pread`) and
 //! none is kept, so any number of readers may share one [`Image`].
 
+use crate::model::Invalid;
+use crate::model::task::Tree;
 use crate::page::PageRange;
 
 mod error;
@@ -54,6 +56,14 @@ pub mod limits {
     pub const HOST_LEN: usize = 64;
     /// Bytes of the name of the program that wrote an image.
     pub const PROGRAM_LEN: usize = 32;
+}
+
+/// What an image demands of its tree beyond the rules of the model: it is built where nobody can be asked any more.
+fn check_tree(tree: &Tree) -> std::result::Result<(), Damage> {
+    match tree.host {
+        Some(_) => Ok(()),
+        None => Err(Damage::Tree(Invalid::new("host", "is not told"))),
+    }
 }
 
 /// Something that has pages. Its pages are named by their byte offset in it; in an address space that is the address.

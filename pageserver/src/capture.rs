@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use pageferry_image::model::files::{File, file};
+use pageferry_image::model::memory as model;
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::PageRange;
 use pageferry_tracee::host;
@@ -215,6 +216,13 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
         (stat.env_start, stat.env_end),
     ];
     let mut eager = memory::first_touch_pages(&first_touch, &arguments, &vmas, &guards);
+    process.first_touch = memory::merge(eager.clone())
+        .into_iter()
+        .map(|range| model::Range {
+            start: range.start,
+            end: range.end,
+        })
+        .collect();
     eager.extend(copied);
     let lazy = vmas
         .iter()
@@ -234,6 +242,7 @@ pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) ->
             monotonic_ns: answered.monotonic_ns,
             boottime_ns: answered.boottime_ns,
             realtime_ns: answered.realtime_ns,
+            host: None,
         },
         eager: memory::merge(eager),
         lazy,

@@ -15,6 +15,9 @@ pub enum Error {
     /// process is to be thawed.
     #[error("{} object(s) that cannot be carried were found in the freeze", .0.len())]
     Refused(Vec<Refusal>),
+    /// An image is damaged or cannot be read.
+    #[error(transparent)]
+    Image(#[from] pageferry_image::store::Error),
     /// A file of the process could not be examined.
     #[error("cannot examine {path}")]
     File {

@@ -84,6 +84,26 @@ pub(crate) fn outline(path: &str, metadata: &Metadata, must_be_shared: bool) -> 
     }
 }
 
+/// Takes down size and time of a file anew, if it is still the same one: a program that had it open may have written to it since.
+pub fn refresh(identity: &mut FileIdentity) {
+    let same = std::fs::metadata(&identity.path)
+        .ok()
+        .filter(|now| (now.dev(), now.ino()) == (identity.device, identity.inode));
+    if let Some(now) = same {
+        let now = outline(&identity.path, &now, identity.must_be_shared);
+        (identity.size, identity.mtime_ns) = (now.size, now.mtime_ns);
+    }
+}
+
+/// How a file that the program writes differs from what it was at rest; `None` if nobody has touched it.
+pub fn touched(expected: &FileIdentity) -> Option<String> {
+    let expected = FileIdentity {
+        must_be_shared: false,
+        ..expected.clone()
+    };
+    difference(&expected, FileCheck::Mtime)
+}
+
 /// How a file here differs from what the source has; `None` if it does not.
 ///
 /// The text is a clause about the file: `is missing`, `has another build id`.
@@ -126,6 +146,9 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
             Ok(None) => Some("has no build id".into()),
             Err(error) => Some(format!("cannot be read: {error}")),
         },
+        FileCheck::Content if expected.content_sha256.is_empty() => {
+            Some("has no checksum to compare with (dump with --file-check content)".into())
+        }
         FileCheck::Content => match open().and_then(|file| content_sha256(&file)) {
             Ok(digest) if digest == expected.content_sha256 => None,
             Ok(_) => Some("has other content".into()),

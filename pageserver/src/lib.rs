@@ -6,6 +6,7 @@
 //! again. The crate knows nothing of the target.
 #![forbid(unsafe_code)]
 
+pub mod at_rest;
 pub mod capture;
 pub mod identity;
 pub mod serve;

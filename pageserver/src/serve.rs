@@ -7,6 +7,7 @@ use std::fs::File;
 
 use pageferry_image::model::memory::Kind;
 use pageferry_image::page::{PAGE_LEN, PageRange};
+use pageferry_image::store;
 use pageferry_tracee::pagemap::{self, Region, Scan};
 use pageferry_tracee::{Error as ProcessError, RemoteMemory, procfs};
 use pageferry_wire::limits::{BATCH_DATA_PAGES_MAX, BATCH_PAGES_MAX};
@@ -15,6 +16,58 @@ use pageferry_wire::{PageBatch, PageBatchBuilder, PageKind};
 
 use crate::Result;
 use crate::capture::memory;
+
+/// What a page of the process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Content {
+    /// Bytes of its own.
+    Data,
+    /// There, and nothing but zeros.
+    Zero,
+    /// Never touched: reads as zeros.
+    Hole,
+    /// The page of the file that is mapped there, which is not served from here.
+    File,
+    /// A guard region.
+    Guard,
+    /// Nothing that has pages of its own is mapped there.
+    Unmapped,
+}
+
+impl Content {
+    /// For a peer.
+    fn on_wire(self) -> PageKind {
+        match self {
+            Self::Data => PageKind::Data,
+            Self::Zero | Self::Hole => PageKind::Zero,
+            Self::Guard => PageKind::Guard,
+            Self::File | Self::Unmapped => PageKind::Gone,
+        }
+    }
+
+    /// For an image; `None`: it has no such page.
+    fn at_rest(self) -> Option<store::PageKind> {
+        match self {
+            Self::Data => Some(store::PageKind::Data),
+            Self::Zero => Some(store::PageKind::Zero),
+            Self::Hole | Self::File => Some(store::PageKind::Hole),
+            Self::Guard => Some(store::PageKind::Guard),
+            Self::Unmapped => None,
+        }
+    }
+}
+
+/// Pages as [`PageReader::read_all`] hands them on.
+#[derive(Debug)]
+pub enum Piece<'a> {
+    /// Their bytes.
+    Bytes(&'a [u8]),
+    /// They have none.
+    Without(store::PageKind),
+}
+
+/// Pages of data that are read at once.
+const PIECE_PAGES: usize = 256;
 
 /// What a mapping's pages are when the page map says nothing about them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,18 +139,18 @@ impl PageReader {
         let segments = self.segments(range)?;
         let data_pages: u64 = segments
             .iter()
-            .filter(|(kind, _)| *kind == PageKind::Data)
+            .filter(|(content, _)| *content == Content::Data)
             .map(|(_, range)| range.page_count())
             .sum();
         let data_pages = usize::try_from(data_pages.min(u64::from(BATCH_DATA_PAGES_MAX)))
             .expect("a batch is small");
         let mut builder = PageBatchBuilder::new(request, range.start, data_pages);
-        for (kind, segment) in segments {
+        for (content, segment) in segments {
             if !builder.has_room() {
                 break;
             }
-            if kind != PageKind::Data {
-                builder.without_data(kind, pages_of(segment));
+            if content != Content::Data {
+                builder.without_data(content.on_wire(), pages_of(segment));
             } else if !self.read(segment, &mut builder)? {
                 break;
             }
@@ -108,7 +161,7 @@ impl PageReader {
     }
 
     /// What the pages of `range` are, as runs without gaps.
-    fn segments(&self, range: PageRange) -> Result<Vec<(PageKind, PageRange)>> {
+    fn segments(&self, range: PageRange) -> Result<Vec<(Content, PageRange)>> {
         let guard = if self.knows_guards { pagemap::GUARD } else { 0 };
         let regions = pagemap::scan(
             &self.pagemap,
@@ -120,6 +173,49 @@ impl PageReader {
             },
         )?;
         Ok(segments(range, &self.mappings, &regions))
+    }
+
+    /// Hands on every page of `range`, ascending, as an image holds it; neighbours in pieces. What `sink` gives instead of going on
+    /// is given back.
+    ///
+    /// # Errors
+    /// [`Error::Process`](crate::Error::Process); also for a page that cannot be read, and for a process that has ended.
+    pub fn read_all<E>(
+        &mut self,
+        range: PageRange,
+        mut sink: impl FnMut(PageRange, Piece<'_>) -> std::result::Result<(), E>,
+    ) -> Result<std::result::Result<(), E>> {
+        for part in memory::pieces(range) {
+            for (content, segment) in self.segments(part)? {
+                let kind = content.at_rest().ok_or_else(|| ProcessError::Unreadable {
+                    pid: self.memory.pid(),
+                    address: segment.start,
+                })?;
+                if kind != store::PageKind::Data {
+                    if let Err(error) = sink(segment, Piece::Without(kind)) {
+                        return Ok(Err(error));
+                    }
+                    continue;
+                }
+                self.buffer.resize(PIECE_PAGES * PAGE_LEN, 0);
+                let mut at = segment.start;
+                while at < segment.end {
+                    let length = usize::try_from(segment.end - at)
+                        .unwrap_or(usize::MAX)
+                        .min(self.buffer.len());
+                    let bytes = &mut self.buffer[..length];
+                    self.memory.read(at, bytes)?;
+                    let end = at + length as u64;
+                    if let Err(error) = sink(PageRange { start: at, end }, Piece::Bytes(bytes)) {
+                        return Ok(Err(error));
+                    }
+                    at = end;
+                }
+            }
+            // Speaks for all that was found: a copy that somebody killed has holes only.
+            self.memory.check_exists()?;
+        }
+        Ok(Ok(()))
     }
 
     /// Appends the pages of `segment` as far as they fit; whether all did.
@@ -228,12 +324,12 @@ fn segments(
     range: PageRange,
     mappings: &[(PageRange, Backing)],
     regions: &[Region],
-) -> Vec<(PageKind, PageRange)> {
-    let mut found: Vec<(PageKind, PageRange)> = Vec::new();
-    let mut push = |kind, start, end| match found.last_mut() {
+) -> Vec<(Content, PageRange)> {
+    let mut found: Vec<(Content, PageRange)> = Vec::new();
+    let mut push = |content, start, end| match found.last_mut() {
         _ if start == end => {}
-        Some((last, before)) if *last == kind => before.end = end,
-        _ => found.push((kind, PageRange { start, end })),
+        Some((last, before)) if *last == content => before.end = end,
+        _ => found.push((content, PageRange { start, end })),
     };
     let mut at = range.start;
     let first = mappings.partition_point(|(mapping, _)| mapping.end <= range.start);
@@ -241,12 +337,12 @@ fn segments(
         .iter()
         .map_while(|&(mapping, backing)| mapping.intersect(range).map(|part| (part, backing)))
     {
-        push(PageKind::Gone, at, part.start);
+        push(Content::Unmapped, at, part.start);
         at = part.start;
         let untold = if backing == Backing::Anonymous {
-            PageKind::Zero
+            Content::Hole
         } else {
-            PageKind::Gone
+            Content::File
         };
         for region in regions {
             let Some(told) = part.intersect(PageRange {
@@ -256,23 +352,23 @@ fn segments(
                 continue;
             };
             let has = |category| region.categories & category != 0;
-            let kind = if has(pagemap::GUARD) {
-                PageKind::Guard
+            let content = if has(pagemap::GUARD) {
+                Content::Guard
             } else if has(pagemap::FILE) {
-                PageKind::Gone
+                Content::File
             } else if has(pagemap::PFNZERO) {
-                PageKind::Zero
+                Content::Zero
             } else {
-                PageKind::Data
+                Content::Data
             };
             push(untold, at, told.start);
-            push(kind, told.start, told.end);
+            push(content, told.start, told.end);
             at = told.end;
         }
         push(untold, at, part.end);
         at = part.end;
     }
-    push(PageKind::Gone, at, range.end);
+    push(Content::Unmapped, at, range.end);
     found
 }
 
@@ -343,20 +439,26 @@ mod tests {
         assert_eq!(
             segments(range(8, 45), &mappings, &regions),
             [
-                (PageKind::Gone, range(8, 10)),
-                (PageKind::Zero, range(10, 12)),
-                (PageKind::Data, range(12, 14)),
-                (PageKind::Zero, range(14, 16)),
-                (PageKind::Guard, range(16, 17)),
-                (PageKind::Zero, range(17, 18)),
-                (PageKind::Data, range(18, 22)),
-                (PageKind::Gone, range(22, 40)),
-                (PageKind::Zero, range(40, 45)),
+                (Content::Unmapped, range(8, 10)),
+                (Content::Hole, range(10, 12)),
+                (Content::Data, range(12, 14)),
+                (Content::Zero, range(14, 15)),
+                (Content::Hole, range(15, 16)),
+                (Content::Guard, range(16, 17)),
+                (Content::Hole, range(17, 18)),
+                (Content::Data, range(18, 22)),
+                (Content::File, range(22, 30)),
+                (Content::Unmapped, range(30, 40)),
+                (Content::Hole, range(40, 45)),
             ]
         );
         assert_eq!(
             segments(range(1, 3), &mappings, &regions),
-            [(PageKind::Gone, range(1, 3))]
+            [(Content::Unmapped, range(1, 3))]
         );
+        for content in [Content::File, Content::Unmapped] {
+            assert_eq!(content.on_wire(), PageKind::Gone);
+        }
+        assert_eq!(Content::Unmapped.at_rest(), None);
     }
 }

@@ -380,6 +380,8 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
+    use pageferry_image::model::task::Host;
+
     use super::*;
     use crate::message::{AbortCode, Fetch, Heartbeat, Hello, Map, Plan, Role, State};
     use crate::pages::{PageBatchBuilder, PageKind};
@@ -402,12 +404,19 @@ mod tests {
         builder.finish()
     }
 
+    fn host_of_pages(page_size: u32) -> Host {
+        Host {
+            page_size,
+            ..Host::default()
+        }
+    }
+
     /// One frame of each kind, by an exhaustive match: a new kind does not compile until it is here.
     fn examples() -> Vec<Frame> {
         let plan = Plan {
             pid: 4711,
             tids: vec![4711, 4712],
-            page_size: 4096,
+            host: Some(host_of_pages(4096)),
             file_check: 1,
             ..Plan::default()
         };
@@ -583,7 +592,7 @@ mod tests {
             Plan {
                 pid: 1,
                 tids: vec![1],
-                page_size: 4096,
+                host: Some(host_of_pages(4096)),
                 file_check: 1,
                 ..Plan::default()
             }
@@ -591,7 +600,7 @@ mod tests {
             Plan {
                 pid: 7,
                 tids: vec![8],
-                page_size: 4096,
+                host: Some(host_of_pages(4096)),
                 file_check: 1,
                 ..Plan::default()
             }
@@ -599,7 +608,7 @@ mod tests {
             Plan {
                 pid: 7,
                 tids: vec![7],
-                page_size: 65_536,
+                host: Some(host_of_pages(65_536)),
                 file_check: 1,
                 ..Plan::default()
             }
@@ -607,7 +616,7 @@ mod tests {
             Plan {
                 pid: 7,
                 tids: vec![7],
-                page_size: 4096,
+                host: Some(host_of_pages(4096)),
                 file_check: 77,
                 ..Plan::default()
             }

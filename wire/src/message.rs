@@ -2,7 +2,7 @@
 //! believes it. Every message from a peer has passed `Checked::check` when it leaves the decoder.
 
 use bytes::Bytes;
-use pageferry_image::model::task::Tree;
+use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use prost::Message as _;
 
@@ -136,14 +136,10 @@ impl Checked for Plan {
         if let Some(tid) = self.tids.iter().find(|&&tid| tid <= 1) {
             return rule("thread list", format!("has the impossible id {tid}"));
         }
-        if u64::from(self.page_size) != PAGE_SIZE {
-            return rule(
-                "page size",
-                format!(
-                    "{} is not {PAGE_SIZE}: only kernels with 4 KiB pages can meet",
-                    self.page_size
-                ),
-            );
+        match self.host.as_ref().map(Host::validate) {
+            Some(Ok(())) => {}
+            Some(Err(invalid)) => return rule(&invalid.object, invalid.rule),
+            None => return rule("host", "is not told".to_owned()),
         }
         if self.file_check() == FileCheck::Invalid {
             return rule("file check", format!("{} is unknown", self.file_check));

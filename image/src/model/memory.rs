@@ -16,7 +16,7 @@ const PROTECTIONS: u32 = 7;
 const ADVICE: [u32; 8] = [1, 2, 10, 12, 14, 15, 16, 18];
 
 /// `Err` unless `start` to `end` are whole pages of user memory.
-fn pages(start: u64, end: u64, object: impl FnOnce() -> String) -> Result<(), Invalid> {
+pub(super) fn pages(start: u64, end: u64, object: impl FnOnce() -> String) -> Result<(), Invalid> {
     let is_good =
         start < end && end <= limits::ADDRESS_END && start % PAGE_SIZE == 0 && end % PAGE_SIZE == 0;
     ensure(is_good, object, "is no range of user pages")

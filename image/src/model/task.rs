@@ -9,6 +9,7 @@ use super::files::File;
 use super::signals::{Action, Pending};
 use super::timers::{Itimer, Posix};
 use super::{Invalid, absolute, at_most, ensure, limits};
+use crate::page::PAGE_SIZE;
 
 include!("generated/pageferry.task.rs");
 
@@ -146,6 +147,19 @@ impl Process {
             None => return Err(Invalid::new(object(), "has no address space")),
             Some(space) => space.validate()?,
         }
+        at_most(self.first_touch.len(), limits::FIRST_TOUCH, || {
+            format!("list of first pages of process {}", self.pid)
+        })?;
+        for range in &self.first_touch {
+            let object = || format!("first pages {:x}-{:x}", range.start, range.end);
+            super::memory::pages(range.start, range.end, object)?;
+        }
+        super::ascending(
+            self.first_touch
+                .iter()
+                .flat_map(|range| [(range.start, 0), (range.end - 1, 1)]),
+            "first pages",
+        )?;
         Action::validate_all(&self.actions)?;
         Pending::validate_all(&self.pending, &object())?;
         Itimer::validate_all(&self.itimers)?;
@@ -177,6 +191,30 @@ impl Process {
     }
 }
 
+impl Host {
+    /// # Errors
+    /// The broken rule.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        let object = || "host".to_owned();
+        let rule = "has pages of another size: only kernels with 4 KiB pages can meet";
+        ensure(u64::from(self.page_size) == PAGE_SIZE, object, rule)?;
+        at_most(self.cpu_flags.len(), limits::CPU_FLAGS, || {
+            "list of processor flags".into()
+        })?;
+        let name = self.cpu_flags.iter().chain([&self.kernel_release]);
+        let is_short = name
+            .map(String::len)
+            .all(|len| len <= limits::HOST_NAME_LEN);
+        ensure(is_short, object, "has a name that is too long")?;
+        let vdso = self.vdso.len();
+        ensure(
+            vdso <= limits::VDSO_LEN,
+            object,
+            "has a vdso that is too long",
+        )
+    }
+}
+
 impl Tree {
     /// Everything that must hold before anything is made from a tree that a peer or a file gave.
     ///
@@ -187,6 +225,7 @@ impl Tree {
             return Err(Invalid::new("tree", "has no process"));
         };
         root.validate()?;
+        self.host.iter().try_for_each(Host::validate)?;
         File::validate_all(&self.files, &self.pipes, &root.descriptors)
     }
 }

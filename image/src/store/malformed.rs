@@ -17,7 +17,7 @@ use crate::model::files::{
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use crate::model::signals::Action;
 use crate::model::sockets::{Socket, State};
-use crate::model::task::{Credentials, Limit, Process, Scheduling, Thread, Tree};
+use crate::model::task::{Credentials, Host, Limit, Process, Scheduling, Thread};
 use crate::page::{PAGE_LEN, PAGE_SIZE};
 
 const ROOT: ObjectId = ObjectId::ROOT_SPACE;
@@ -182,6 +182,10 @@ fn tree() -> Tree {
                 soft: 1024,
                 hard: 4096,
             }],
+            first_touch: vec![Range {
+                start: HEAP,
+                end: HEAP + PAGE_SIZE,
+            }],
             ..Process::default()
         }),
         files,
@@ -193,6 +197,14 @@ fn tree() -> Tree {
         monotonic_ns: 1_000,
         boottime_ns: 2_000,
         realtime_ns: 3_000,
+        host: Some(Host {
+            cpu_flags: vec!["fpu".into(), "sse2".into()],
+            xsave_size: 2696,
+            xcr0: 7,
+            kernel_release: "6.18.0".into(),
+            vdso: b"the vdso".to_vec(),
+            page_size: 4096,
+        }),
     }
 }
 
@@ -672,6 +684,23 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "tree-empty",
             Built(|parts| parts.tree.clear()),
             "`tree`: tree has no process",
+        ),
+        (
+            "host-missing",
+            Built(|parts| parts.tree(|tree| tree.host = None)),
+            "`tree`: host is not told",
+        ),
+        (
+            "host-of-other-pages",
+            Built(|parts| {
+                parts.tree(|tree| tree.host.as_mut().expect("it has").page_size = 65_536)
+            }),
+            "`tree`: host has pages of another size",
+        ),
+        (
+            "first-pages-twice",
+            Built(|parts| parts.root(|root| root.first_touch.push(root.first_touch[0].clone()))),
+            "`tree`: first pages are not in ascending order",
         ),
         (
             "pid-1",

@@ -8,7 +8,7 @@ use super::leaves::{Leaf, Leaves, Opened};
 use super::pagemap::{self, Block, Coverage, Range};
 use super::{
     BLOCK_LEN, BLOCK_PAGES, BLOCKS, Damage, Error, FILES, HEADER, MAP, ObjectId, PAGES, PageKind,
-    PageRun, PageSource, Result, TREE, limits,
+    PageRun, PageSource, Result, TREE, check_tree, limits,
 };
 use crate::encoding;
 use crate::model::task::Tree;
@@ -108,6 +108,7 @@ impl Image {
             })
         })?;
         drop(bytes);
+        check_tree(&tree).map_err(&bad)?;
         header.check_tree(&tree).map_err(&bad)?;
 
         let mut inner = Inner {

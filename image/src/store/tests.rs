@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
-use crate::model::task::{Credentials, Process, Scheduling, Thread, Tree};
+use crate::model::task::{Credentials, Host, Process, Scheduling, Thread};
 use crate::page::{PAGE_LEN, PAGE_SIZE};
 
 const ROOT: ObjectId = ObjectId::ROOT_SPACE;
@@ -67,6 +67,10 @@ fn tree(mappings: &[(u64, u64, bool)]) -> Tree {
             }),
             cwd: "/".into(),
             ..Process::default()
+        }),
+        host: Some(Host {
+            page_size: 4096,
+            ..Host::default()
         }),
         ..Tree::default()
     }

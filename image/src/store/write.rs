@@ -85,6 +85,7 @@ impl ImageWriter {
     ) -> Result<Self> {
         tree.validate()
             .map_err(|invalid| Error::Unwritable(Damage::Tree(invalid)))?;
+        super::check_tree(&tree).map_err(Error::Unwritable)?;
         if path.file_name().is_none() {
             let source = std::io::ErrorKind::InvalidInput.into();
             return Err(Error::io(path, "make an image of this name")(source));

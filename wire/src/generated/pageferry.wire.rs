@@ -53,20 +53,9 @@ pub struct Plan {
     /// anonymous memory that will be needed here
     #[prost(uint64, tag = "4")]
     pub resident_bytes: u64,
-    /// /proc/cpuinfo
-    #[prost(string, repeated, tag = "5")]
-    pub cpu_flags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    #[prost(uint32, tag = "6")]
-    pub xsave_size: u32,
-    #[prost(uint64, tag = "7")]
-    pub xcr0: u64,
-    #[prost(string, tag = "8")]
-    pub kernel_release: ::prost::alloc::string::String,
-    /// the whole vdso image
-    #[prost(bytes = "vec", tag = "9")]
-    pub vdso: ::prost::alloc::vec::Vec<u8>,
-    #[prost(uint32, tag = "10")]
-    pub page_size: u32,
+    /// where it runs
+    #[prost(message, optional, tag = "5")]
+    pub host: ::core::option::Option<::pageferry_image::model::task::Host>,
     /// The tree's own clocks (its time namespace applied) when the plan was made.
     #[prost(uint64, tag = "11")]
     pub monotonic_ns: u64,

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 
 use super::*;
 use crate::message::{Refusal, Role};
+use pageferry_image::model::task::Host;
 
 /// xorshift64*: good enough to choose among events, and the same everywhere.
 struct Dice(u64);
@@ -120,11 +121,18 @@ enum Event {
     TargetCrashes,
 }
 
+fn host_of_pages(page_size: u32) -> Host {
+    Host {
+        page_size,
+        ..Host::default()
+    }
+}
+
 fn plan() -> Plan {
     Plan {
         pid: 4711,
         tids: vec![4711],
-        page_size: 4096,
+        host: Some(host_of_pages(4096)),
         ..Plan::default()
     }
 }

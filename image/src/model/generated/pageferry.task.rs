@@ -161,9 +161,34 @@ pub struct Process {
     pub child_subreaper: bool,
     #[prost(uint32, tag = "18")]
     pub coredump_filter: u32,
+    /// Pages that must be there before its first instruction, since a thread touches them on its way to user mode or others read
+    /// them without a fault: ascending, disjoint, private anonymous memory.
+    #[prost(message, repeated, tag = "20")]
+    pub first_touch: ::prost::alloc::vec::Vec<super::memory::Range>,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS: the registration commands to give again, one bit each
     #[prost(uint32, tag = "19")]
     pub membarrier: u32,
+}
+/// What a process expects of the host that runs it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Host {
+    /// /proc/cpuinfo
+    #[prost(string, repeated, tag = "1")]
+    pub cpu_flags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// bytes of the register state that is enabled
+    #[prost(uint32, tag = "2")]
+    pub xsave_size: u32,
+    /// which state that is
+    #[prost(uint64, tag = "3")]
+    pub xcr0: u64,
+    #[prost(string, tag = "4")]
+    pub kernel_release: ::prost::alloc::string::String,
+    /// the whole vdso image
+    #[prost(bytes = "vec", tag = "5")]
+    pub vdso: ::prost::alloc::vec::Vec<u8>,
+    /// bytes
+    #[prost(uint32, tag = "6")]
+    pub page_size: u32,
 }
 /// Everything that is captured in one freeze.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -182,4 +207,7 @@ pub struct Tree {
     pub boottime_ns: u64,
     #[prost(uint64, tag = "6")]
     pub realtime_ns: u64,
+    /// where it was captured; not in a state that travels, where the plan has told it
+    #[prost(message, optional, tag = "7")]
+    pub host: ::core::option::Option<Host>,
 }

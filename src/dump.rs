@@ -1,0 +1,417 @@
+//! `pageferry dump`: a process comes to rest in an image.
+//!
+//! It is held by ptrace, and by nothing that outlives us, until its image lies complete on the disk: whatever ends us
+//! before, it runs on, and what is left of the image has no name (`image ls` shows it, `image rm` takes it away).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use pageferry_image::model::files::file;
+use pageferry_image::model::memory::{FileIdentity, Kind};
+use pageferry_image::model::task::Tree;
+use pageferry_image::store::{self, Compression, Header, ImageWriter, ObjectId, Origin};
+use pageferry_pageserver::serve::{PageReader, Piece};
+use pageferry_pageserver::{Error as SourceError, at_rest, identity, survey};
+use pageferry_tracee::host;
+use pageferry_wire::Phase;
+
+use crate::cli::{Common, Compress, DumpArgs};
+use crate::commit::{self, SourceTree};
+use crate::report::{self, Ledger, Report, ms};
+use crate::stop::Stop;
+use crate::{check, exit, migrate, plan};
+
+/// Why there is no image, or no end. Says where the process is.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{what}; no image was made and pid {pid} runs on, as before")]
+    Before {
+        what: String,
+        pid: i32,
+        #[source]
+        source: Option<BoxError>,
+    },
+    #[error("refused; no image was made and pid {pid} runs on, as before")]
+    Refused { pid: i32 },
+    #[error("{what}; no image was made, and pid {pid} ended meanwhile, and not by pageferry")]
+    Ended {
+        what: String,
+        pid: i32,
+        #[source]
+        source: Option<BoxError>,
+    },
+    #[error(
+        "{what}; pid {pid} is intact, but could not be let go of: {why}. If it stays stopped: kill -CONT {pid}"
+    )]
+    Stuck { what: String, pid: i32, why: String },
+    #[error(
+        "{image} is complete, but pid {pid} could not be ended: {why}. End it: kill -KILL {pid}"
+    )]
+    Alive {
+        image: String,
+        pid: i32,
+        why: String,
+    },
+    #[error("pid {pid} runs on, as before, but the image could not be completed")]
+    Unfinished {
+        pid: i32,
+        #[source]
+        source: store::Error,
+    },
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Before { .. } | Self::Ended { .. } | Self::Unfinished { .. } => exit::FAILED,
+            Self::Refused { .. } => exit::REFUSED,
+            Self::Stuck { .. } | Self::Alive { .. } => exit::UNDECIDED,
+        }
+    }
+}
+
+/// Runs the verb; the exit code.
+pub fn run(args: &DumpArgs, common: &Common) -> u8 {
+    let mut report = Report::new(common);
+    let mut ledger = Ledger {
+        mode: "dump".into(),
+        ..Ledger::default()
+    };
+    let code = if let Some(missing) = check::first_missing() {
+        eprintln!("pageferry: {missing}");
+        exit::HOST
+    } else {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        match runtime {
+            Ok(runtime) => {
+                let dumped = runtime.block_on(cancellable(args, &mut report, &mut ledger));
+                dumped.unwrap_or_else(|failure| {
+                    report.failure(&failure);
+                    failure.exit_code()
+                })
+            }
+            Err(error) => {
+                eprintln!("pageferry: no runtime: {error}; nothing was touched");
+                exit::FAILED
+            }
+        }
+    };
+    ledger.id = report.id().to_owned();
+    ledger.exit = code;
+    report.ledger(&ledger);
+    code
+}
+
+/// A signal ends the dump as long as its image has no name.
+async fn cancellable(
+    args: &DumpArgs,
+    report: &mut Report,
+    ledger: &mut Ledger,
+) -> Result<u8, Failure> {
+    let pid = args.pid;
+    let mut stop = Stop::new().map_err(|error| Failure::Before {
+        what: "signals cannot be watched".into(),
+        pid,
+        source: Some(error.into()),
+    })?;
+    let cancel = Arc::new(AtomicBool::new(false));
+    let work = dump(args, report, ledger, Arc::clone(&cancel));
+    tokio::pin!(work);
+    let mut signal = None;
+    loop {
+        tokio::select! {
+            done = &mut work => return match (done, signal) {
+                (Err(Failure::Before { .. }), Some(signal)) if cancel.load(Ordering::Relaxed) => {
+                    eprintln!("pageferry: cancelled; no image was made and pid {pid} runs on, as before");
+                    Ok(exit::signalled(signal))
+                }
+                (done, _) => done,
+            },
+            caught = stop.wait() => {
+                signal = Some(caught);
+                cancel.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+async fn dump(
+    args: &DumpArgs,
+    report: &mut Report,
+    ledger: &mut Ledger,
+    cancel: Arc<AtomicBool>,
+) -> Result<u8, Failure> {
+    let pid = args.pid;
+    let before = |what: &str| {
+        let what = what.to_owned();
+        move |source: BoxError| Failure::Before {
+            what,
+            pid,
+            source: Some(source),
+        }
+    };
+    report.phase(Phase::Plan);
+    let mut options = plan::survey_options(&args.carry, vec!["/".into()]);
+    // A process that goes on here needs no manager to leave it alone.
+    options.unmanaged |= args.leave_running;
+    let survey = survey::survey(pid, &options)
+        .map_err(|e| before("the process cannot be looked at")(e.into()))?;
+    for note in &survey.notes {
+        tracing::warn!("{note}");
+    }
+    if !survey.refusals.is_empty() {
+        return Err(refused(report, pid, &survey.refusals));
+    }
+    let id = migrate::new_id().map_err(|e| before("no dump id")(e.into()))?;
+    report.set_id(migrate::hex(&id));
+    let this_host =
+        plan::this_host().map_err(|e| before("this host cannot be described")(e.into()))?;
+    check_place(&args.image, survey.resident_bytes).map_err(before("there is no place for it"))?;
+    let origin = Origin {
+        id,
+        created_ns: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| {
+                u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+            }),
+        host: host::host_name().unwrap_or_default(),
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+
+    report.phase(Phase::Freeze);
+    let process =
+        SourceTree::new(pid).map_err(|e| before("no thread to hold the process")(e.into()))?;
+    let frozen = process
+        .freeze()
+        .await
+        .map_err(|e| before("it was not dumped")(e.into()))?;
+    report.phase(Phase::Capture);
+    let written = async {
+        let mut captured = process
+            .capture(survey, options)
+            .await
+            .map_err(Unwritten::Capture)?;
+        captured.tree.host = Some(this_host);
+        refresh_written(&mut captured.tree);
+        let (image, compression) = (args.image.clone(), compression(args.compress));
+        let writing = tokio::task::spawn_blocking(move || {
+            write(&image, captured.tree, origin, compression, pid, &cancel)
+        });
+        writing.await.map_err(|_| Unwritten::Thread)?
+    }
+    .await;
+    let account = |ledger: &mut Ledger| {
+        ledger.freeze_ms = ms(frozen.stopped - frozen.began);
+        ledger.capture_ms = ms(frozen.stopped.elapsed());
+        ledger.downtime_ms = ledger.freeze_ms + ledger.capture_ms;
+    };
+
+    let writer = match written {
+        Ok(writer) => writer,
+        Err(error) => {
+            let thawed = process.roll_back().await;
+            account(ledger);
+            return Err(not_written(report, pid, error, thawed));
+        }
+    };
+    let header = if args.leave_running {
+        // Its image is told apart from what it does now: it need not wait for the disk.
+        let thawed = process.roll_back().await;
+        account(ledger);
+        if let Err(error) = thawed {
+            return Err(Failure::Stuck {
+                what: "its pages were read".into(),
+                pid,
+                why: report::chain(&error),
+            });
+        }
+        finish(writer)
+            .await
+            .map_err(|source| Failure::Unfinished { pid, source })?
+    } else {
+        match finish(writer).await {
+            Ok(header) => {
+                let ended = process.kill().await;
+                account(ledger);
+                if let Err(error) = ended {
+                    return Err(Failure::Alive {
+                        image: args.image.display().to_string(),
+                        pid,
+                        why: report::chain(&error),
+                    });
+                }
+                header
+            }
+            Err(error) => {
+                let thawed = process.roll_back().await;
+                account(ledger);
+                return Err(not_written(report, pid, Unwritten::Store(error), thawed));
+            }
+        }
+    };
+    ledger.pages_total = header.counts.data_pages;
+    let place = args.image.display();
+    let stored_mb = header.stored_len() as f64 / 1e6;
+    let fate = if args.leave_running {
+        "it runs on"
+    } else {
+        "it was ended"
+    };
+    tracing::info!(id = %report.id(), "pid {pid} is in {place}, {stored_mb:.1} MB; {fate}");
+    Ok(exit::DONE)
+}
+
+fn refused(report: &Report, pid: i32, refusals: &[survey::Refusal]) -> Failure {
+    for refusal in refusals {
+        report.refusal(&refusal.to_string());
+    }
+    Failure::Refused { pid }
+}
+
+/// Why the pages of a frozen process are not in an image.
+#[derive(Debug, thiserror::Error)]
+enum Unwritten {
+    #[error(transparent)]
+    Capture(commit::Error),
+    #[error("its memory cannot be read")]
+    Memory(#[source] SourceError),
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("cancelled")]
+    Cancelled,
+    #[error("the thread that writes ended early")]
+    Thread,
+}
+
+/// What that means, now that the process was thawed or could not be.
+fn not_written(
+    report: &Report,
+    pid: i32,
+    error: Unwritten,
+    thawed: Result<(), commit::Error>,
+) -> Failure {
+    if migrate::is_gone(pid) {
+        return Failure::Ended {
+            what: "it was not dumped".into(),
+            pid,
+            source: Some(error.into()),
+        };
+    }
+    if let Err(why) = thawed {
+        return Failure::Stuck {
+            what: report::chain(&error),
+            pid,
+            why: report::chain(&why),
+        };
+    }
+    if let Unwritten::Capture(commit::Error::Capture(SourceError::Refused(refusals))) = &error {
+        return refused(report, pid, refusals);
+    }
+    Failure::Before {
+        what: "it was not dumped".into(),
+        pid,
+        source: Some(error.into()),
+    }
+}
+
+fn compression(compress: Compress) -> Compression {
+    match compress {
+        Compress::Lz4 => Compression::Lz4,
+        Compress::None => Compression::Raw,
+    }
+}
+
+/// Whether an image can be made at `path`: what would fail then is said while the process runs.
+fn check_place(path: &Path, resident_bytes: u64) -> Result<(), BoxError> {
+    if path.symlink_metadata().is_ok() {
+        return Err(format!("{} exists: an image is never overwritten", path.display()).into());
+    }
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let room = nix::sys::statvfs::statvfs(folder)
+        .map_err(|errno| format!("folder {}: {}", folder.display(), errno.desc()))?;
+    let free = room.blocks_available().saturating_mul(room.fragment_size());
+    if free < resident_bytes {
+        return Err(format!(
+            "folder {} has {} MiB free, and the process takes up to {} MiB",
+            folder.display(),
+            free >> 20,
+            resident_bytes >> 20
+        )
+        .into());
+    }
+    Ok(())
+}
+
+/// The files it writes, as they are now that it is frozen: whether somebody else touches them later is told by that.
+fn refresh_written(tree: &mut Tree) {
+    let spaces = tree.root.iter_mut().filter_map(|root| root.space.as_mut());
+    let mapped = spaces
+        .flat_map(|space| &mut space.mappings)
+        .filter_map(|mapping| mapping.file.as_mut());
+    let open = tree
+        .files
+        .iter_mut()
+        .filter_map(|file| match &mut file.kind {
+            Some(file::Kind::Regular(regular)) => regular.identity.as_mut(),
+            _ => None,
+        });
+    mapped
+        .chain(open)
+        .filter(|file: &&mut FileIdentity| file.must_be_shared)
+        .for_each(identity::refresh);
+}
+
+/// Writes all but the last step of an image, which gives it its name.
+fn write(
+    path: &Path,
+    tree: Tree,
+    origin: Origin,
+    compression: Compression,
+    pid: i32,
+    cancel: &AtomicBool,
+) -> Result<ImageWriter, Unwritten> {
+    let mut reader = PageReader::open(pid).map_err(Unwritten::Memory)?;
+    let mut ranges = at_rest::mapped(&tree, Kind::Anon);
+    ranges.extend(at_rest::mapped(&tree, Kind::FilePrivate));
+    ranges.sort_unstable();
+    let began = Instant::now();
+    let mut writer = ImageWriter::create(path, tree, origin, compression)?;
+    let object = ObjectId::ROOT_SPACE;
+    for range in ranges {
+        reader
+            .read_all(range, |range, piece| {
+                if cancel.load(Ordering::Relaxed) {
+                    return Err(Unwritten::Cancelled);
+                }
+                match piece {
+                    Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
+                    Piece::Without(kind) => writer.without_data(object, kind, range)?,
+                }
+                Ok(())
+            })
+            .map_err(Unwritten::Memory)??;
+    }
+    tracing::debug!("its pages were read in {:.0} ms", ms(began.elapsed()));
+    if cancel.load(Ordering::Relaxed) {
+        return Err(Unwritten::Cancelled);
+    }
+    Ok(writer)
+}
+
+async fn finish(writer: ImageWriter) -> Result<Header, store::Error> {
+    let finishing = tokio::task::spawn_blocking(move || writer.finish());
+    match finishing.await {
+        Ok(finished) => finished,
+        // The pool ends with the runtime, which is waiting here.
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

@@ -1,0 +1,498 @@
+//! `pageferry restore`: what an image holds runs, here and as often as anybody likes.
+//!
+//! The same husk, rebuild and fault engine as at the end of a crossing, with the image as the source of pages: there is
+//! nobody to agree with, and nothing to lose but what is made here. An eager restore fills the memory before the process
+//! runs, a lazy one behind it.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_image::model::memory::Kind;
+use pageferry_image::model::task::Tree;
+use pageferry_image::page::{PAGE_LEN, PageRange};
+use pageferry_image::store::{self, Image};
+use pageferry_pageserver::at_rest::{self, ImagePages};
+use pageferry_restorer::fault::driver::{DriverHandle, Summary};
+use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
+use pageferry_tracee::host;
+use pageferry_wire::{PageKind, Phase};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use crate::cli::{Common, Drain, RestoreArgs};
+use crate::commit::TargetTree;
+use crate::cradle::{Cradle, supervise};
+use crate::receive::ClockOffsets;
+use crate::report::{self, Ledger, Report, ms};
+use crate::stop::Stop;
+use crate::{check, drain, exit, migrate, plan};
+
+/// Pause between two looks at the drain for the progress line.
+const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
+
+/// Why nothing runs, or not any more.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{what}; nothing was made")]
+    Image {
+        what: &'static str,
+        #[source]
+        source: Box<store::Error>,
+    },
+    #[error("refused; nothing was made")]
+    Refused,
+    #[error("{what}; nothing is left of it here")]
+    Before {
+        what: String,
+        /// The image is to blame.
+        is_bad: bool,
+    },
+    #[error("{what}; the process ran and was ended, since pages of it cannot be had")]
+    Lost { what: String },
+    #[error("{what}; pid {pid} runs, complete")]
+    Complete { what: String, pid: i32 },
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Image { source, .. } if source.is_bad_image() => exit::BAD_DATA,
+            Self::Before { is_bad: true, .. } => exit::BAD_DATA,
+            Self::Refused => exit::REFUSED,
+            Self::Lost { .. } => exit::LOST,
+            Self::Image { .. } | Self::Before { .. } | Self::Complete { .. } => exit::FAILED,
+        }
+    }
+}
+
+fn before(what: impl Into<String>) -> Failure {
+    Failure::Before {
+        what: what.into(),
+        is_bad: false,
+    }
+}
+
+/// Runs the verb; the exit code: pageferry's own, or the status of a process that was waited for.
+pub fn run(args: &RestoreArgs, common: &Common) -> u8 {
+    if let Some(missing) = check::first_missing() {
+        eprintln!("pageferry: {missing}");
+        return alone(args, common, exit::HOST);
+    }
+    let ended = supervise(|cradle| {
+        let code = engine(args, common, cradle);
+        pageferry_tracee::choke::report();
+        code
+    });
+    if ended.silent {
+        return alone(args, common, ended.code);
+    }
+    ended.code
+}
+
+/// The ledger of a restore that has no engine to write it.
+fn alone(args: &RestoreArgs, common: &Common, code: u8) -> u8 {
+    Report::new(common).ledger(&Ledger {
+        mode: mode(args),
+        exit: code,
+        ..Ledger::default()
+    });
+    code
+}
+
+fn mode(args: &RestoreArgs) -> String {
+    if args.lazy {
+        "restore-lazy".into()
+    } else {
+        "restore".into()
+    }
+}
+
+fn engine(args: &RestoreArgs, common: &Common, cradle: Cradle) -> u8 {
+    let mut report = Report::new(common);
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("pageferry: no runtime: {error}; nothing was made");
+            return exit::FAILED;
+        }
+    };
+    let mut ledger = Ledger {
+        mode: mode(args),
+        ..Ledger::default()
+    };
+    let outcome = runtime.block_on(restore(args, &mut report, &mut ledger, cradle));
+    let code = outcome.unwrap_or_else(|failure| {
+        report.failure(&failure);
+        failure.exit_code()
+    });
+    ledger.id = report.id().to_owned();
+    ledger.exit = code;
+    report.ledger(&ledger);
+    code
+}
+
+/// A process that is being made, and that ends with this unless it was let go.
+struct Made {
+    pid: i32,
+    cradle: Option<Cradle>,
+    tree: TargetTree,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        // Held by ptrace it ends with that thread; the cradle ends what that leaves.
+        if let Some(cradle) = &mut self.cradle {
+            if let Err(error) = cradle.destroy() {
+                tracing::error!("pid {} could not be ended: {error}", self.pid);
+            }
+        }
+    }
+}
+
+async fn restore(
+    args: &RestoreArgs,
+    report: &mut Report,
+    ledger: &mut Ledger,
+    mut cradle: Cradle,
+) -> Result<u8, Failure> {
+    let mut stop =
+        Stop::new().map_err(|error| before(format!("signals cannot be watched: {error}")))?;
+    let id = migrate::new_id().map_err(|error| before(format!("no restore id: {error}")))?;
+    report.set_id(migrate::hex(&id));
+    report.phase(Phase::Plan);
+    let began = Instant::now();
+    let image = Image::open(&args.image).map_err(|source| Failure::Image {
+        what: "the image cannot be restored",
+        source: Box::new(source),
+    })?;
+    let mut tree = image.tree().clone();
+    let mut plan = plan::of_tree(&tree, image.header().counts.data_pages * PAGE_LEN as u64);
+    plan.set_file_check(plan::file_check(args.file_check));
+    let pid = plan.pid;
+    let refusals = {
+        let (plan, tree) = (plan.clone(), tree.clone());
+        let (force_cpu, same_file) = (args.force_cpu, args.same_file.clone());
+        tokio::task::spawn_blocking(move || {
+            let verdict = plan::judge(&plan, force_cpu);
+            for note in verdict.notes {
+                tracing::warn!("{note}");
+            }
+            let mut refusals = verdict.refusals;
+            refusals.extend(plan::touched_files(&tree, &same_file));
+            refusals
+        })
+        .await
+        .map_err(|error| before(error.to_string()))?
+    };
+    if !refusals.is_empty() {
+        for refusal in &refusals {
+            report.refusal(&format!("{}: {}", refusal.object, refusal.text));
+        }
+        return Err(Failure::Refused);
+    }
+
+    report.phase(Phase::Rebuild);
+    let now = host::clocks().map_err(|error| before(report::chain(&error)))?;
+    let offsets = ClockOffsets::new(&plan, args.clock, now);
+    cradle
+        .make(offsets.order(pid))
+        .map_err(|text| before(format!("no process can be prepared: {text}")))?;
+    let held = match TargetTree::new(pid) {
+        Ok(tree) => tree,
+        Err(error) => {
+            let _ = cradle.destroy();
+            return Err(before(format!("no thread to hold the process: {error}")));
+        }
+    };
+    let mut made = Made {
+        pid,
+        cradle: Some(cradle),
+        tree: held,
+    };
+    offsets.adjust(&mut tree).map_err(before)?;
+    let pages = ImagePages::new(image);
+    let eager = eager_pages(&pages, &tree).map_err(|error| bad_pages(&error))?;
+    let lazy = at_rest::mapped(&tree, Kind::Anon);
+    let rebuilt = made
+        .tree
+        .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
+        .await
+        .map_err(|error| before(report::chain(&error)))?;
+    ledger.pages_resident_at_run = rebuilt.resident.len() as u64;
+
+    let drains = !args.lazy || args.drain == Drain::On;
+    let mut filling = Filling::start(pid, rebuilt, &pages, &lazy, drains)?;
+    if !args.lazy {
+        match filling.filled(report, &mut stop, None).await {
+            Ok(summary) => filling.enter(ledger, &summary),
+            Err(Unfilled {
+                signal: Some(signal),
+                ..
+            }) => {
+                eprintln!("pageferry: cancelled; nothing is left of it here");
+                return Ok(exit::signalled(signal));
+            }
+            Err(Unfilled { what, is_bad, .. }) => return Err(Failure::Before { what, is_bad }),
+        }
+        ledger.pages_resident_at_run = ledger.pages_total;
+    }
+    ledger.rebuild_ms = ms(began.elapsed());
+    report.phase(Phase::Commit);
+    let ended = made.tree.ended();
+    release(&mut made, args.stopped).await.map_err(before)?;
+    ledger.downtime_ms = ms(began.elapsed());
+    ledger.commit_ms = ledger.downtime_ms - ledger.rebuild_ms;
+    let state = if args.stopped {
+        "is here, stopped"
+    } else {
+        "runs"
+    };
+    tracing::info!(id = %report.id(), "pid {pid} {state}, {:.1} ms after the start", ledger.downtime_ms);
+    if args.lazy {
+        report.phase(Phase::Drain);
+        match filling.filled(report, &mut stop, ended).await {
+            Ok(summary) => filling.enter(ledger, &summary),
+            Err(Unfilled { what, .. }) => return Err(Failure::Lost { what }),
+        }
+    }
+    report.phase(Phase::Done);
+    if let Err(error) = made.tree.let_go().await {
+        return Err(Failure::Lost {
+            what: format!("it could not be let go of: {}", report::chain(&error)),
+        });
+    }
+    let Some(cradle) = made.cradle.take() else {
+        return Ok(exit::DONE);
+    };
+    if args.detach {
+        let mut cradle = cradle;
+        if let Err(error) = cradle.let_go() {
+            tracing::warn!("{error}");
+        }
+        return Ok(exit::DONE);
+    }
+    let mut waiting = tokio::task::spawn_blocking(move || cradle.wait_for_end());
+    loop {
+        tokio::select! {
+            ended = &mut waiting => {
+                let ended = ended.map_err(|error| error.to_string()).and_then(|ended| ended);
+                return match ended {
+                    Ok(status) => Ok(exit_of(status)),
+                    Err(what) => Err(Failure::Complete { what, pid }),
+                };
+            }
+            signal = stop.wait() => {
+                if let Ok(signal) = Signal::try_from(signal) {
+                    let _ = kill(Pid::from_raw(pid), signal);
+                }
+            }
+        }
+    }
+}
+
+/// Records that it may run, and lets it.
+async fn release(made: &mut Made, stopped: bool) -> Result<(), String> {
+    let Some(cradle) = &mut made.cradle else {
+        return Err("nothing is prepared".into());
+    };
+    cradle.running()?;
+    made.tree
+        .clear_exit_kill()
+        .await
+        .map_err(|error| report::chain(&error))?;
+    if stopped {
+        // It waits in the queue while every thread is held: none executes an instruction before it.
+        kill(Pid::from_raw(made.pid), Signal::SIGSTOP)
+            .map_err(|errno| format!("it cannot be stopped: {}", errno.desc()))?;
+    }
+    made.tree
+        .release()
+        .await
+        .map_err(|error| report::chain(&error))
+}
+
+fn bad_pages(error: &pageferry_pageserver::Error) -> Failure {
+    Failure::Before {
+        what: report::chain(error),
+        is_bad: is_bad_image(error),
+    }
+}
+
+fn is_bad_image(error: &pageferry_pageserver::Error) -> bool {
+    matches!(error, pageferry_pageserver::Error::Image(error) if error.is_bad_image())
+}
+
+/// As a shell tells it.
+fn exit_of(status: i32) -> u8 {
+    match status & 0x7f {
+        0 => u8::try_from(status >> 8 & 0xff).unwrap_or(exit::FAILED),
+        signal => exit::signalled(signal),
+    }
+}
+
+/// What must be there before the first instruction: what its threads touch on their way, and copied pages of files, which
+/// cannot be filled later.
+fn eager_pages(
+    pages: &ImagePages,
+    tree: &Tree,
+) -> Result<Vec<EagerPage>, pageferry_pageserver::Error> {
+    let first = tree.root.iter().flat_map(|root| &root.first_touch);
+    let mut wanted: Vec<PageRange> = first
+        .filter_map(|range| PageRange::new(range.start, range.end))
+        .chain(at_rest::mapped(tree, Kind::FilePrivate))
+        .collect();
+    wanted.sort_unstable();
+    let mut found = Vec::new();
+    let mut data = Vec::new();
+    pages.page_map(&wanted, |range| data.push(range))?;
+    for mut left in data {
+        while !left.is_empty() {
+            let batch = pages.batch(0, left)?;
+            left.start = batch.range().end;
+            for run in batch.runs() {
+                if run.kind != PageKind::Data {
+                    continue;
+                }
+                for address in (run.range.start..run.range.end).step_by(PAGE_LEN) {
+                    let content = batch.verify_page(address).ok().flatten();
+                    let content = content.expect("it was built here, with its checksums");
+                    found.push(EagerPage { address, content });
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Why the memory is not full.
+struct Unfilled {
+    what: String,
+    /// The image is to blame.
+    is_bad: bool,
+    /// The signal that ended the wait.
+    signal: Option<i32>,
+}
+
+/// The memory of a process while it is being filled.
+struct Filling {
+    driver: JoinHandle<Result<Summary, String>>,
+    handle: DriverHandle,
+    failures: mpsc::UnboundedReceiver<pageferry_pageserver::Error>,
+    began: Instant,
+}
+
+/// Ranges of the page map that the driver is told at once.
+const MAP_PIECE: usize = 4096;
+
+impl Filling {
+    /// Must be called inside a tokio runtime.
+    fn start(
+        pid: i32,
+        rebuilt: Rebuilt,
+        pages: &ImagePages,
+        lazy: &[PageRange],
+        drains: bool,
+    ) -> Result<Self, Failure> {
+        let (connections, failures) = drain::from_image(pages);
+        let (driver, handle) = drain::start(pid, rebuilt, connections, drains)
+            .map_err(|error| before(report::chain(&error)))?;
+        let mut piece = Vec::new();
+        pages
+            .page_map(lazy, |range| {
+                piece.push(range);
+                if piece.len() == MAP_PIECE {
+                    handle.map(std::mem::take(&mut piece));
+                }
+            })
+            .map_err(|error| bad_pages(&error))?;
+        handle.map(piece);
+        handle.map_end();
+        let driver =
+            tokio::spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
+        Ok(Self {
+            driver,
+            handle,
+            failures,
+            began: Instant::now(),
+        })
+    }
+
+    /// Until every page is there, or nobody wants one any more. `ended` is given for a process that runs: a signal then switches the
+    /// drain on, and gives up only where pages cannot be had.
+    async fn filled(
+        &mut self,
+        report: &mut Report,
+        stop: &mut Stop,
+        ended: Option<oneshot::Receiver<i32>>,
+    ) -> Result<Summary, Unfilled> {
+        let runs = ended.is_some();
+        let ended = async move {
+            match ended {
+                Some(ended) => match ended.await {
+                    Ok(_) => {}
+                    Err(_) => std::future::pending().await,
+                },
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(ended);
+        let mut has_ended = false;
+        let mut lost: Option<Unfilled> = None;
+        let mut progress = tokio::time::interval(PROGRESS_PAUSE);
+        loop {
+            tokio::select! {
+                done = &mut self.driver => return match done {
+                    Ok(Ok(summary)) => Ok(summary),
+                    Ok(Err(what)) => Err(Unfilled { what, is_bad: false, signal: None }),
+                    Err(error) => Err(Unfilled { what: error.to_string(), is_bad: false, signal: None }),
+                },
+                Some(error) = self.failures.recv() => {
+                    let unfilled = Unfilled {
+                        what: report::chain(&error),
+                        is_bad: is_bad_image(&error),
+                        signal: None,
+                    };
+                    if !runs {
+                        return Err(unfilled);
+                    }
+                    tracing::error!(
+                        "pages cannot be had any more ({}); threads that touch missing pages wait. Ctrl-C or SIGTERM gives up and ends the process",
+                        unfilled.what
+                    );
+                    lost = Some(unfilled);
+                }
+                () = &mut ended, if !has_ended => {
+                    has_ended = true;
+                    self.handle.root_ended();
+                    tracing::info!("the process ended by itself");
+                }
+                signal = stop.wait() => match lost.take() {
+                    Some(unfilled) => return Err(Unfilled { signal: Some(signal), ..unfilled }),
+                    None if runs => {
+                        tracing::warn!("the process runs: reading all its pages first");
+                        self.handle.drain(true);
+                    }
+                    None => {
+                        return Err(Unfilled { what: "cancelled".into(), is_bad: false, signal: Some(signal) });
+                    }
+                },
+                _ = progress.tick() => {
+                    let seen = self.handle.progress();
+                    if seen.pages_total > 0 && lost.is_none() {
+                        report.progress(seen.pages_total, seen.pages_resident, seen.pages_faulted);
+                    }
+                }
+            }
+        }
+    }
+
+    fn enter(&self, ledger: &mut Ledger, summary: &Summary) {
+        ledger.drain_ms = ms(self.began.elapsed());
+        ledger.pages_total = summary.pages_total;
+        ledger.pages_faulted = summary.pages_faulted;
+    }
+}
