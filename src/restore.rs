@@ -139,12 +139,22 @@ fn engine(args: &RestoreArgs, common: &Common, cradle: Cradle) -> u8 {
 struct Made {
     pid: i32,
     cradle: Option<Cradle>,
-    tree: TargetTree,
+    tree: Option<TargetTree>,
+}
+
+impl Made {
+    /// The thread that holds it; there is one until it is dropped.
+    fn tree(&mut self) -> Result<&mut TargetTree, Failure> {
+        self.tree
+            .as_mut()
+            .ok_or_else(|| before("nothing is prepared"))
+    }
 }
 
 impl Drop for Made {
     fn drop(&mut self) {
-        // Held by ptrace it ends with that thread; the cradle ends what that leaves.
+        // Its tracer first, who is told of its end before its parent can be; the cradle then ends what that leaves.
+        self.tree = None;
         if let Some(cradle) = &mut self.cradle {
             if let Err(error) = cradle.destroy() {
                 tracing::error!("pid {} could not be ended: {error}", self.pid);
@@ -211,14 +221,14 @@ async fn restore(
     let mut made = Made {
         pid,
         cradle: Some(cradle),
-        tree: held,
+        tree: Some(held),
     };
     offsets.adjust(&mut tree).map_err(before)?;
     let pages = ImagePages::new(image);
     let eager = eager_pages(&pages, &tree).map_err(|error| bad_pages(&error))?;
     let lazy = at_rest::mapped(&tree, Kind::Anon);
     let rebuilt = made
-        .tree
+        .tree()?
         .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
         .await
         .map_err(|error| before(report::chain(&error)))?;
@@ -242,8 +252,8 @@ async fn restore(
     }
     ledger.rebuild_ms = ms(began.elapsed());
     report.phase(Phase::Commit);
-    let ended = made.tree.ended();
-    release(&mut made, args.stopped).await.map_err(before)?;
+    let ended = made.tree()?.ended();
+    release(&mut made, args.stopped).await?;
     ledger.downtime_ms = ms(began.elapsed());
     ledger.commit_ms = ledger.downtime_ms - ledger.rebuild_ms;
     let state = if args.stopped {
@@ -260,7 +270,7 @@ async fn restore(
         }
     }
     report.phase(Phase::Done);
-    if let Err(error) = made.tree.let_go().await {
+    if let Err(error) = made.tree()?.let_go().await {
         return Err(Failure::Lost {
             what: format!("it could not be let go of: {}", report::chain(&error)),
         });
@@ -294,25 +304,21 @@ async fn restore(
     }
 }
 
-/// Records that it may run, and lets it.
-async fn release(made: &mut Made, stopped: bool) -> Result<(), String> {
-    let Some(cradle) = &mut made.cradle else {
-        return Err("nothing is prepared".into());
-    };
-    cradle.running()?;
-    made.tree
-        .clear_exit_kill()
-        .await
-        .map_err(|error| report::chain(&error))?;
+/// Says that it may run, and lets it.
+async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
+    let failed = |error| before(report::chain(&error));
+    if let Some(cradle) = &mut made.cradle {
+        cradle.running().map_err(before)?;
+    }
+    let pid = Pid::from_raw(made.pid);
+    let tree = made.tree()?;
+    tree.clear_exit_kill().await.map_err(failed)?;
     if stopped {
         // It waits in the queue while every thread is held: none executes an instruction before it.
-        kill(Pid::from_raw(made.pid), Signal::SIGSTOP)
-            .map_err(|errno| format!("it cannot be stopped: {}", errno.desc()))?;
+        kill(pid, Signal::SIGSTOP)
+            .map_err(|errno| before(format!("it cannot be stopped: {}", errno.desc())))?;
     }
-    made.tree
-        .release()
-        .await
-        .map_err(|error| report::chain(&error))
+    tree.release().await.map_err(failed)
 }
 
 fn bad_pages(error: &pageferry_pageserver::Error) -> Failure {

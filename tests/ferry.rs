@@ -482,6 +482,23 @@ impl<'a> Ferry<'a> {
         Running::start(self.source, &arguments, &self.migrate_environment)
     }
 
+    /// Dumps a process of the source host to `image`.
+    #[track_caller]
+    pub(crate) fn dump(&self, pid: i32, image: &Path, options: &[&str]) -> Finished {
+        let (pid, image) = (pid.to_string(), image.display().to_string());
+        let mut arguments = vec!["dump", "--pid", &pid, "--image", &image, "--tcp", "close"];
+        arguments.extend(options);
+        Running::start(self.source, &arguments, &self.migrate_environment).wait()
+    }
+
+    /// Starts the restore of `image` on the source host.
+    pub(crate) fn restore(&self, image: &Path, options: &[&str]) -> Running {
+        let image = image.display().to_string();
+        let mut arguments = vec!["restore", "--image", &image];
+        arguments.extend(options);
+        Running::start(self.source, &arguments, &self.migrate_environment)
+    }
+
     /// One whole crossing that must succeed; both ledgers are checked. Gives the source's and the target's end.
     #[track_caller]
     pub(crate) fn cross(&self, pid: i32) -> (Finished, Finished) {

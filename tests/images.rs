@@ -9,8 +9,9 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 
-use crate::ferry::program;
-use crate::hosts::{compile, skip};
+use crate::ferry::{Ferry, program};
+use crate::hosts::{Before, Clocks, Pair, compile, eventually, skip};
+use crate::subject::{ORDINARY, Subject};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -293,4 +294,248 @@ fn prune_keeps_what_an_option_keeps() {
     assert_eq!(names(folder.path()), ["a", "b", "damaged"]);
     prune(&["--older-than", "0s"]);
     assert_eq!(names(folder.path()), ["damaged"]);
+}
+
+/// One image, restored as often as one likes, beside nobody and on another host, eagerly and lazily.
+#[test]
+fn one_image_is_restored_many_times() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::FarAhead);
+    let ferry = Ferry::new(&pair);
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
+    let image = pair.path("image");
+    let finished = ferry.dump(subject.pid, &image, &["--leave-running"]);
+    finished.must_exit(0);
+    subject.must_pass("left running");
+    assert!(subject.runs_on(&pair.a));
+    // A second dump finds the name taken, and says so before it touches anybody.
+    let again = ferry.dump(subject.pid, &image, &["--leave-running"]);
+    again.must_exit(1);
+    assert!(
+        again.stderr.contains("is never overwritten") && again.stderr.contains("runs on"),
+        "{again:?}"
+    );
+    subject.must_pass("after a dump that was refused");
+    subject.end_copy(&pair.a);
+    let shared = pair.shared.display().to_string();
+    for host in [ferry.clone(), ferry.back(), ferry.back(), ferry.clone()] {
+        for options in [&["--detach"][..], &["--detach", "--lazy"]] {
+            let mut options = options.to_vec();
+            // Its state file has been written to by those that ran before.
+            options.extend(["--same-file", &shared]);
+            let restored = host.restore(&image, &options).wait();
+            restored.must_exit(0);
+            let ledger = restored.ledger();
+            let is_lazy = options.contains(&"--lazy");
+            assert_eq!(ledger.mode == "restore-lazy", is_lazy);
+            assert!(
+                ledger.pages_total > 5000
+                    && (ledger.pages_resident_at_run < 1000) == is_lazy
+                    && ledger.downtime_ms > 0.0
+                    && (ledger.rebuild_ms + ledger.commit_ms - ledger.downtime_ms).abs() < 0.01,
+                "{ledger:?}"
+            );
+            subject.must_pass(&format!("restored on {}", host.source.name));
+            subject.end_copy(host.source);
+        }
+    }
+}
+
+/// What somebody wrote to a file of the program since is found and named, and nothing is made.
+#[test]
+fn a_file_that_was_written_to_since_the_dump_is_refused_by_name() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let subject =
+        Subject::start(&pair, &pair.a, "regular_file", ORDINARY, &[]).expect("it needs nothing");
+    let image = pair.path("image");
+    ferry.dump(subject.pid, &image, &[]).must_exit(0);
+    let before = Before::of(&pair);
+    let state = pair.path("regular_file.state.file");
+    assert!(state.exists());
+    fs::write(&state, "somebody else's").expect("it is there");
+    let refused = ferry.restore(&image, &[]).wait();
+    refused.must_exit(7);
+    let named = format!("pid {} file {}: has ", subject.pid, state.display());
+    assert!(
+        refused
+            .refusals()
+            .iter()
+            .any(|text| text.starts_with(&named)),
+        "no {named:?}: {:?}",
+        refused.refusals()
+    );
+    before.assert_nothing_left(&pair);
+}
+
+/// A restore stays with its process: it hands signals on and ends with its status. `--stopped` leaves it stopped until SIGCONT.
+#[test]
+fn a_restore_stays_with_its_process_and_ends_with_its_status() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let mut subject =
+        Subject::start(&pair, &pair.a, "eventfds", ORDINARY, &[]).expect("it needs nothing");
+    let image = pair.path("image");
+    ferry.dump(subject.pid, &image, &[]).must_exit(0);
+    let mut stopped = ferry.restore(&image, &["--stopped"]);
+    let copy = eventually("it to be here, stopped", || {
+        let copy = subject.copy_on(&pair.a)?;
+        (copy.state == 'T' && copy.tracer() == Some(0)).then_some(copy)
+    });
+    let (ticks, beats) = (copy.cpu_ticks(), subject.heartbeat(&pair.a));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(
+        (copy.cpu_ticks(), subject.heartbeat(&pair.a)),
+        (ticks, beats),
+        "it runs"
+    );
+    assert!(stopped.runs(), "it did not stay");
+    copy.signal(Signal::SIGCONT);
+    subject.must_pass("continued");
+    stopped.signal(&pair.a, Signal::SIGTERM);
+    // SIGTERM ends the subject in its own way; what it said is what the restore says.
+    let finished = stopped.wait();
+    assert!(matches!(finished.code, Some(0 | 143)), "{finished:?}");
+    assert!(subject.copy_on(&pair.a).is_none(), "it was not handed on");
+}
+
+/// A page that cannot be had is never zeros: an eager restore makes nothing, a lazy one lets threads wait.
+#[test]
+fn a_damaged_page_is_named_and_never_read_as_zeros() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
+    let image = pair.path("image");
+    ferry
+        .dump(subject.pid, &image, &["--compress", "none"])
+        .must_exit(0);
+    let before = Before::of(&pair);
+    let pages = image.join("pages");
+    let length = fs::metadata(&pages).expect("it was dumped there").len();
+    // In the middle of the chain.
+    for at in (length / 4..length * 3 / 4).step_by(1 << 20) {
+        flip(&pages, usize::try_from(at).expect("it is small"));
+    }
+    let eager = ferry.restore(&image, &[]).wait();
+    eager.must_exit(4);
+    assert!(
+        eager.stderr.contains("checksum") && eager.stderr.contains("nothing is left of it here"),
+        "{eager:?}"
+    );
+    before.assert_nothing_left(&pair);
+    let mut lazy = ferry.restore(&image, &["--lazy", "--drain", "off"]);
+    lazy.wait_for_phase("drain");
+    let said = subject.lines().len();
+    subject.ask_only();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    assert_eq!(subject.lines().len(), said, "it went on without its pages");
+    assert!(subject.copy_on(&pair.a).is_some() && lazy.runs());
+    lazy.signal(&pair.a, Signal::SIGTERM);
+    let finished = lazy.wait();
+    finished.must_exit(5);
+    assert!(finished.stderr.contains("checksum"), "{finished:?}");
+    assert!(subject.copy_on(&pair.a).is_none());
+}
+
+/// Whatever fails, and whenever it is killed, while it dumps: the program runs on, and no image has the name.
+#[test]
+fn a_dump_that_fails_or_is_killed_leaves_the_program_as_it_was() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut ferry = Ferry::new(&pair);
+    let mut subject = Subject::start(
+        &pair,
+        &pair.a,
+        "steadfast",
+        ORDINARY,
+        &["2", "agent-may-stay"],
+    )
+    .expect("it needs nothing");
+    let image = pair.path("image");
+    let mut ended = [0, 0];
+    for (kind, verb) in ["fail", "kill"].into_iter().enumerate() {
+        for n in [
+            1, 2, 3, 5, 8, 13, 30, 60, 90, 120, 150, 180, 200, 220, 240, 260,
+        ] {
+            let fault = format!("{verb}:{n}");
+            ferry.migrate_environment = vec![("PAGEFERRY_FAULT", fault.clone())];
+            let finished = ferry.dump(subject.pid, &image, &["--leave-running"]);
+            subject.must_pass(&fault);
+            assert!(subject.runs_on(&pair.a), "{fault}: {finished:?}");
+            let copy = subject.copy_on(&pair.a).expect("it runs");
+            assert_eq!(copy.tracer(), Some(0), "{fault}: still traced");
+            if finished.code == Some(0) {
+                assert!(image.join("header").exists(), "{fault}: no image");
+                fs::remove_dir_all(&image).expect("it was dumped there");
+            } else {
+                ended[kind] += 1;
+                assert!(!image.exists(), "{fault}: half an image has the name");
+                assert!(
+                    verb == "kill"
+                        || finished.stderr.contains("runs on")
+                        || finished.code == Some(3),
+                    "{fault}: {finished:?}"
+                );
+            }
+            // A kill leaves what it had written, under no name of its own.
+            for left in names(&pair.shared) {
+                if left.starts_with(".unfinished") {
+                    assert_eq!(verb, "kill", "{fault}: {left}");
+                    fs::remove_dir_all(pair.path(&left)).expect("it is ours");
+                }
+            }
+        }
+    }
+    assert!(ended.iter().all(|&count| count > 4), "{ended:?}");
+    subject.end(&pair.a);
+}
+
+/// Whatever fails, and whenever it is killed, while it restores: nothing is left of the process, and the image serves again.
+#[test]
+fn a_restore_that_fails_or_is_killed_leaves_nothing() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut ferry = Ferry::new(&pair);
+    let mut subject =
+        Subject::start(&pair, &pair.a, "eventfds", ORDINARY, &[]).expect("it needs nothing");
+    let image = pair.path("image");
+    ferry.dump(subject.pid, &image, &[]).must_exit(0);
+    let before = Before::of(&pair);
+    let shared = pair.shared.display().to_string();
+    let mut ended = [0, 0];
+    for (kind, verb) in ["fail", "kill"].into_iter().enumerate() {
+        for n in [
+            1, 2, 3, 5, 8, 13, 30, 60, 90, 120, 150, 180, 210, 240, 270, 300,
+        ] {
+            let fault = format!("{verb}:{n}");
+            ferry.migrate_environment = vec![("PAGEFERRY_FAULT", fault.clone())];
+            let options = ["--detach", "--same-file", &shared];
+            let finished = ferry.restore(&image, &options).wait();
+            if finished.code == Some(0) {
+                subject.must_pass(&fault);
+                subject.end_copy(&pair.a);
+            } else {
+                ended[kind] += 1;
+                before.assert_nothing_left(&pair);
+            }
+        }
+    }
+    assert!(ended.iter().all(|&count| count > 4), "{ended:?}");
 }

@@ -17,11 +17,15 @@ pub(crate) enum Action {
     Cross,
     /// It goes to the other host, looks at itself while nothing but what it touches has come, and is then completed.
     CrossWithoutDrain,
+    /// It comes to rest in an image, and runs from it when all of it is there.
+    Rest,
+    /// The same, but it looks at itself while nothing but what it touches has been read.
+    RestLazily,
 }
 
-use Action::{Cross, CrossWithoutDrain, Verify};
+use Action::{Cross, CrossWithoutDrain, Rest, RestLazily, Verify};
 
-/// There with the drain off, back with the drain on, there again.
+/// There with the drain off, back with the drain on, there again; to rest and up again, lazily and whole.
 pub(crate) const THERE_AND_BACK: &[Action] = &[
     Verify,
     CrossWithoutDrain,
@@ -29,6 +33,10 @@ pub(crate) const THERE_AND_BACK: &[Action] = &[
     Cross,
     Verify,
     Cross,
+    Verify,
+    RestLazily,
+    Verify,
+    Rest,
     Verify,
 ];
 
@@ -72,6 +80,26 @@ pub(crate) fn lifecycle(
                 receive.signal(ferry.target, Signal::SIGTERM);
                 ferry.must_succeed(migrate, receive);
                 at_home = !at_home;
+            }
+            Rest | RestLazily => {
+                let image = pair.path("image");
+                ferry.dump(subject.pid, &image, &[]).must_exit(0);
+                assert!(
+                    ferry.source.process(subject.pid).is_none(),
+                    "{name} runs on {when}"
+                );
+                let restored = if matches!(action, Rest) {
+                    ferry.restore(&image, &["--detach"])
+                } else {
+                    let lazy = &["--detach", "--lazy", "--drain", "off"];
+                    let mut restoring = ferry.restore(&image, lazy);
+                    restoring.wait_for_phase("drain");
+                    subject.must_pass(&format!("restored lazily, {when}"));
+                    restoring.signal(ferry.source, Signal::SIGTERM);
+                    restoring
+                };
+                restored.wait().must_exit(0);
+                std::fs::remove_dir_all(image).expect("it was dumped there");
             }
         }
         let (here, there) = if at_home {

@@ -192,6 +192,12 @@ impl Subject {
     /// Tells it to end and waits until it is gone from `host`.
     #[track_caller]
     pub(crate) fn end(self, host: &Host) {
+        self.end_copy(host);
+    }
+
+    /// The same for one that lies in an image and will run again: nothing is asked of it until then.
+    #[track_caller]
+    pub(crate) fn end_copy(&self, host: &Host) {
         self.put_question("end\n");
         eventually(&format!("{} to end", self.name()), || {
             host.process(self.pid).is_none().then_some(())
@@ -202,6 +208,7 @@ impl Subject {
             "{} did not end by itself",
             self.name()
         );
+        let _ = fs::remove_file(format!("{}.ask", self.state.display()));
     }
 
     /// True when the process with its number on this host is it, and runs (or sleeps) untouched by a debugger's stop.
