@@ -699,7 +699,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ),
         (
             "first-pages-twice",
-            Built(|parts| parts.root(|root| root.first_touch.push(root.first_touch[0].clone()))),
+            Built(|parts| parts.root(|root| root.first_touch.push(root.first_touch[0]))),
             "`tree`: first pages are not in ascending order",
         ),
         (
