@@ -63,6 +63,8 @@ pub enum Verb {
     Dump(DumpArgs),
     /// Run what an image holds, as often as you like; the image stays
     Restore(RestoreArgs),
+    /// Serve images to restores on other hosts, as many at once as ask
+    PageServer(PageServerArgs),
     /// Show what an image holds: processes, memory, descriptors, and what they take on disk
     Inspect(InspectArgs),
     /// Look after images: check, list and remove them
@@ -251,12 +253,46 @@ pub enum Compress {
     None,
 }
 
+/// Options of `page-server`.
+#[derive(Debug, Clone, Args)]
+pub struct PageServerArgs {
+    /// An image; its name is that of the folder
+    #[arg(long, value_name = "DIR", required = true)]
+    pub image: Vec<PathBuf>,
+    /// Address and UDP port to listen on
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// Where this host's key lies.
+    #[command(flatten)]
+    pub identity: IdentityArgs,
+    /// A host that may read the images: SHA256:… or a name from /etc/pageferry/peers.toml. Memory holds secrets
+    #[arg(long, value_name = "FINGERPRINT|NAME", required = true)]
+    pub trust: Vec<String>,
+}
+
 /// Options of `restore`.
 #[derive(Debug, Clone, Args)]
 pub struct RestoreArgs {
-    /// The image
-    #[arg(long, value_name = "DIR")]
-    pub image: PathBuf,
+    /// The image, on this host
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "from",
+        conflicts_with = "from"
+    )]
+    pub image: Option<PathBuf>,
+    /// The page server that has the image
+    #[arg(long, value_name = "HOST:PORT", requires = "peer", requires = "name")]
+    pub from: Option<String>,
+    /// The page server's fingerprint: SHA256:… or a name from /etc/pageferry/peers.toml. It gets root on this host
+    #[arg(long, value_name = "FINGERPRINT|NAME", requires = "from")]
+    pub peer: Vec<String>,
+    /// The image's name there
+    #[arg(long, value_name = "IMAGE", requires = "from")]
+    pub name: Option<String>,
+    /// Where this host's key lies.
+    #[command(flatten)]
+    pub identity: IdentityArgs,
     /// Let the process run at once and read its pages behind it
     #[arg(long)]
     pub lazy: bool,

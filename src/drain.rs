@@ -10,8 +10,8 @@ use pageferry_wire::message::Fetch;
 use pageferry_wire::{Frame, PageBatch};
 use tokio::sync::mpsc;
 
-use crate::report;
 use crate::transport::{self, Link};
+use crate::{origin, report};
 
 /// Batches that may wait for the driver before a link's reader pauses: QUIC's flow control then slows the source down.
 const BATCHES_WAITING_MAX: usize = 64;
@@ -63,12 +63,7 @@ pub async fn from_links(faults: &Link, bulk: &Link) -> Result<Connections, trans
 
 /// Pages come from an image on this host. Why they do not come any more is told once, before a channel closes. Must be called
 /// inside a tokio runtime.
-pub fn from_image(
-    pages: &ImagePages,
-) -> (
-    Connections,
-    mpsc::UnboundedReceiver<pageferry_pageserver::Error>,
-) {
+pub fn from_image(pages: &ImagePages) -> (Connections, mpsc::UnboundedReceiver<origin::Error>) {
     let (failed, failures) = mpsc::unbounded_channel();
     let serve = || {
         let (fetches, mut wanted) = mpsc::unbounded_channel::<Fetch>();
@@ -82,7 +77,7 @@ pub fn from_image(
                         Ok(batch) => batch,
                         Err(error) => {
                             // Whoever waits for the pages is told by the closed channel, too.
-                            let _ = failed.send(error);
+                            let _ = failed.send(error.into());
                             return;
                         }
                     };

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pageferry::cli::{Cli, Verb};
-use pageferry::{check, dump, identity, image, inspect, migrate, receive, report, restore};
+use pageferry::{
+    check, dump, identity, image, inspect, migrate, page_server, receive, report, restore,
+};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -19,6 +21,7 @@ fn main() -> ExitCode {
         Verb::Migrate(args) => migrate::run(args, &cli.common),
         Verb::Dump(args) => dump::run(args, &cli.common),
         Verb::Restore(args) => restore::run(args, &cli.common),
+        Verb::PageServer(args) => page_server::run(args, &cli.common),
         Verb::Inspect(args) => inspect::run(args, &cli.common),
         Verb::Image(args) => image::run(args, &cli.common),
     };

@@ -27,6 +27,7 @@ use crate::cli::{Common, MigrateArgs};
 use crate::commit::{self, Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, Left, keep};
+use crate::page_service::{self, twice};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
 use crate::transport::{self, FramedRecv, FramedSend, Link};
@@ -665,7 +666,7 @@ impl Shell<'_> {
         let reader = twice(|| PageReader::open(self.pid))?;
         let (bulk, pid) = (self.links.bulk.clone(), self.pid);
         self.page_service.spawn(async move {
-            serve_pages(&bulk, pid).await;
+            page_service::serve(&bulk, || PageReader::open(pid)).await;
             "the target closed the bulk connection".to_owned()
         });
         let faults = self.links.faults.link.clone();
@@ -905,7 +906,7 @@ impl FaultServer {
                         _ = link.closed() => return,
                     };
                     if let Ok(pid) = pid {
-                        serve_pages(&link, pid).await;
+                        page_service::serve(&link, || PageReader::open(pid)).await;
                     }
                     link.close_and_wait().await;
                 });
@@ -916,50 +917,6 @@ impl FaultServer {
             serve: Some(serve),
         })
     }
-}
-
-/// Answers every page request on `link` until it ends.
-async fn serve_pages(link: &Link, pid: i32) {
-    while let Ok((sender, receiver)) = link.accept().await {
-        let link = link.clone();
-        tokio::spawn(async move {
-            if let Err(error) = serve_stream(sender, receiver, pid).await {
-                tracing::warn!("pages cannot be served any more: {error}");
-                // Both sides must learn of it: a page that is asked for would never come.
-                link.close();
-            }
-        });
-    }
-}
-
-async fn serve_stream(
-    mut sender: FramedSend,
-    mut receiver: FramedRecv,
-    pid: i32,
-) -> Result<(), BoxError> {
-    let mut reader = twice(|| PageReader::open(pid))?;
-    while let Some(frame) = receiver.recv().await? {
-        let Frame::Fetch(fetch) = frame else {
-            return Err(format!("{:?} on a page stream", frame.tag()).into());
-        };
-        let wanted = fetch.range();
-        let mut next = wanted.start;
-        while next < wanted.end {
-            let left = PageRange {
-                start: next,
-                end: wanted.end,
-            };
-            let batch = twice(|| reader.batch(fetch.request, left))?;
-            next = batch.range().end;
-            sender.send(batch).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Tries again once: a process on the target waits for this, and a call that fails now and then must not end it.
-fn twice<T, E>(mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
-    attempt().or_else(|_| attempt())
 }
 
 /// Writes the tree's clocks into the plan, as late as can be: on the target they are slow by the time it travels, and the process

@@ -4,25 +4,26 @@
 //! nobody to agree with, and nothing to lose but what is made here. An eager restore fills the memory before the process
 //! runs, a lazy one behind it.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_image::model::memory::Kind;
-use pageferry_image::model::task::Tree;
-use pageferry_image::page::{PAGE_LEN, PageRange};
-use pageferry_image::store::{self, Image};
-use pageferry_pageserver::at_rest::{self, ImagePages};
+use pageferry_image::page::PageRange;
+use pageferry_pageserver::at_rest;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
-use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
+use pageferry_restorer::rebuild::Rebuilt;
 use pageferry_tracee::host;
-use pageferry_wire::{PageKind, Phase};
+use pageferry_wire::Phase;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::cli::{Common, Drain, RestoreArgs};
 use crate::commit::TargetTree;
 use crate::cradle::{Cradle, supervise};
+use crate::identity::{Identity, PEERS, Peers};
+use crate::origin::{self, Origin};
 use crate::receive::ClockOffsets;
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
@@ -38,7 +39,7 @@ enum Failure {
     Image {
         what: &'static str,
         #[source]
-        source: Box<store::Error>,
+        source: Box<origin::Error>,
     },
     #[error("refused; nothing was made")]
     Refused,
@@ -57,7 +58,7 @@ enum Failure {
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Image { source, .. } if source.is_bad_image() => exit::BAD_DATA,
+            Self::Image { source, .. } if source.is_bad_data() => exit::BAD_DATA,
             Self::Before { is_bad: true, .. } => exit::BAD_DATA,
             Self::Refused => exit::REFUSED,
             Self::Lost { .. } => exit::LOST,
@@ -175,12 +176,16 @@ async fn restore(
     report.set_id(migrate::hex(&id));
     report.phase(Phase::Plan);
     let began = Instant::now();
-    let image = Image::open(&args.image).map_err(|source| Failure::Image {
-        what: "the image cannot be restored",
-        source: Box::new(source),
-    })?;
-    let mut tree = image.tree().clone();
-    let mut plan = plan::of_tree(&tree, image.header().counts.data_pages * PAGE_LEN as u64);
+    let opening = open(args, id);
+    let origin = tokio::select! {
+        opened = opening => opened?,
+        signal = stop.wait() => {
+            eprintln!("pageferry: cancelled; nothing was made");
+            return Ok(exit::signalled(signal));
+        }
+    };
+    let mut tree = origin.tree.clone();
+    let mut plan = plan::of_tree(&tree, origin.resident_bytes());
     plan.set_file_check(plan::file_check(args.file_check));
     let pid = plan.pid;
     let refusals = {
@@ -224,9 +229,18 @@ async fn restore(
         tree: Some(held),
     };
     offsets.adjust(&mut tree).map_err(before)?;
-    let pages = ImagePages::new(image);
-    let eager = eager_pages(&pages, &tree).map_err(|error| bad_pages(&error))?;
-    let lazy = at_rest::mapped(&tree, Kind::Anon);
+    // What its threads touch on their way to their first instruction, and copied pages of files, which cannot be filled later.
+    let first = tree.root.iter().flat_map(|root| &root.first_touch);
+    let mut wanted: Vec<PageRange> = first
+        .filter_map(|range| PageRange::new(range.start, range.end))
+        .chain(at_rest::mapped(&tree, Kind::FilePrivate))
+        .collect();
+    wanted.sort_unstable();
+    let eager = origin
+        .read(&origin.data_in(&wanted))
+        .await
+        .map_err(|error| bad_pages(&error))?;
+    let lazy = origin.data_in(&at_rest::mapped(&tree, Kind::Anon));
     let rebuilt = made
         .tree()?
         .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
@@ -235,7 +249,7 @@ async fn restore(
     ledger.pages_resident_at_run = rebuilt.resident.len() as u64;
 
     let drains = !args.lazy || args.drain == Drain::On;
-    let mut filling = Filling::start(pid, rebuilt, &pages, &lazy, drains)?;
+    let mut filling = Filling::start(pid, rebuilt, &origin, lazy, drains).await?;
     if !args.lazy {
         match filling.filled(report, &mut stop, None).await {
             Ok(summary) => filling.enter(ledger, &summary),
@@ -269,6 +283,7 @@ async fn restore(
             Err(Unfilled { what, .. }) => return Err(Failure::Lost { what }),
         }
     }
+    ledger.wire_bytes = origin.close();
     report.phase(Phase::Done);
     if let Err(error) = made.tree()?.let_go().await {
         return Err(Failure::Lost {
@@ -321,15 +336,34 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
     tree.release().await.map_err(failed)
 }
 
-fn bad_pages(error: &pageferry_pageserver::Error) -> Failure {
-    Failure::Before {
-        what: report::chain(error),
-        is_bad: is_bad_image(error),
-    }
+/// Opens the image, here or there.
+async fn open(args: &RestoreArgs, id: [u8; 16]) -> Result<Origin, Failure> {
+    let failed = |source| Failure::Image {
+        what: "the image cannot be restored",
+        source: Box::new(source),
+    };
+    let (Some(from), Some(name)) = (&args.from, &args.name) else {
+        let path = args.image.as_deref().unwrap_or(Path::new(""));
+        return Origin::here(path).map_err(failed);
+    };
+    let known = Identity::open(&args.identity.identity).and_then(|identity| {
+        let peers = Peers::load(PEERS.as_ref())?;
+        Ok((
+            identity,
+            peers.resolve(args.peer.iter().map(String::as_str))?,
+        ))
+    });
+    let (identity, peers) = known.map_err(|error| before(report::chain(&error)))?;
+    Origin::there(from, name, &identity, &peers, id)
+        .await
+        .map_err(failed)
 }
 
-fn is_bad_image(error: &pageferry_pageserver::Error) -> bool {
-    matches!(error, pageferry_pageserver::Error::Image(error) if error.is_bad_image())
+fn bad_pages(error: &origin::Error) -> Failure {
+    Failure::Before {
+        what: report::chain(error),
+        is_bad: error.is_bad_data(),
+    }
 }
 
 /// As a shell tells it.
@@ -338,40 +372,6 @@ fn exit_of(status: i32) -> u8 {
         0 => u8::try_from(status >> 8 & 0xff).unwrap_or(exit::FAILED),
         signal => exit::signalled(signal),
     }
-}
-
-/// What must be there before the first instruction: what its threads touch on their way, and copied pages of files, which
-/// cannot be filled later.
-fn eager_pages(
-    pages: &ImagePages,
-    tree: &Tree,
-) -> Result<Vec<EagerPage>, pageferry_pageserver::Error> {
-    let first = tree.root.iter().flat_map(|root| &root.first_touch);
-    let mut wanted: Vec<PageRange> = first
-        .filter_map(|range| PageRange::new(range.start, range.end))
-        .chain(at_rest::mapped(tree, Kind::FilePrivate))
-        .collect();
-    wanted.sort_unstable();
-    let mut found = Vec::new();
-    let mut data = Vec::new();
-    pages.page_map(&wanted, |range| data.push(range))?;
-    for mut left in data {
-        while !left.is_empty() {
-            let batch = pages.batch(0, left)?;
-            left.start = batch.range().end;
-            for run in batch.runs() {
-                if run.kind != PageKind::Data {
-                    continue;
-                }
-                for address in (run.range.start..run.range.end).step_by(PAGE_LEN) {
-                    let content = batch.verify_page(address).ok().flatten();
-                    let content = content.expect("it was built here, with its checksums");
-                    found.push(EagerPage { address, content });
-                }
-            }
-        }
-    }
-    Ok(found)
 }
 
 /// Why the memory is not full.
@@ -387,35 +387,23 @@ struct Unfilled {
 struct Filling {
     driver: JoinHandle<Result<Summary, String>>,
     handle: DriverHandle,
-    failures: mpsc::UnboundedReceiver<pageferry_pageserver::Error>,
+    failures: mpsc::UnboundedReceiver<origin::Error>,
     began: Instant,
 }
 
-/// Ranges of the page map that the driver is told at once.
-const MAP_PIECE: usize = 4096;
-
 impl Filling {
     /// Must be called inside a tokio runtime.
-    fn start(
+    async fn start(
         pid: i32,
         rebuilt: Rebuilt,
-        pages: &ImagePages,
-        lazy: &[PageRange],
+        origin: &Origin,
+        lazy: Vec<PageRange>,
         drains: bool,
     ) -> Result<Self, Failure> {
-        let (connections, failures) = drain::from_image(pages);
+        let (connections, failures) = origin.connect().await.map_err(|error| bad_pages(&error))?;
         let (driver, handle) = drain::start(pid, rebuilt, connections, drains)
             .map_err(|error| before(report::chain(&error)))?;
-        let mut piece = Vec::new();
-        pages
-            .page_map(lazy, |range| {
-                piece.push(range);
-                if piece.len() == MAP_PIECE {
-                    handle.map(std::mem::take(&mut piece));
-                }
-            })
-            .map_err(|error| bad_pages(&error))?;
-        handle.map(piece);
+        handle.map(lazy);
         handle.map_end();
         let driver =
             tokio::spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
@@ -459,12 +447,16 @@ impl Filling {
                 Some(error) = self.failures.recv() => {
                     let unfilled = Unfilled {
                         what: report::chain(&error),
-                        is_bad: is_bad_image(&error),
+                        is_bad: error.is_bad_data(),
                         signal: None,
                     };
                     if !runs {
                         return Err(unfilled);
                     }
+                    if lost.is_some() {
+                        continue;
+                    }
+                    self.handle.link_lost();
                     tracing::error!(
                         "pages cannot be had any more ({}); threads that touch missing pages wait. Ctrl-C or SIGTERM gives up and ends the process",
                         unfilled.what

@@ -266,6 +266,11 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Whether this stands on its stderr by now.
+    pub(crate) fn has_said(&self, text: &str) -> bool {
+        self.stderr.so_far().contains(text)
+    }
+
     /// Waits until it says that this phase has begun, or has ended without.
     #[track_caller]
     pub(crate) fn wait_for_phase(&mut self, phase: &str) {
@@ -497,6 +502,33 @@ impl<'a> Ferry<'a> {
         let mut arguments = vec!["restore", "--image", &image];
         arguments.extend(options);
         Running::start(self.source, &arguments, &self.migrate_environment)
+    }
+
+    /// Starts a page server on the source host and waits until it listens; the target may read.
+    #[track_caller]
+    pub(crate) fn page_server(&self, image: &Path) -> Running {
+        let listen = format!("{}:{PORT}", self.source.address);
+        let identity = self.source_identity.directory.display().to_string();
+        let image = image.display().to_string();
+        let mut arguments = vec!["page-server", "--image", &image, "--listen", &listen];
+        arguments.extend(["--identity", &identity, "--trust"]);
+        arguments.push(&self.target_identity.fingerprint);
+        let mut running = Running::start(self.source, &arguments, &self.receive_environment);
+        eventually("the page server to listen", || {
+            (self.source.udp_bound(PORT) || !running.runs()).then_some(())
+        });
+        running
+    }
+
+    /// Starts a restore on `host` of what the source's page server calls `name`, with the target's key.
+    pub(crate) fn restore_from(&self, host: &Host, name: &str, options: &[&str]) -> Running {
+        let from = format!("{}:{PORT}", self.source.address);
+        let identity = self.target_identity.directory.display().to_string();
+        let mut arguments = vec!["restore", "--from", &from, "--name", name];
+        arguments.extend(["--identity", &identity, "--peer"]);
+        arguments.push(&self.source_identity.fingerprint);
+        arguments.extend(options);
+        Running::start(host, &arguments, &self.migrate_environment)
     }
 
     /// One whole crossing that must succeed; both ledgers are checked. Gives the source's and the target's end.

@@ -450,6 +450,118 @@ fn a_damaged_page_is_named_and_never_read_as_zeros() {
     assert!(subject.copy_on(&pair.a).is_none());
 }
 
+/// One page server, several restores on two hosts, some at the same time.
+#[test]
+fn a_page_server_serves_one_image_to_several_hosts() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::FarAhead);
+    let ferry = Ferry::new(&pair);
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
+    subject.must_pass("before it rests");
+    let image = pair.path("image");
+    ferry.dump(subject.pid, &image, &[]).must_exit(0);
+    let server = ferry.page_server(&image);
+    let shared = pair.shared.display().to_string();
+    for options in [&["--detach"][..], &["--detach", "--lazy"]] {
+        let mut options = options.to_vec();
+        options.extend(["--same-file", &shared]);
+        let restored = ferry.restore_from(&pair.b, "image", &options).wait();
+        restored.must_exit(0);
+        let ledger = restored.ledger();
+        let is_lazy = options.contains(&"--lazy");
+        assert!(
+            ledger.pages_total > 5000
+                && (ledger.pages_resident_at_run < 1000) == is_lazy
+                && ledger.wire_bytes > 5000 * 4096,
+            "{ledger:?}"
+        );
+        subject.must_pass("on B");
+        subject.end_copy(&pair.b);
+    }
+    // Two at once, each reading only what it touches: one question, and both answer.
+    let options = [
+        "--detach",
+        "--lazy",
+        "--drain",
+        "off",
+        "--same-file",
+        &shared,
+    ];
+    let mut both: Vec<_> = [&pair.a, &pair.b]
+        .into_iter()
+        .map(|host| (host, ferry.restore_from(host, "image", &options)))
+        .collect();
+    for (_, restoring) in &mut both {
+        restoring.wait_for_phase("drain");
+    }
+    subject.ask_only();
+    let wanted = subject.asked_line();
+    eventually("both to answer", || {
+        let answers = subject.lines().into_iter().filter(|line| *line == wanted);
+        (answers.count() == 2).then_some(())
+    });
+    for (host, restoring) in both {
+        restoring.signal(host, Signal::SIGTERM);
+        restoring.wait().must_exit(0);
+        subject
+            .copy_on(host)
+            .expect("it runs")
+            .signal(Signal::SIGKILL);
+        eventually("it to end", || {
+            subject.copy_on(host).is_none().then_some(())
+        });
+    }
+    // Names and keys.
+    let refused = ferry.restore_from(&pair.b, "another", &[]).wait();
+    refused.must_exit(1);
+    assert!(
+        refused
+            .stderr
+            .contains("there is no image \"another\" here; there are: image"),
+        "{refused:?}"
+    );
+    let stranger = ferry.back().restore_from(&pair.b, "image", &[]);
+    // It asks B, where nobody listens, and would trust nobody else.
+    stranger.wait().must_exit(1);
+    server.signal(&pair.a, Signal::SIGTERM);
+    server.wait().must_exit(143);
+}
+
+/// A page server that ends leaves nothing of an eager restore; threads of a lazy one wait for their pages.
+#[test]
+fn a_page_server_that_ends_is_noticed() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut ferry = Ferry::new(&pair);
+    ferry.shorten_silence();
+    let mut subject = Subject::start(&pair, &pair.a, "memory_chain", ORDINARY, &["32"])
+        .expect("it needs nothing");
+    let image = pair.path("image");
+    ferry.dump(subject.pid, &image, &[]).must_exit(0);
+    let server = ferry.page_server(&image);
+    let mut lazy = ferry.restore_from(&pair.b, "image", &["--lazy", "--drain", "off"]);
+    lazy.wait_for_phase("drain");
+    server.signal(&pair.a, Signal::SIGKILL);
+    let said = subject.lines().len();
+    subject.ask_only();
+    eventually("it to be noticed", || {
+        lazy.has_said("pages cannot be had any more").then_some(())
+    });
+    assert_eq!(subject.lines().len(), said, "it went on without its pages");
+    assert!(subject.copy_on(&pair.b).is_some() && lazy.runs());
+    lazy.signal(&pair.b, Signal::SIGTERM);
+    lazy.wait().must_exit(5);
+    assert!(subject.copy_on(&pair.b).is_none());
+    let nobody = ferry.restore_from(&pair.b, "image", &[]).wait();
+    nobody.must_exit(1);
+    drop(server);
+}
+
 /// Whatever fails, and whenever it is killed, while it dumps: the program runs on, and no image has the name.
 #[test]
 fn a_dump_that_fails_or_is_killed_leaves_the_program_as_it_was() {

@@ -149,6 +149,11 @@ impl Subject {
         self.put_question(&format!("{}\n", self.asked));
     }
 
+    /// What it says to the last question when all is well.
+    pub(crate) fn asked_line(&self) -> String {
+        format!("PASS {}", self.asked)
+    }
+
     /// All it has said.
     pub(crate) fn lines(&self) -> Vec<String> {
         lines(&self.state)

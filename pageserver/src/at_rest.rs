@@ -40,6 +40,11 @@ impl ImagePages {
         Self { image }
     }
 
+    /// Whose they are.
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
     /// The first pages of `range`, as many as one batch takes: go on at the end of the batch's range. Pages that the image does not
     /// have, and those of a file that were never copied, are [`PageKind::Gone`].
     ///

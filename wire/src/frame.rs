@@ -173,6 +173,8 @@ frames! {
     18 Heartbeat(message::Heartbeat) Both limits::SMALL_LEN_MAX;
     /// How far the drain is.
     19 Progress(message::Progress) ToSource limits::SMALL_LEN_MAX;
+    /// Names the image that a connection to a page server is about.
+    20 Open(message::Open) ToSource limits::SMALL_LEN_MAX;
 }
 
 impl fmt::Display for Tag {
@@ -484,6 +486,7 @@ mod tests {
                     ..Default::default()
                 }
                 .into(),
+                Tag::Open => message::Open::new("redis").into(),
             })
             .collect()
     }

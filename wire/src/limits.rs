@@ -17,6 +17,9 @@ pub const MAP_LEN_MAX: u32 = 1 << 20;
 pub const PAGES_LEN_MAX: u32 =
     (BATCH_HEADER_LEN as u32) + BATCH_RUNS_MAX * 8 + BATCH_DATA_PAGES_MAX * (4 + 4096);
 
+/// Bytes of an image's name, as in NAME_MAX.
+pub const IMAGE_NAME_LEN_MAX: usize = 255;
+
 /// Bytes of a page batch before its runs.
 pub const BATCH_HEADER_LEN: usize = 32;
 /// Pages with data in one batch: 1 MiB.

@@ -148,6 +148,24 @@ impl Checked for Plan {
     }
 }
 
+impl Open {
+    /// For the image of this name.
+    pub fn new(name: &str) -> Self {
+        Self { name: name.into() }
+    }
+}
+
+impl Checked for Open {
+    fn check(&self) -> Result<()> {
+        at_most(
+            Tag::Open,
+            "name",
+            self.name.len(),
+            limits::IMAGE_NAME_LEN_MAX,
+        )
+    }
+}
+
 impl Checked for Verdict {
     fn check(&self) -> Result<()> {
         at_most(
