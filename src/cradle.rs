@@ -7,7 +7,7 @@
 //!
 //! One migration is served at a time, so supervisor and cradle take turns at one socket.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,9 @@ const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long the engine waits for an answer: ending a process with much memory takes seconds.
 const ANSWER_WAIT: Duration = Duration::from_secs(30);
+
+/// Between two looks whether a process that is waited for has ended without a word.
+const END_LOOK_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long after the end of a cradle the engine may still be busy with its migration.
 const TAIL: Duration = Duration::from_secs(30);
@@ -94,15 +97,29 @@ impl Cradle {
     ///
     /// # Errors
     /// Why its end cannot be told.
-    pub fn wait_for_end(mut self) -> Result<i32, String> {
+    pub fn wait_for_end(mut self, pid: i32) -> Result<i32, String> {
         self.ask("wait", "noted it")?;
         let unreachable = |error| format!("the supervisor cannot be reached: {error}");
-        let mut answer = String::new();
         self.reader
             .get_ref()
-            .set_read_timeout(None)
-            .and_then(|()| self.reader.read_line(&mut answer))
+            .set_read_timeout(Some(END_LOOK_PAUSE))
             .map_err(unreachable)?;
+        let mut answer = String::new();
+        let mut was_gone = false;
+        loop {
+            match self.reader.read_line(&mut answer) {
+                Ok(_) => break,
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                Err(error) => return Err(unreachable(error)),
+            }
+            // Who should tell may have been killed, which shows by silence only.
+            let is_gone = procfs::stat(pid, pid).is_err();
+            if is_gone && was_gone {
+                return Err("it has ended, and the one who should say how was killed".into());
+            }
+            was_gone = is_gone;
+        }
         let status = answer.trim_end().strip_prefix("ended ");
         let status = status.and_then(|status| status.parse().ok());
         status.ok_or_else(|| format!("the supervisor said {answer:?}"))

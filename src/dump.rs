@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::{FileIdentity, Kind};
@@ -14,7 +14,7 @@ use pageferry_image::model::task::Tree;
 use pageferry_image::store::{self, Compression, Header, ImageWriter, ObjectId, Origin};
 use pageferry_pageserver::serve::{PageReader, Piece};
 use pageferry_pageserver::{Error as SourceError, at_rest, identity, survey};
-use pageferry_tracee::host;
+use pageferry_tracee::{host, procfs};
 use pageferry_wire::Phase;
 
 use crate::cli::{Common, Compress, DumpArgs};
@@ -22,6 +22,10 @@ use crate::commit::{self, SourceTree};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
 use crate::{check, exit, migrate, plan};
+
+/// Longest wait for the number of a process that was ended to be free, and the pause between two looks.
+const GONE_WAIT: Duration = Duration::from_secs(2);
+const GONE_PAUSE: Duration = Duration::from_millis(2);
 
 /// Why there is no image, or no end. Says where the process is.
 #[derive(Debug, thiserror::Error)]
@@ -246,6 +250,7 @@ async fn dump(
                         why: report::chain(&error),
                     });
                 }
+                wait_until_gone(pid).await;
                 header
             }
             Err(error) => {
@@ -272,6 +277,19 @@ fn refused(report: &Report, pid: i32, refusals: &[survey::Refusal]) -> Failure {
         report.refusal(&refusal.to_string());
     }
     Failure::Refused { pid }
+}
+
+/// Whoever restores the image next wants the number. It is free when the parent has taken note of the end, which may be never.
+async fn wait_until_gone(pid: i32) {
+    let started = Instant::now();
+    while procfs::status(pid, pid).is_ok() {
+        if started.elapsed() > GONE_WAIT {
+            return tracing::warn!(
+                "its parent has not taken note of its end: pid {pid} is not free yet"
+            );
+        }
+        tokio::time::sleep(GONE_PAUSE).await;
+    }
 }
 
 /// Why the pages of a frozen process are not in an image.

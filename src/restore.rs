@@ -51,7 +51,7 @@ enum Failure {
     },
     #[error("{what}; the process ran and was ended, since pages of it cannot be had")]
     Lost { what: String },
-    #[error("{what}; pid {pid} runs, complete")]
+    #[error("{what}; pid {pid} had all its pages and needs nobody here")]
     Complete { what: String, pid: i32 },
 }
 
@@ -300,7 +300,7 @@ async fn restore(
         }
         return Ok(exit::DONE);
     }
-    let mut waiting = tokio::task::spawn_blocking(move || cradle.wait_for_end());
+    let mut waiting = tokio::task::spawn_blocking(move || cradle.wait_for_end(pid));
     loop {
         tokio::select! {
             ended = &mut waiting => {

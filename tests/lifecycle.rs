@@ -5,7 +5,7 @@
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Pair, skip};
+use crate::hosts::{Before, Clocks, Pair, eventually, skip};
 use crate::subject::{ORDINARY, ROOT, Subject};
 
 /// What may happen to a subject.
@@ -84,10 +84,10 @@ pub(crate) fn lifecycle(
             Rest | RestLazily => {
                 let image = pair.path("image");
                 ferry.dump(subject.pid, &image, &[]).must_exit(0);
-                assert!(
-                    ferry.source.process(subject.pid).is_none(),
-                    "{name} runs on {when}"
-                );
+                // Killed, it is its parent's to reap.
+                eventually("it to be gone", || {
+                    ferry.source.process(subject.pid).is_none().then_some(())
+                });
                 let restored = if matches!(action, Rest) {
                     ferry.restore(&image, &["--detach"])
                 } else {
