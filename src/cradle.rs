@@ -28,6 +28,9 @@ const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// How long the engine waits for an answer: ending a process with much memory takes seconds.
 const ANSWER_WAIT: Duration = Duration::from_secs(30);
 
+/// What a cradle ends with whose process nobody waits for any more.
+const COMPLETE: u8 = 100;
+
 /// Between two looks whether a process that is waited for has ended without a word.
 const END_LOOK_PAUSE: Duration = Duration::from_secs(1);
 
@@ -250,6 +253,10 @@ fn supervisor(engine: Pid, socket: UnixStream) -> Supervised {
                         ),
                         exit::DONE,
                     ),
+                    Rocked::Complete(pid) => (
+                        format!("pid {pid} runs here with all its pages; nobody will tell its end"),
+                        exit::FAILED,
+                    ),
                 };
                 eprintln!("pageferry: the engine was killed by {signal}; {what}");
                 return Supervised::silent(code);
@@ -295,6 +302,8 @@ enum Rocked {
     Lost,
     /// This process is complete and on its own.
     LetGo(i32),
+    /// The same, while a restore waited for its end.
+    Complete(i32),
 }
 
 /// One migration: forks the cradle and waits for its end.
@@ -305,6 +314,9 @@ fn rock(engine: Pid, lines: &mut Lines, signals: &mut Signals, order: &str) -> R
             match waitpid(Pid::from_raw(child), Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(_, code)) if code == i32::from(exit::DONE) => {
                     return Rocked::LetGo(parse(order).map_or(0, |order| order.pid));
+                }
+                Ok(WaitStatus::Exited(_, code)) if code == i32::from(COMPLETE) => {
+                    return Rocked::Complete(parse(order).map_or(0, |order| order.pid));
                 }
                 Ok(WaitStatus::Exited(_, code)) if code == i32::from(exit::FAILED) => {
                     return Rocked::NeverRan;
@@ -383,7 +395,7 @@ fn cradle(engine: Pid, lines: &mut Lines, order: &str) -> u8 {
             .as_ref()
             .is_ok_and(|engine| matches!(engine.poll_exit(Duration::ZERO), Ok(false)));
         if !alive && waited_for {
-            return exit::DONE;
+            return COMPLETE;
         }
         if !alive {
             end_all(root);

@@ -58,6 +58,8 @@ enum Failure {
         pid: i32,
         why: String,
     },
+    #[error("cancelled when {image} was complete: it stays, and pid {pid} runs on, as before")]
+    Late { image: String, pid: i32 },
     #[error("pid {pid} runs on, as before, but the image could not be completed")]
     Unfinished {
         pid: i32,
@@ -71,7 +73,10 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Before { .. } | Self::Ended { .. } | Self::Unfinished { .. } => exit::FAILED,
+            Self::Before { .. }
+            | Self::Ended { .. }
+            | Self::Late { .. }
+            | Self::Unfinished { .. } => exit::FAILED,
             Self::Refused { .. } => exit::REFUSED,
             Self::Stuck { .. } | Self::Alive { .. } => exit::UNDECIDED,
         }
@@ -112,7 +117,7 @@ pub fn run(args: &DumpArgs, common: &Common) -> u8 {
     code
 }
 
-/// A signal ends the dump as long as its image has no name.
+/// A signal ends the dump, not the process; an image that is complete by then stays.
 async fn cancellable(
     args: &DumpArgs,
     report: &mut Report,
@@ -133,6 +138,10 @@ async fn cancellable(
             done = &mut work => return match (done, signal) {
                 (Err(Failure::Before { .. }), Some(signal)) if cancel.load(Ordering::Relaxed) => {
                     eprintln!("pageferry: cancelled; no image was made and pid {pid} runs on, as before");
+                    Ok(exit::signalled(signal))
+                }
+                (Err(late @ Failure::Late { .. }), Some(signal)) => {
+                    eprintln!("pageferry: {late}");
                     Ok(exit::signalled(signal))
                 }
                 (done, _) => done,
@@ -204,8 +213,9 @@ async fn dump(
         captured.tree.host = Some(this_host);
         refresh_written(&mut captured.tree);
         let (image, compression) = (args.image.clone(), compression(args.compress));
+        let cancelled = Arc::clone(&cancel);
         let writing = tokio::task::spawn_blocking(move || {
-            write(&image, captured.tree, origin, compression, pid, &cancel)
+            write(&image, captured.tree, origin, compression, pid, &cancelled)
         });
         writing.await.map_err(|_| Unwritten::Thread)?
     }
@@ -240,6 +250,22 @@ async fn dump(
             .map_err(|source| Failure::Unfinished { pid, source })?
     } else {
         match finish(writer).await {
+            Ok(header) if cancel.load(Ordering::Relaxed) => {
+                let thawed = process.roll_back().await;
+                account(ledger);
+                ledger.pages_total = header.counts.data_pages;
+                return Err(match thawed {
+                    Ok(()) => Failure::Late {
+                        image: args.image.display().to_string(),
+                        pid,
+                    },
+                    Err(error) => Failure::Stuck {
+                        what: "it was cancelled when its image was complete".into(),
+                        pid,
+                        why: report::chain(&error),
+                    },
+                });
+            }
             Ok(header) => {
                 let ended = process.kill().await;
                 account(ledger);

@@ -36,6 +36,9 @@ use crate::{check, exit, plan};
 /// Longest time from the end of the freeze to the target's READY, and from COMMIT to its answer.
 const ANSWER_WAIT: Duration = Duration::from_secs(60);
 
+/// Small frames that may come while something is being sent: how far the drain is, five times a second.
+const EARLY_MAX: usize = 4096;
+
 /// Longest wait for the target to have read the last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
 
@@ -624,6 +627,9 @@ impl Shell<'_> {
                 frame = receiver.expect() => match frame {
                     Ok(frame) => {
                         let aborted = frame.tag() == Tag::Abort;
+                        if self.early.len() == EARLY_MAX || frame.tag() == Tag::Verdict {
+                            return Err(Unsent::Link(format!("the target sent {} out of order", frame.tag())));
+                        }
                         self.early.push_back(frame);
                         if aborted {
                             return Err(Unsent::Aborted);

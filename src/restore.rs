@@ -7,14 +7,14 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use pageferry_image::model::memory::Kind;
 use pageferry_image::page::PageRange;
 use pageferry_pageserver::at_rest;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
 use pageferry_restorer::rebuild::Rebuilt;
-use pageferry_tracee::host;
+use pageferry_tracee::descriptor::PidFd;
+use pageferry_tracee::{host, process, procfs};
 use pageferry_wire::Phase;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -300,6 +300,8 @@ async fn restore(
         }
         return Ok(exit::DONE);
     }
+    // Its number may be somebody else's by the time a signal comes.
+    let pidfd = PidFd::open(pid);
     let mut waiting = tokio::task::spawn_blocking(move || cradle.wait_for_end(pid));
     loop {
         tokio::select! {
@@ -311,8 +313,9 @@ async fn restore(
                 };
             }
             signal = stop.wait() => {
-                if let Ok(signal) = Signal::try_from(signal) {
-                    let _ = kill(Pid::from_raw(pid), signal);
+                if let Ok(process) = &pidfd {
+                    // It may have ended.
+                    let _ = process.send_signal(signal);
                 }
             }
         }
@@ -325,13 +328,17 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
     if let Some(cradle) = &mut made.cradle {
         cradle.running().map_err(before)?;
     }
-    let pid = Pid::from_raw(made.pid);
+    let pid = made.pid;
     let tree = made.tree()?;
     tree.clear_exit_kill().await.map_err(failed)?;
     if stopped {
-        // It waits in the queue while every thread is held: none executes an instruction before it.
-        kill(pid, Signal::SIGSTOP)
-            .map_err(|errno| before(format!("it cannot be stopped: {}", errno.desc())))?;
+        // One for each thread, in a queue of its own: none executes an instruction before it has taken that, whichever goes first.
+        // SIGCONT takes them all away.
+        let threads = procfs::tids(pid).map_err(|error| before(report::chain(&error)))?;
+        for tid in threads {
+            process::signal_thread(pid, tid, Signal::SIGSTOP as i32)
+                .map_err(|error| before(report::chain(&error)))?;
+        }
     }
     tree.release().await.map_err(failed)
 }

@@ -3,7 +3,7 @@
 use pageferry_image::model::memory::Kind;
 use pageferry_image::model::task::Tree;
 use pageferry_image::page::{PAGE_SIZE, PageRange};
-use pageferry_image::store::{self, Image, ObjectId, PageSource as _};
+use pageferry_image::store::{self, Image, ObjectId, PageRun, PageSource as _};
 use pageferry_wire::limits::BATCH_DATA_PAGES_MAX;
 use pageferry_wire::{PageBatch, PageBatchBuilder, PageKind};
 
@@ -63,7 +63,7 @@ impl ImagePages {
         let runs = self.image.runs(ObjectId::ROOT_SPACE, range)?;
         let data: u64 = runs
             .iter()
-            .filter(|run| run.kind == Some(store::PageKind::Data))
+            .filter(|run| self.is_data(run))
             .map(|run| run.range.page_count())
             .sum();
         let count = |pages: u64| usize::try_from(pages).expect("cut to a batch above");
@@ -78,6 +78,9 @@ impl ImagePages {
                     let bytes = builder.data(count(pages));
                     self.image.read(ObjectId::ROOT_SPACE, run.range, bytes)?;
                 }
+                Some(store::PageKind::Zero) if self.is_data(&run) => {
+                    builder.data(count(pages)).fill(0);
+                }
                 other => {
                     let kind = match other {
                         Some(store::PageKind::Zero) => PageKind::Zero,
@@ -90,6 +93,16 @@ impl ImagePages {
             }
         }
         Ok(builder.finish())
+    }
+
+    /// Whether these pages must be brought: also zeros in a mapping of a file, which were copied when they were written. Without them
+    /// the file's bytes would show.
+    fn is_data(&self, run: &PageRun) -> bool {
+        match run.kind {
+            Some(store::PageKind::Data) => true,
+            Some(store::PageKind::Zero) => self.is_file(run.range),
+            _ => false,
+        }
     }
 
     /// Whether any of `range` lies in a mapping of a file.
@@ -121,10 +134,7 @@ impl ImagePages {
                 };
                 for run in self.image.runs(ObjectId::ROOT_SPACE, left)? {
                     at = run.range.end;
-                    if matches!(
-                        run.kind,
-                        Some(store::PageKind::Data | store::PageKind::Guard)
-                    ) {
+                    if self.is_data(&run) || run.kind == Some(store::PageKind::Guard) {
                         sink(run.range);
                     }
                 }

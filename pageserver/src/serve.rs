@@ -22,6 +22,8 @@ use crate::capture::memory;
 enum Content {
     /// Bytes of its own.
     Data,
+    /// A page of a file, copied when it was written: bytes of its own even if they are zeros, since without it the file's show.
+    Copied,
     /// There, and nothing but zeros.
     Zero,
     /// Never touched: reads as zeros.
@@ -38,7 +40,7 @@ impl Content {
     /// For a peer.
     fn on_wire(self) -> PageKind {
         match self {
-            Self::Data => PageKind::Data,
+            Self::Data | Self::Copied => PageKind::Data,
             Self::Zero | Self::Hole => PageKind::Zero,
             Self::Guard => PageKind::Guard,
             Self::File | Self::Unmapped => PageKind::Gone,
@@ -48,7 +50,7 @@ impl Content {
     /// For an image; `None`: it has no such page.
     fn at_rest(self) -> Option<store::PageKind> {
         match self {
-            Self::Data => Some(store::PageKind::Data),
+            Self::Data | Self::Copied => Some(store::PageKind::Data),
             Self::Zero => Some(store::PageKind::Zero),
             Self::Hole | Self::File => Some(store::PageKind::Hole),
             Self::Guard => Some(store::PageKind::Guard),
@@ -139,7 +141,7 @@ impl PageReader {
         let segments = self.segments(range)?;
         let data_pages: u64 = segments
             .iter()
-            .filter(|(content, _)| *content == Content::Data)
+            .filter(|(content, _)| content.on_wire() == PageKind::Data)
             .map(|(_, range)| range.page_count())
             .sum();
         let data_pages = usize::try_from(data_pages.min(u64::from(BATCH_DATA_PAGES_MAX)))
@@ -149,9 +151,9 @@ impl PageReader {
             if !builder.has_room() {
                 break;
             }
-            if content != Content::Data {
+            if content.on_wire() != PageKind::Data {
                 builder.without_data(content.on_wire(), pages_of(segment));
-            } else if !self.read(segment, &mut builder)? {
+            } else if !self.read(segment, content, &mut builder)? {
                 break;
             }
         }
@@ -219,7 +221,12 @@ impl PageReader {
     }
 
     /// Appends the pages of `segment` as far as they fit; whether all did.
-    fn read(&mut self, segment: PageRange, builder: &mut PageBatchBuilder) -> Result<bool> {
+    fn read(
+        &mut self,
+        segment: PageRange,
+        content: Content,
+        builder: &mut PageBatchBuilder,
+    ) -> Result<bool> {
         let asked = usize::try_from(segment.page_count()).expect("cut to a batch above");
         // Zero pages among them take no room, so this may leave some unused; the next batch takes the rest.
         let page_count = asked.min(builder.data_pages_left());
@@ -252,7 +259,7 @@ impl PageReader {
                     Err(error) => return Err(error.into()),
                 }
             }
-            if *bytes == [0; PAGE_LEN] {
+            if content == Content::Data && *bytes == [0; PAGE_LEN] {
                 builder.without_data(PageKind::Zero, 1);
             } else {
                 builder.data(1).copy_from_slice(bytes);
@@ -356,10 +363,12 @@ fn segments(
                 Content::Guard
             } else if has(pagemap::FILE) {
                 Content::File
-            } else if has(pagemap::PFNZERO) {
+            } else if has(pagemap::PFNZERO) && backing == Backing::Anonymous {
                 Content::Zero
-            } else {
+            } else if backing == Backing::Anonymous {
                 Content::Data
+            } else {
+                Content::Copied
             };
             push(untold, at, told.start);
             push(content, told.start, told.end);
@@ -446,7 +455,8 @@ mod tests {
                 (Content::Hole, range(15, 16)),
                 (Content::Guard, range(16, 17)),
                 (Content::Hole, range(17, 18)),
-                (Content::Data, range(18, 22)),
+                (Content::Data, range(18, 20)),
+                (Content::Copied, range(20, 22)),
                 (Content::File, range(22, 30)),
                 (Content::Unmapped, range(30, 40)),
                 (Content::Hole, range(40, 45)),

@@ -188,6 +188,21 @@ pub fn reap() -> Result<Option<(i32, Ended)>> {
     }
 }
 
+/// Sends a signal to one thread (tgkill(2)): it waits in the thread's own queue, not in that of its process.
+///
+/// # Errors
+/// [`Error::Gone`], [`Error::Kernel`].
+pub fn signal_thread(pid: i32, tid: i32, signal: i32) -> Result<()> {
+    choke::pass(Kind::Ptrace).map_err(|errno| Error::kernel("tgkill", tid, errno))?;
+    // SAFETY: tgkill(2) takes no pointers.
+    let answer = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) };
+    match Errno::result(answer) {
+        Ok(_) => Ok(()),
+        Err(Errno::ESRCH) => Err(Error::Gone { pid: tid }),
+        Err(errno) => Err(Error::kernel("tgkill", tid, errno)),
+    }
+}
+
 /// Sends a signal to a process.
 ///
 /// # Errors

@@ -338,8 +338,12 @@ impl Unfinished {
             },
             _ => Error::io(path, "give the image this name")(error),
         })?;
+        // A name that may not last is no name: whoever asked is told that there is none.
+        sync_folder(parent(path)).inspect_err(|_| {
+            self.is_published = fs::rename(path, &self.path).is_err();
+        })?;
         self.is_published = true;
-        sync_folder(parent(path))
+        Ok(())
     }
 }
 
