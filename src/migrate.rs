@@ -306,6 +306,7 @@ async fn crossing(
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
+        has_last_word: false,
         early: VecDeque::new(),
         stuck: None,
         page_service: JoinSet::new(),
@@ -390,6 +391,8 @@ struct Shell<'a> {
     refused: Vec<survey::Refusal>,
     /// The target sent what cannot be.
     bad_data: bool,
+    /// The target has given up and waits for us to have read it.
+    has_last_word: bool,
     /// What came while something was being sent, oldest first.
     early: VecDeque<Frame>,
     /// Why the process could not be thawed.
@@ -442,6 +445,7 @@ impl Shell<'_> {
                         match &frame {
                             Frame::Ready(_) => self.clock.ready = Some(now),
                             Frame::Running(_) => self.clock.running = Some(now),
+                            Frame::Abort(_) | Frame::Refused(_) => self.has_last_word = true,
                             _ => {}
                         }
                         if let Err(error) = session.handle_frame(frame) {
@@ -784,8 +788,10 @@ impl Shell<'_> {
                 }
             }
         };
-        // What was said last must arrive: the target closes the link when it has read it.
-        let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
+        // What was said last must arrive: whoever has read it closes the link. That is us where the target gave up.
+        if !self.has_last_word {
+            let _ = tokio::time::timeout(LAST_WORD_WAIT, self.links.control.closed()).await;
+        }
         self.ledger.wire_bytes = self.links.control.udp_bytes()
             + self.links.faults.link.udp_bytes()
             + self.links.bulk.udp_bytes();

@@ -209,6 +209,11 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
             continue;
         }
         in_a_row = 0;
+        // Ready, the target had promised to answer a COMMIT, and keeps what it says of that until it knows that the source has heard
+        // it: a killed one never has, and another may take long on a busy machine.
+        if ended.target.stderr.contains("what was decided lies in") {
+            fs::remove_dir_all(pair.b.outside("/run/pageferry")).expect("it says so");
+        }
         match (
             ended.source.code,
             one_copy(&pair, &mut subject, &fault).map(|host| host.name),
@@ -220,10 +225,6 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
             // Killed before COMMIT: 1 is what the front says of a killed engine; killed itself, it has no code.
             // 3 if it was the child that tries what the host can do.
             (None | Some(1 | 3), Some("A")) if verb == "kill" => {
-                // Ready, the target had promised to answer a COMMIT, and keeps what it says of that.
-                if ended.target.stderr.contains("what was decided lies in") {
-                    fs::remove_dir_all(pair.b.outside("/run/pageferry")).expect("it says so");
-                }
                 assert_rolled_back(&pair, &before, &mut subject, &fault, &ended);
                 // What may be left in it is named and no obstacle to another attempt.
                 let copy = subject.copy_on(&pair.a).expect("it runs");
