@@ -201,7 +201,7 @@ async fn dump(
         refresh_written(&mut captured.tree);
         let (image, compression) = (args.image.clone(), compression(args.compress));
         let writing = tokio::task::spawn_blocking(move || {
-            write(&image, captured.tree, origin, compression, pid, &cancel)
+            write(&image, captured.tree, origin, compression, &cancel)
         });
         writing.await.map_err(|_| Unwritten::Thread)?
     }
@@ -353,7 +353,10 @@ fn check_place(path: &Path, resident_bytes: u64) -> Result<(), BoxError> {
 
 /// The files it writes, as they are now that it is frozen: whether somebody else touches them later is told by that.
 fn refresh_written(tree: &mut Tree) {
-    let spaces = tree.root.iter_mut().filter_map(|root| root.space.as_mut());
+    let spaces = tree
+        .processes
+        .iter_mut()
+        .filter_map(|process| process.space.as_mut());
     let mapped = spaces
         .flat_map(|space| &mut space.mappings)
         .filter_map(|mapping| mapping.file.as_mut());
@@ -376,29 +379,37 @@ fn write(
     tree: Tree,
     origin: Origin,
     compression: Compression,
-    pid: i32,
     cancel: &AtomicBool,
 ) -> Result<ImageWriter, Unwritten> {
-    let mut reader = PageReader::open(pid).map_err(Unwritten::Memory)?;
-    let mut ranges = at_rest::mapped(&tree, Kind::Anon);
-    ranges.extend(at_rest::mapped(&tree, Kind::FilePrivate));
-    ranges.sort_unstable();
+    let work: Vec<_> = tree
+        .processes
+        .iter()
+        .enumerate()
+        .map(|(index, process)| {
+            let mut ranges = at_rest::mapped(process, Kind::Anon);
+            ranges.extend(at_rest::mapped(process, Kind::FilePrivate));
+            ranges.sort_unstable();
+            (ObjectId::space(index), process.pid, ranges)
+        })
+        .collect();
     let began = Instant::now();
     let mut writer = ImageWriter::create(path, tree, origin, compression)?;
-    let object = ObjectId::ROOT_SPACE;
-    for range in ranges {
-        reader
-            .read_all(range, |range, piece| {
-                if cancel.load(Ordering::Relaxed) {
-                    return Err(Unwritten::Cancelled);
-                }
-                match piece {
-                    Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
-                    Piece::Without(kind) => writer.without_data(object, kind, range)?,
-                }
-                Ok(())
-            })
-            .map_err(Unwritten::Memory)??;
+    for (object, pid, ranges) in work {
+        let mut reader = PageReader::open(object.0, pid).map_err(Unwritten::Memory)?;
+        for range in ranges {
+            reader
+                .read_all(range, |range, piece| {
+                    if cancel.load(Ordering::Relaxed) {
+                        return Err(Unwritten::Cancelled);
+                    }
+                    match piece {
+                        Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
+                        Piece::Without(kind) => writer.without_data(object, kind, range)?,
+                    }
+                    Ok(())
+                })
+                .map_err(Unwritten::Memory)??;
+        }
     }
     tracing::debug!("its pages were read in {:.0} ms", ms(began.elapsed()));
     if cancel.load(Ordering::Relaxed) {

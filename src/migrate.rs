@@ -3,10 +3,11 @@
 //! Three processes: the *front* talks to the terminal and waits; the *engine*, in a session of its own, does the work
 //! and goes on when the terminal goes away; the *keeper* outlives a killed engine and puts right what it left.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque, btree_map};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -14,6 +15,8 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_image::store::ObjectId;
+use pageferry_pageserver::capture::Pages;
 use pageferry_pageserver::serve::PageReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
@@ -297,8 +300,7 @@ async fn crossing(
         journal,
         tree: None,
         surveyed: Some((survey, options)),
-        lazy: Vec::new(),
-        eager: Vec::new(),
+        pages: Vec::new(),
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
@@ -379,8 +381,8 @@ struct Shell<'a> {
     journal: Journal,
     tree: Option<SourceTree>,
     surveyed: Option<(Survey, SurveyOptions)>,
-    lazy: Vec<PageRange>,
-    eager: Vec<PageRange>,
+    /// Of each process, once they are captured.
+    pages: Vec<Pages>,
     clock: Clock,
     /// What the capture found that cannot be carried.
     refused: Vec<survey::Refusal>,
@@ -540,7 +542,7 @@ impl Shell<'_> {
                 self.ledger.pages_resident_at_run = running.pages_resident;
                 // Threads wait already.
                 if let Some(serve) = self.links.faults.serve.take() {
-                    let _ = serve.send(self.pid);
+                    let _ = serve.send(self.pids());
                 }
                 // For the keeper: from here on a killed engine means a lost process, not an undecided one.
                 if let Err(error) = self.journal.record(Record::Run) {
@@ -599,8 +601,7 @@ impl Shell<'_> {
             }
             Err(error) => return Err(report::chain(&error)),
         };
-        self.lazy = captured.lazy;
-        self.eager = captured.eager;
+        self.pages = captured.pages;
         Ok(State::new(&captured.tree))
     }
 
@@ -642,19 +643,22 @@ impl Shell<'_> {
 
     /// Sends the pages that must be there at the first instruction; how many have data.
     async fn send_eager(&mut self) -> Result<u64, Unsent> {
-        let mut reader = PageReader::open(self.pid)?;
         let mut page_count = 0;
-        for range in std::mem::take(&mut self.eager) {
-            let mut next = range.start;
-            while next < range.end {
-                let left = PageRange {
-                    start: next,
-                    end: range.end,
-                };
-                let batch = reader.batch(0, left)?;
-                next = batch.range().end;
-                page_count += batch.data_page_count() as u64;
-                self.send(batch).await?;
+        let pids = self.pids();
+        for index in 0..pids.len() {
+            let mut reader = reader_of(&pids, object_at(index))?;
+            for range in std::mem::take(&mut self.pages[index].eager) {
+                let mut next = range.start;
+                while next < range.end {
+                    let left = PageRange {
+                        start: next,
+                        end: range.end,
+                    };
+                    let batch = reader.batch(0, left)?;
+                    next = batch.range().end;
+                    page_count += batch.data_page_count() as u64;
+                    self.send(batch).await?;
+                }
             }
         }
         Ok(page_count)
@@ -662,10 +666,10 @@ impl Shell<'_> {
 
     /// Sends the page map of the frozen process, and beside it begins to serve its pages in bulk; faults are served already.
     async fn serve(&mut self) -> Result<(), Unsent> {
-        let reader = twice(|| PageReader::open(self.pid))?;
-        let (bulk, pid) = (self.links.bulk.clone(), self.pid);
+        let pids = self.pids();
+        let (bulk, served) = (self.links.bulk.clone(), Arc::clone(&pids));
         self.page_service.spawn(async move {
-            serve_pages(&bulk, pid).await;
+            serve_pages(&bulk, &served).await;
             "the target closed the bulk connection".to_owned()
         });
         let faults = self.links.faults.link.clone();
@@ -674,15 +678,22 @@ impl Shell<'_> {
             format!("the fault connection is gone: {}", report::chain(&error))
         });
         let mut total = 0;
-        let lazy = std::mem::take(&mut self.lazy);
-        for piece in reader.page_map(&lazy) {
-            let (map, page_count) = piece?;
-            total += page_count;
-            self.send(map).await?;
-            // Others serve pages on this thread.
-            tokio::task::yield_now().await;
+        for (index, pages) in std::mem::take(&mut self.pages).into_iter().enumerate() {
+            let reader = twice(|| reader_of(&pids, object_at(index)))?;
+            for piece in reader.page_map(&pages.lazy) {
+                let (map, page_count) = piece?;
+                total += page_count;
+                self.send(map).await?;
+                // Others serve pages on this thread.
+                tokio::task::yield_now().await;
+            }
         }
         self.send(MapEnd { pages_total: total }).await
+    }
+
+    /// The captured processes, in the order of the model.
+    fn pids(&self) -> Arc<[i32]> {
+        self.pages.iter().map(|pages| pages.pid).collect()
     }
 
     /// Fills in the times.
@@ -858,7 +869,7 @@ fn hello(id: [u8; 16], role: Role) -> Hello {
 /// Serves faults on a thread, a runtime and a socket of their own: bulk never stands in front of a fault.
 struct FaultServer {
     link: Link,
-    serve: Option<oneshot::Sender<i32>>,
+    serve: Option<oneshot::Sender<Arc<[i32]>>>,
 }
 
 impl FaultServer {
@@ -900,12 +911,12 @@ impl FaultServer {
                     if ready.send(Ok(link.clone())).is_err() {
                         return;
                     }
-                    let pid = tokio::select! {
-                        pid = begin => pid,
+                    let pids = tokio::select! {
+                        pids = begin => pids,
                         _ = link.closed() => return,
                     };
-                    if let Ok(pid) = pid {
-                        serve_pages(&link, pid).await;
+                    if let Ok(pids) = pids {
+                        serve_pages(&link, &pids).await;
                     }
                     link.close_and_wait().await;
                 });
@@ -918,12 +929,25 @@ impl FaultServer {
     }
 }
 
-/// Answers every page request on `link` until it ends.
-async fn serve_pages(link: &Link, pid: i32) {
+/// The number of the address space of the process at `index`.
+fn object_at(index: usize) -> u32 {
+    ObjectId::space(index).0
+}
+
+/// A reader of the process with this number.
+fn reader_of(pids: &[i32], object: u32) -> Result<PageReader, pageferry_pageserver::Error> {
+    // A number that nobody has is answered like that of a process that is gone.
+    let index = usize::try_from(object).unwrap_or(0).wrapping_sub(1);
+    let pid = pids.get(index).copied().unwrap_or(0);
+    PageReader::open(object, pid)
+}
+
+/// Answers every page request on `link` for the processes of a tree, in its order, until it ends.
+async fn serve_pages(link: &Link, pids: &Arc<[i32]>) {
     while let Ok((sender, receiver)) = link.accept().await {
-        let link = link.clone();
+        let (link, pids) = (link.clone(), Arc::clone(pids));
         tokio::spawn(async move {
-            if let Err(error) = serve_stream(sender, receiver, pid).await {
+            if let Err(error) = serve_stream(sender, receiver, &pids).await {
                 tracing::warn!("pages cannot be served any more: {error}");
                 // Both sides must learn of it: a page that is asked for would never come.
                 link.close();
@@ -935,12 +959,18 @@ async fn serve_pages(link: &Link, pid: i32) {
 async fn serve_stream(
     mut sender: FramedSend,
     mut receiver: FramedRecv,
-    pid: i32,
+    pids: &[i32],
 ) -> Result<(), BoxError> {
-    let mut reader = twice(|| PageReader::open(pid))?;
+    let mut readers: BTreeMap<u32, PageReader> = BTreeMap::new();
     while let Some(frame) = receiver.recv().await? {
         let Frame::Fetch(fetch) = frame else {
             return Err(format!("{:?} on a page stream", frame.tag()).into());
+        };
+        let reader = match readers.entry(fetch.object) {
+            btree_map::Entry::Occupied(open) => open.into_mut(),
+            btree_map::Entry::Vacant(place) => {
+                place.insert(twice(|| reader_of(pids, fetch.object))?)
+            }
         };
         let wanted = fetch.range();
         let mut next = wanted.start;

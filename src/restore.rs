@@ -17,11 +17,11 @@ use pageferry_restorer::fault::driver::{DriverHandle, Summary};
 use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
 use pageferry_tracee::host;
 use pageferry_wire::{PageKind, Phase};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::cli::{Common, Drain, RestoreArgs};
-use crate::commit::TargetTree;
+use crate::commit::{Ends, TargetTree};
 use crate::cradle::{Cradle, supervise};
 use crate::receive::ClockOffsets;
 use crate::report::{self, Ledger, Report, ms};
@@ -138,6 +138,8 @@ fn engine(args: &RestoreArgs, common: &Common, cradle: Cradle) -> u8 {
 /// A process that is being made, and that ends with this unless it was let go.
 struct Made {
     pid: i32,
+    /// All of the tree, once they are known.
+    pids: Vec<i32>,
     cradle: Option<Cradle>,
     tree: Option<TargetTree>,
 }
@@ -220,22 +222,28 @@ async fn restore(
     };
     let mut made = Made {
         pid,
+        pids: Vec::new(),
         cradle: Some(cradle),
         tree: Some(held),
     };
     offsets.adjust(&mut tree).map_err(before)?;
     let pages = ImagePages::new(image);
     let eager = eager_pages(&pages, &tree).map_err(|error| bad_pages(&error))?;
-    let lazy = at_rest::mapped(&tree, Kind::Anon);
+    let lazy: Vec<_> = tree
+        .processes
+        .iter()
+        .map(|process| at_rest::mapped(process, Kind::Anon))
+        .collect();
+    made.pids = tree.processes.iter().map(|process| process.pid).collect();
     let rebuilt = made
         .tree()?
         .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
         .await
         .map_err(|error| before(report::chain(&error)))?;
-    ledger.pages_resident_at_run = rebuilt.resident.len() as u64;
+    ledger.pages_resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
 
     let drains = !args.lazy || args.drain == Drain::On;
-    let mut filling = Filling::start(pid, rebuilt, &pages, &lazy, drains)?;
+    let mut filling = Filling::start(rebuilt, &pages, &lazy, drains)?;
     if !args.lazy {
         match filling.filled(report, &mut stop, None).await {
             Ok(summary) => filling.enter(ledger, &summary),
@@ -310,13 +318,15 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
     if let Some(cradle) = &mut made.cradle {
         cradle.running().map_err(before)?;
     }
-    let pid = Pid::from_raw(made.pid);
+    let pids = made.pids.clone();
     let tree = made.tree()?;
     tree.clear_exit_kill().await.map_err(failed)?;
     if stopped {
         // It waits in the queue while every thread is held: none executes an instruction before it.
-        kill(pid, Signal::SIGSTOP)
-            .map_err(|errno| before(format!("it cannot be stopped: {}", errno.desc())))?;
+        for pid in pids {
+            kill(Pid::from_raw(pid), Signal::SIGSTOP)
+                .map_err(|errno| before(format!("it cannot be stopped: {}", errno.desc())))?;
+        }
     }
     tree.release().await.map_err(failed)
 }
@@ -346,32 +356,49 @@ fn eager_pages(
     pages: &ImagePages,
     tree: &Tree,
 ) -> Result<Vec<EagerPage>, pageferry_pageserver::Error> {
-    let first = tree.root.iter().flat_map(|root| &root.first_touch);
-    let mut wanted: Vec<PageRange> = first
-        .filter_map(|range| PageRange::new(range.start, range.end))
-        .chain(at_rest::mapped(tree, Kind::FilePrivate))
-        .collect();
-    wanted.sort_unstable();
     let mut found = Vec::new();
-    let mut data = Vec::new();
-    pages.page_map(&wanted, |range| data.push(range))?;
-    for mut left in data {
-        while !left.is_empty() {
-            let batch = pages.batch(0, left)?;
-            left.start = batch.range().end;
-            for run in batch.runs() {
-                if run.kind != PageKind::Data {
-                    continue;
-                }
-                for address in (run.range.start..run.range.end).step_by(PAGE_LEN) {
-                    let content = batch.verify_page(address).ok().flatten();
-                    let content = content.expect("it was built here, with its checksums");
-                    found.push(EagerPage { address, content });
+    for (object, process) in (1..).zip(&tree.processes) {
+        let first = process.first_touch.iter();
+        let mut wanted: Vec<PageRange> = first
+            .filter_map(|range| PageRange::new(range.start, range.end))
+            .chain(at_rest::mapped(process, Kind::FilePrivate))
+            .collect();
+        wanted.sort_unstable();
+        let mut data = Vec::new();
+        pages.page_map(object, &wanted, |range| data.push(range))?;
+        for mut left in data {
+            while !left.is_empty() {
+                let batch = pages.batch(object, 0, left)?;
+                left.start = batch.range().end;
+                for run in batch.runs() {
+                    if run.kind != PageKind::Data {
+                        continue;
+                    }
+                    for address in (run.range.start..run.range.end).step_by(PAGE_LEN) {
+                        let content = batch.verify_page(address).ok().flatten();
+                        let content = content.expect("it was built here, with its checksums");
+                        found.push(EagerPage {
+                            object,
+                            address,
+                            content,
+                        });
+                    }
                 }
             }
         }
     }
     Ok(found)
+}
+
+/// The next process that ends.
+async fn next_end(ended: &mut Option<Ends>) -> (i32, i32) {
+    match ended {
+        Some(ended) => match ended.recv().await {
+            Some(end) => end,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
 }
 
 /// Why the memory is not full.
@@ -397,25 +424,26 @@ const MAP_PIECE: usize = 4096;
 impl Filling {
     /// Must be called inside a tokio runtime.
     fn start(
-        pid: i32,
-        rebuilt: Rebuilt,
+        rebuilt: Vec<Rebuilt>,
         pages: &ImagePages,
-        lazy: &[PageRange],
+        lazy: &[Vec<PageRange>],
         drains: bool,
     ) -> Result<Self, Failure> {
         let (connections, failures) = drain::from_image(pages);
-        let (driver, handle) = drain::start(pid, rebuilt, connections, drains)
+        let (driver, handle) = drain::start(rebuilt, connections, drains)
             .map_err(|error| before(report::chain(&error)))?;
-        let mut piece = Vec::new();
-        pages
-            .page_map(lazy, |range| {
-                piece.push(range);
-                if piece.len() == MAP_PIECE {
-                    handle.map(std::mem::take(&mut piece));
-                }
-            })
-            .map_err(|error| bad_pages(&error))?;
-        handle.map(piece);
+        for (object, lazy) in (1..).zip(lazy) {
+            let mut piece = Vec::new();
+            pages
+                .page_map(object, lazy, |range| {
+                    piece.push(range);
+                    if piece.len() == MAP_PIECE {
+                        handle.map(object, &std::mem::take(&mut piece));
+                    }
+                })
+                .map_err(|error| bad_pages(&error))?;
+            handle.map(object, &piece);
+        }
         handle.map_end();
         let driver =
             tokio::spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
@@ -433,20 +461,9 @@ impl Filling {
         &mut self,
         report: &mut Report,
         stop: &mut Stop,
-        ended: Option<oneshot::Receiver<i32>>,
+        mut ended: Option<Ends>,
     ) -> Result<Summary, Unfilled> {
         let runs = ended.is_some();
-        let ended = async move {
-            match ended {
-                Some(ended) => match ended.await {
-                    Ok(_) => {}
-                    Err(_) => std::future::pending().await,
-                },
-                None => std::future::pending().await,
-            }
-        };
-        tokio::pin!(ended);
-        let mut has_ended = false;
         let mut lost: Option<Unfilled> = None;
         let mut progress = tokio::time::interval(PROGRESS_PAUSE);
         loop {
@@ -471,10 +488,9 @@ impl Filling {
                     );
                     lost = Some(unfilled);
                 }
-                () = &mut ended, if !has_ended => {
-                    has_ended = true;
-                    self.handle.root_ended();
-                    tracing::info!("the process ended by itself");
+                (pid, _) = next_end(&mut ended) => {
+                    self.handle.ended(pid);
+                    tracing::info!("pid {pid} ended by itself");
                 }
                 signal = stop.wait() => match lost.take() {
                     Some(unfilled) => return Err(Unfilled { signal: Some(signal), ..unfilled }),
