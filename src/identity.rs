@@ -311,6 +311,16 @@ impl Identity {
         Self::load(&path)
     }
 
+    /// The identity in `directory`, and the keys that `texts` stand for, as [`Peers::resolve`] takes them with [`PEERS`].
+    ///
+    /// # Errors
+    /// Whichever of the two cannot be had.
+    pub fn open_with_peers(directory: &Path, texts: &[String]) -> Result<(Self, TrustSet), Error> {
+        let identity = Self::open(directory)?;
+        let peers = Peers::load(PEERS.as_ref())?;
+        Ok((identity, peers.resolve(texts.iter().map(String::as_str))?))
+    }
+
     /// What peers are told to trust.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint

@@ -16,7 +16,7 @@ use pageferry_wire::{Frame, Phase};
 use tokio::time::timeout;
 
 use crate::cli::{Common, PageServerArgs};
-use crate::identity::{Identity, PEERS, Peers};
+use crate::identity::Identity;
 use crate::stop::Stop;
 use crate::transport::{self, FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener};
 use crate::{exit, migrate, page_service, report};
@@ -36,12 +36,7 @@ pub fn run(args: &PageServerArgs, _: &Common) -> u8 {
             return code;
         }
     };
-    let opened = Identity::open(&args.identity.identity)
-        .and_then(|identity| Peers::load(PEERS.as_ref()).map(|peers| (identity, peers)))
-        .and_then(|(identity, peers)| {
-            let trust = peers.resolve(args.trust.iter().map(String::as_str))?;
-            Ok((identity, trust))
-        });
+    let opened = Identity::open_with_peers(&args.identity.identity, &args.trust);
     let (identity, trust) = match opened {
         Ok(opened) => opened,
         Err(error) => {

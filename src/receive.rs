@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use crate::cli::{Clock, Common, Drain, ReceiveArgs};
 use crate::commit::{self, TargetTree};
 use crate::cradle::{Cradle, HuskOrder, supervise};
-use crate::identity::{Identity, PEERS, Peers, TrustSet};
+use crate::identity::{Identity, TrustSet};
 use crate::journal::Journal;
 use crate::migrate::hex;
 use crate::report::{self, Ledger, Report};
@@ -47,14 +47,7 @@ pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
         eprintln!("pageferry: {missing}");
         return exit::HOST;
     }
-    let opened = Identity::open(&args.identity.identity)
-        .and_then(|identity| Peers::load(PEERS.as_ref()).map(|peers| (identity, peers)))
-        .and_then(|(identity, peers)| {
-            Ok((
-                identity,
-                peers.resolve(args.trust.iter().map(String::as_str))?,
-            ))
-        });
+    let opened = Identity::open_with_peers(&args.identity.identity, &args.trust);
     let (identity, trust) = match opened {
         Ok(opened) => opened,
         Err(error) => {

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use crate::cli::{Common, Drain, RestoreArgs};
 use crate::commit::TargetTree;
 use crate::cradle::{Cradle, supervise};
-use crate::identity::{Identity, PEERS, Peers};
+use crate::identity::Identity;
 use crate::origin::{self, Origin};
 use crate::receive::ClockOffsets;
 use crate::report::{self, Ledger, Report, ms};
@@ -35,12 +35,8 @@ const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
 /// Why nothing runs, or not any more.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error("{what}; nothing was made")]
-    Image {
-        what: &'static str,
-        #[source]
-        source: Box<origin::Error>,
-    },
+    #[error("the image cannot be restored; nothing was made")]
+    Image(#[source] Box<origin::Error>),
     #[error("refused; nothing was made")]
     Refused,
     #[error("{what}; nothing is left of it here")]
@@ -58,11 +54,11 @@ enum Failure {
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Image { source, .. } if source.is_bad_data() => exit::BAD_DATA,
+            Self::Image(source) if source.is_bad_data() => exit::BAD_DATA,
             Self::Before { is_bad: true, .. } => exit::BAD_DATA,
             Self::Refused => exit::REFUSED,
             Self::Lost { .. } => exit::LOST,
-            Self::Image { .. } | Self::Before { .. } | Self::Complete { .. } => exit::FAILED,
+            Self::Image(_) | Self::Before { .. } | Self::Complete { .. } => exit::FAILED,
         }
     }
 }
@@ -176,9 +172,8 @@ async fn restore(
     report.set_id(migrate::hex(&id));
     report.phase(Phase::Plan);
     let began = Instant::now();
-    let opening = open(args, id);
     let origin = tokio::select! {
-        opened = opening => opened?,
+        opened = open(args, id) => opened?,
         signal = stop.wait() => {
             eprintln!("pageferry: cancelled; nothing was made");
             return Ok(exit::signalled(signal));
@@ -290,11 +285,10 @@ async fn restore(
             what: format!("it could not be let go of: {}", report::chain(&error)),
         });
     }
-    let Some(cradle) = made.cradle.take() else {
+    let Some(mut cradle) = made.cradle.take() else {
         return Ok(exit::DONE);
     };
     if args.detach {
-        let mut cradle = cradle;
         if let Err(error) = cradle.let_go() {
             tracing::warn!("{error}");
         }
@@ -334,10 +328,9 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
     if stopped {
         // One for each thread, in a queue of its own: none executes an instruction before it has taken that, whichever goes first.
         // SIGCONT takes them all away.
-        let threads = procfs::tids(pid).map_err(|error| before(report::chain(&error)))?;
-        for tid in threads {
-            process::signal_thread(pid, tid, Signal::SIGSTOP as i32)
-                .map_err(|error| before(report::chain(&error)))?;
+        let failed = |error| before(report::chain(&error));
+        for tid in procfs::tids(pid).map_err(failed)? {
+            process::signal_thread(pid, tid, Signal::SIGSTOP as i32).map_err(failed)?;
         }
     }
     tree.release().await.map_err(failed)
@@ -345,22 +338,13 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
 
 /// Opens the image, here or there.
 async fn open(args: &RestoreArgs, id: [u8; 16]) -> Result<Origin, Failure> {
-    let failed = |source| Failure::Image {
-        what: "the image cannot be restored",
-        source: Box::new(source),
-    };
+    let failed = |source| Failure::Image(Box::new(source));
     let (Some(from), Some(name)) = (&args.from, &args.name) else {
         let path = args.image.as_deref().unwrap_or(Path::new(""));
         return Origin::here(path).map_err(failed);
     };
-    let known = Identity::open(&args.identity.identity).and_then(|identity| {
-        let peers = Peers::load(PEERS.as_ref())?;
-        Ok((
-            identity,
-            peers.resolve(args.peer.iter().map(String::as_str))?,
-        ))
-    });
-    let (identity, peers) = known.map_err(|error| before(report::chain(&error)))?;
+    let (identity, peers) = Identity::open_with_peers(&args.identity.identity, &args.peer)
+        .map_err(|error| before(report::chain(&error)))?;
     Origin::there(from, name, &identity, &peers, id)
         .await
         .map_err(failed)

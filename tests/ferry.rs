@@ -4,6 +4,7 @@
 //! purpose: a field that is renamed or added by accident fails every test.
 
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -150,12 +151,16 @@ pub(crate) struct Running {
 /// What one of its streams has carried so far, collected by a thread that ends with the stream.
 #[derive(Debug)]
 struct Stream {
+    /// `pipe:[INODE]`
+    name: PathBuf,
     bytes: Arc<Mutex<Vec<u8>>>,
     reader: Option<JoinHandle<()>>,
 }
 
 impl Stream {
-    fn collect(mut from: impl Read + Send + 'static) -> Self {
+    fn collect(mut from: impl Read + AsRawFd + Send + 'static) -> Self {
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", from.as_raw_fd()))
+            .expect("an open descriptor has a name");
         let bytes = Arc::new(Mutex::new(Vec::new()));
         let into = Arc::clone(&bytes);
         let reader = std::thread::spawn(move || {
@@ -167,9 +172,34 @@ impl Stream {
             }
         });
         Self {
+            name,
             bytes,
             reader: Some(reader),
         }
+    }
+
+    /// True when nobody can write to it any more and everything was read.
+    fn has_ended(&self) -> bool {
+        self.reader.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Who holds it open, ourselves included: number, name and descriptor of each.
+    fn holders(&self) -> Vec<String> {
+        let descriptors = listed("/proc")
+            .into_iter()
+            .flat_map(|process| listed(process.join("fd")));
+        descriptors
+            .filter(|descriptor| std::fs::read_link(descriptor).is_ok_and(|name| name == self.name))
+            .map(|descriptor| {
+                let comm = descriptor.parent().map(|fd| fd.with_file_name("comm"));
+                let comm = comm.and_then(|comm| std::fs::read_to_string(comm).ok());
+                format!(
+                    "{} ({})",
+                    descriptor.display(),
+                    comm.unwrap_or_default().trim_end()
+                )
+            })
+            .collect()
     }
 
     fn so_far(&self) -> String {
@@ -287,20 +317,18 @@ impl Running {
     #[track_caller]
     pub(crate) fn wait(mut self) -> Finished {
         let status = self.wait_status();
-        // Whatever still holds the stream (a keeper, a cradle) does so without a word; it must not be waited for.
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while [&self.stdout, &self.stderr].iter().any(|stream| {
-            stream
-                .reader
-                .as_ref()
-                .is_some_and(|reader| !reader.is_finished())
-        }) {
-            assert!(
-                Instant::now() < deadline,
-                "{} has ended, but something of it holds its output open",
-                self.what
-            );
-            std::thread::sleep(Duration::from_millis(5));
+        // Whatever still holds a stream (a keeper, a cradle) is on its way out; one that is not is found here.
+        let deadline = Instant::now() + patience();
+        for stream in [&self.stdout, &self.stderr] {
+            while !stream.has_ended() {
+                assert!(
+                    Instant::now() < deadline,
+                    "{} has ended, but something of it holds its output open: {:?}",
+                    self.what,
+                    stream.holders()
+                );
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
         let (stdout, stderr) = (self.stdout.all(), self.stderr.all());
         let events = stdout
@@ -359,6 +387,16 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Paths of what lies in a directory that may be gone.
+fn listed(directory: impl AsRef<Path>) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory);
+    entries
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect()
 }
 
 fn parent(process: &Process) -> Option<i32> {

@@ -116,7 +116,8 @@ pub fn build_elf(load_address: u64) -> Result<Vec<u8>> {
 /// Makes a husk and returns its pid, which is the one asked for. It has executed its program when this returns.
 ///
 /// The caller is its parent, or with `sibling` its brother, and must have one thread. It is killed when its parent ends
-/// (`PR_SET_PDEATHSIG`), for as long as nobody sets that anew in it. Address space randomisation is off in it. It lives in the time namespace that the caller has chosen for its children ([`process::unshare_time`]).
+/// (`PR_SET_PDEATHSIG`), for as long as nobody sets that anew in it. Address space randomisation is off in it. It lives in the
+/// time namespace that the caller has chosen for its children ([`process::unshare_time`]).
 ///
 /// # Errors
 /// [`Error::PidTaken`]; [`Error::WrongState`] with a second thread; [`Error::Kernel`]: `EINVAL` from clone3 for a pid above
