@@ -1,15 +1,15 @@
 //! The only place that parks, kills and resumes.
 //!
-//! ptrace is bound to the thread that seized, so each side keeps the process in a thread of its own that takes commands
+//! ptrace is bound to the thread that seized, so each side keeps the tree in a thread of its own that takes commands
 //! from the closed enums here. Until COMMIT the hold on the source is ptrace: our death thaws the process. PARK turns it
 //! round: from there our death leaves it stopped.
 //!
 //! The races, told as steps:
 //! 1. Source: PARK record → SIGSTOP queued while every thread is ptrace-stopped → COMMIT record → COMMIT frame.
 //!    Killed before the COMMIT record: the keeper continues the process. After it: the process stays in state T.
-//! 2. Target: COMMIT frame → RUN record → EXITKILL cleared on all threads but the leader's → RELEASING record → detach.
-//!    Killed before RELEASING nobody ran; the husk dies with us. Afterwards the leader's EXITKILL, and the cradle, end
-//!    the whole process rather than let it run without its pages.
+//! 2. Target: COMMIT frame → RUN record → EXITKILL cleared on all threads but the first of each process → RELEASING record →
+//!    detach. Killed before RELEASING nobody ran; the husks die with us. Afterwards the first threads' EXITKILL, and the
+//!    cradle, end the whole tree rather than let it run without its pages.
 
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -19,8 +19,10 @@ use pageferry_image::model::task::Tree;
 use pageferry_pageserver::capture::{self, Captured};
 use pageferry_pageserver::survey::{Survey, SurveyOptions};
 use pageferry_restorer::rebuild::{self, EagerPage, Rebuilt};
+use pageferry_tracee::family::Family;
 use pageferry_tracee::host;
-use pageferry_tracee::tree::{Held, Pumped, SeizeOptions, Tracee};
+use pageferry_tracee::tree::{Held, Pumped, SeizeOptions};
+use tokio::sync::mpsc as unbounded;
 use tokio::sync::oneshot;
 
 /// Longest time a freeze may take before every thread is let go again.
@@ -158,21 +160,21 @@ impl Drop for SourceTree {
 }
 
 fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
-    let mut held: Option<Tracee> = None;
+    let mut held: Option<Family> = None;
     let mut parked = false;
     while let Ok(command) = inbox.recv() {
         match command {
             SourceCommand::Freeze(reply) => {
                 let outcome = freeze(pid);
-                let _ = reply.send(outcome.map(|(tracee, frozen)| {
-                    held = Some(tracee);
+                let _ = reply.send(outcome.map(|(family, frozen)| {
+                    held = Some(family);
                     frozen
                 }));
             }
             SourceCommand::Capture(work, reply) => {
                 let (survey, options) = *work;
-                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|tracee| {
-                    capture::capture(tracee, &survey, &options).map_err(Error::Capture)
+                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|family| {
+                    capture::capture(family, &survey, &options).map_err(Error::Capture)
                 });
                 let _ = reply.send(outcome);
             }
@@ -180,7 +182,7 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
                 let outcome = held
                     .as_mut()
                     .ok_or(Error::Thread)
-                    .and_then(|tracee| tracee.park().map_err(Error::Park));
+                    .and_then(|family| family.park().map_err(Error::Park));
                 // Also after an error: the SIGSTOP may be in the queue, and a roll-back looks.
                 parked = true;
                 let _ = reply.send(outcome);
@@ -192,7 +194,7 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
                 let outcome = held
                     .take()
                     .ok_or(Error::Thread)
-                    .and_then(|tracee| tracee.kill().map_err(Error::Kill));
+                    .and_then(|family| family.kill().map_err(Error::Kill));
                 let _ = reply.send(outcome);
             }
             SourceCommand::Abandon => break,
@@ -204,18 +206,18 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
     }
 }
 
-fn freeze(pid: i32) -> Result<(Tracee, Frozen), Error> {
+fn freeze(pid: i32) -> Result<(Family, Frozen), Error> {
     let seize = SeizeOptions {
         exit_kill: false,
         follow: true,
         suspend_seccomp: true,
     };
-    let mut tracee = Tracee::seize(pid, seize).map_err(Error::Freeze)?;
-    let began = tracee
+    let mut family = Family::seize(pid, seize).map_err(Error::Freeze)?;
+    let began = family
         .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)
         .map_err(Error::Freeze)?;
     Ok((
-        tracee,
+        family,
         Frozen {
             began,
             stopped: Instant::now(),
@@ -223,41 +225,45 @@ fn freeze(pid: i32) -> Result<(Tracee, Frozen), Error> {
     ))
 }
 
-fn roll_back(held: Option<Tracee>, parked: bool) -> Result<(), Error> {
-    let Some(mut tracee) = held else {
+fn roll_back(held: Option<Family>, parked: bool) -> Result<(), Error> {
+    let Some(mut family) = held else {
         return Ok(());
     };
     if parked {
-        tracee.unpark().map_err(Error::Thaw)?;
+        family.unpark().map_err(Error::Thaw)?;
     }
-    tracee.thaw().map_err(Error::Thaw)
+    family.thaw().map_err(Error::Thaw)
 }
 
 enum TargetCommand {
-    Rebuild(Box<(Tree, Vec<EagerPage>, i64, i64)>, Reply<Rebuilt>),
+    Rebuild(Box<(Tree, Vec<EagerPage>, i64, i64)>, Reply<Vec<Rebuilt>>),
     ClearExitKill(Reply<()>),
     Release(Reply<()>),
     LetGo(Reply<()>),
 }
 
-/// The process on the target, held by a thread of its own: EXITKILL stays on its leader until every page is there.
+/// The process tree on the target, held by a thread of its own: EXITKILL stays on the first thread of each process until every page
+/// is there.
 ///
-/// Dropped before it was let go, the process is killed.
+/// Dropped before it was let go, the tree is killed.
 #[derive(Debug)]
 pub struct TargetTree {
     commands: mpsc::Sender<TargetCommand>,
     thread: Option<JoinHandle<()>>,
-    ended: Option<oneshot::Receiver<i32>>,
+    ended: Option<Ends>,
 }
+
+/// Which processes end while they are held: the process id and wait status of each.
+pub type Ends = unbounded::UnboundedReceiver<(i32, i32)>;
 
 impl TargetTree {
     /// Seizes the husk `pid` on a new thread.
     pub fn new(pid: i32) -> std::io::Result<Self> {
         let (commands, inbox) = mpsc::channel();
-        let (end, ended) = oneshot::channel();
+        let (end, ended) = unbounded::unbounded_channel();
         let thread = std::thread::Builder::new()
             .name("hold".into())
-            .spawn(move || hold_target(pid, &inbox, end))?;
+            .spawn(move || hold_target(pid, &inbox, &end))?;
         Ok(Self {
             commands,
             thread: Some(thread),
@@ -272,28 +278,28 @@ impl TargetTree {
         eager: Vec<EagerPage>,
         monotonic_offset_ns: i64,
         boottime_offset_ns: i64,
-    ) -> Result<Rebuilt, Error> {
+    ) -> Result<Vec<Rebuilt>, Error> {
         let work = Box::new((tree, eager, monotonic_offset_ns, boottime_offset_ns));
         ask(&self.commands, |reply| TargetCommand::Rebuild(work, reply)).await
     }
 
-    /// First half of the release: nobody has run yet, our death still ends it by the leader.
+    /// First half of the release: nobody has run yet, our death still ends each process by its first thread.
     pub async fn clear_exit_kill(&self) -> Result<(), Error> {
         ask(&self.commands, TargetCommand::ClearExitKill).await
     }
 
-    /// Lets every thread run; the leader stays held with EXITKILL.
+    /// Lets every thread run; the first of each process stays held with EXITKILL.
     pub async fn release(&self) -> Result<(), Error> {
         ask(&self.commands, TargetCommand::Release).await
     }
 
-    /// Every page is there: lets go of the leader too. On `Err` it is still held, and may be let go again.
+    /// Every page is there: lets go of the first threads too. On `Err` some are still held, and may be let go again.
     pub async fn let_go(&self) -> Result<(), Error> {
         ask(&self.commands, TargetCommand::LetGo).await
     }
 
-    /// Resolves when the process ends while it is held; the sender is dropped when it is let go. Once.
-    pub fn ended(&mut self) -> Option<oneshot::Receiver<i32>> {
+    /// Tells of every process that ends while it is held. Once.
+    pub fn ended(&mut self) -> Option<Ends> {
         self.ended.take()
     }
 }
@@ -308,89 +314,92 @@ impl Drop for TargetTree {
     }
 }
 
-/// How long one look at the held leader waits before commands are looked at again.
-const PUMP_PAUSE: Duration = Duration::from_millis(20);
+/// Pause between two looks at the held processes: while nobody looks, their signals wait.
+const PUMP_PAUSE: Duration = Duration::from_micros(500);
+/// The same after a look that failed.
+const FAILED_PAUSE: Duration = Duration::from_millis(20);
 
-fn hold_target(pid: i32, inbox: &mpsc::Receiver<TargetCommand>, end: oneshot::Sender<i32>) {
+fn hold_target(
+    pid: i32,
+    inbox: &mpsc::Receiver<TargetCommand>,
+    ended: &unbounded::UnboundedSender<(i32, i32)>,
+) {
     let seize = SeizeOptions {
         exit_kill: true,
         follow: false,
         suspend_seccomp: false,
     };
-    let mut husk: Option<Tracee> = None;
-    let mut held = None;
+    let mut husks: Option<Family> = None;
+    let mut held: Vec<Held> = Vec::new();
     let mut complained = false;
-    let mut end = Some(end);
     loop {
-        let command = if let Some(leader) = &mut held {
-            match Held::pump(leader, PUMP_PAUSE) {
-                Ok(Pumped::Running) => {}
+        let command = if held.is_empty() {
+            match inbox.recv() {
+                Ok(command) => command,
+                Err(mpsc::RecvError) => break,
+            }
+        } else {
+            let mut pause = PUMP_PAUSE;
+            held.retain_mut(|leader| match leader.pump(Duration::ZERO) {
+                Ok(Pumped::Running) => true,
                 Ok(Pumped::Exited(status)) => {
-                    held = None;
-                    if let Some(end) = end.take() {
-                        let _ = end.send(status);
-                    }
+                    // Nobody may want to know any more.
+                    let _ = ended.send((leader.pid(), status));
+                    false
                 }
                 // It stays held: only one who holds it can let it go, and without that it would end with us.
                 Err(error) => {
                     if !std::mem::replace(&mut complained, true) {
-                        tracing::warn!("the held process could not be looked at: {error}");
+                        tracing::warn!("a held process could not be looked at: {error}");
                     }
-                    if error.is_gone() {
-                        held = None;
-                    } else {
-                        std::thread::sleep(PUMP_PAUSE);
-                    }
+                    pause = FAILED_PAUSE;
+                    !error.is_gone()
                 }
-            }
-            match inbox.try_recv() {
+            });
+            match inbox.recv_timeout(pause) {
                 Ok(command) => command,
-                Err(mpsc::TryRecvError::Empty) => continue,
-                Err(mpsc::TryRecvError::Disconnected) => break,
-            }
-        } else {
-            match inbox.recv() {
-                Ok(command) => command,
-                Err(mpsc::RecvError) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => continue,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
         };
         match command {
             TargetCommand::Rebuild(work, reply) => {
                 let (tree, eager, monotonic, boottime) = *work;
                 let outcome =
-                    seize_and_rebuild(pid, seize, &tree, &eager, monotonic, boottime, &mut husk);
+                    seize_and_rebuild(pid, seize, &tree, &eager, monotonic, boottime, &mut husks);
                 let _ = reply.send(outcome);
             }
             TargetCommand::ClearExitKill(reply) => {
-                let outcome = husk
+                let outcome = husks
                     .as_mut()
                     .ok_or(Error::Thread)
                     .and_then(|h| h.clear_exit_kill().map_err(Error::Release));
                 let _ = reply.send(outcome);
             }
             TargetCommand::Release(reply) => {
-                let outcome = husk
+                let outcome = husks
                     .take()
                     .ok_or(Error::Thread)
-                    .and_then(|h| h.release(true).map_err(Error::Release));
-                let _ = reply.send(outcome.map(|leader| held = leader));
+                    .and_then(|h| h.release().map_err(Error::Release));
+                let _ = reply.send(outcome.map(|leaders| held = leaders));
             }
             TargetCommand::LetGo(reply) => {
-                let outcome = match held.as_mut().map_or(Ok(()), Held::release) {
-                    Err(error) if !error.is_gone() => Err(Error::Release(error)),
-                    _ => Ok(()),
-                };
-                if outcome.is_ok() {
-                    held = None;
-                }
+                let mut outcome = Ok(());
+                held.retain_mut(|leader| match leader.release() {
+                    Err(error) if !error.is_gone() => {
+                        outcome = Err(Error::Release(error));
+                        true
+                    }
+                    _ => false,
+                });
                 let _ = reply.send(outcome);
             }
         }
     }
-    if let Some(husk) = husk {
-        let _ = husk.kill();
+    if let Some(husks) = husks {
+        let _ = husks.kill();
     }
-    // A leader still held here dies with this thread: EXITKILL.
+    // What is still held here dies with this thread: EXITKILL.
 }
 
 fn seize_and_rebuild(
@@ -400,10 +409,10 @@ fn seize_and_rebuild(
     eager: &[EagerPage],
     monotonic_offset_ns: i64,
     boottime_offset_ns: i64,
-    husk: &mut Option<Tracee>,
-) -> Result<Rebuilt, Error> {
-    let tracee = husk.insert(Tracee::seize(pid, seize).map_err(|e| Error::Rebuild(e.into()))?);
-    tracee
+    husks: &mut Option<Family>,
+) -> Result<Vec<Rebuilt>, Error> {
+    let family = husks.insert(Family::seize(pid, seize).map_err(|e| Error::Rebuild(e.into()))?);
+    family
         .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)
         .map_err(|e| Error::Rebuild(e.into()))?;
     let clock = || {
@@ -414,5 +423,5 @@ fn seize_and_rebuild(
             realtime_ns: now.realtime_ns,
         })
     };
-    rebuild::rebuild(tracee, tree, eager, clock).map_err(Error::Rebuild)
+    rebuild::rebuild(family, tree, eager, clock).map_err(Error::Rebuild)
 }

@@ -16,34 +16,36 @@ use crate::{origin, report};
 /// Batches that may wait for the driver before a link's reader pauses: QUIC's flow control then slows the source down.
 const BATCHES_WAITING_MAX: usize = 64;
 
-/// Takes charge of a rebuilt process that does not run yet. Must be called inside a tokio runtime.
+/// Takes charge of the rebuilt processes of a tree that does not run yet. Must be called inside a tokio runtime.
 ///
 /// # Errors
-/// The process must then never run.
+/// The tree must then never run.
 pub fn start(
-    pid: i32,
-    rebuilt: Rebuilt,
+    rebuilt: Vec<Rebuilt>,
     connections: Connections,
     drain: bool,
 ) -> Result<(Driver, DriverHandle), FaultError> {
-    let Rebuilt {
-        uffd,
-        lazy,
-        resident,
-        wipe_on_fork,
-    } = rebuilt;
-    let memory = Memory {
-        pid,
-        uffd,
-        lazy,
-        resident,
-        wipe_on_fork,
-    };
+    let memories = rebuilt.into_iter().map(|rebuilt| {
+        let Rebuilt {
+            pid,
+            uffd,
+            lazy,
+            resident,
+            wipe_on_fork,
+        } = rebuilt;
+        Memory {
+            pid,
+            uffd,
+            lazy,
+            resident,
+            wipe_on_fork,
+        }
+    });
     let options = Options {
         drain,
         ..Options::default()
     };
-    Driver::new(memory, connections, options)
+    Driver::new(memories.collect(), connections, options)
 }
 
 /// Pages come from the host at the other end of two links.
@@ -73,7 +75,7 @@ pub fn from_image(pages: &ImagePages) -> (Connections, mpsc::UnboundedReceiver<o
             while let Some(fetch) = wanted.blocking_recv() {
                 let mut left = fetch.range();
                 while !left.is_empty() {
-                    let batch = match pages.batch(fetch.request, left) {
+                    let batch = match pages.batch(fetch.object, fetch.request, left) {
                         Ok(batch) => batch,
                         Err(error) => {
                             // Whoever waits for the pages is told by the closed channel, too.

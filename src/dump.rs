@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_image::model::files::file;
-use pageferry_image::model::memory::{FileIdentity, Kind};
+use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::task::Tree;
 use pageferry_image::store::{self, Compression, Header, ImageWriter, ObjectId, Origin};
 use pageferry_pageserver::serve::{PageReader, Piece};
@@ -215,7 +215,7 @@ async fn dump(
         let (image, compression) = (args.image.clone(), compression(args.compress));
         let cancelled = Arc::clone(&cancel);
         let writing = tokio::task::spawn_blocking(move || {
-            write(&image, captured.tree, origin, compression, pid, &cancelled)
+            write(&image, captured.tree, origin, compression, &cancelled)
         });
         writing.await.map_err(|_| Unwritten::Thread)?
     }
@@ -397,7 +397,10 @@ fn check_place(path: &Path, resident_bytes: u64) -> Result<(), BoxError> {
 
 /// The files it writes, as they are now that it is frozen: whether somebody else touches them later is told by that.
 fn refresh_written(tree: &mut Tree) {
-    let spaces = tree.root.iter_mut().filter_map(|root| root.space.as_mut());
+    let spaces = tree
+        .processes
+        .iter_mut()
+        .filter_map(|process| process.space.as_mut());
     let mapped = spaces
         .flat_map(|space| &mut space.mappings)
         .filter_map(|mapping| mapping.file.as_mut());
@@ -420,29 +423,29 @@ fn write(
     tree: Tree,
     origin: Origin,
     compression: Compression,
-    pid: i32,
     cancel: &AtomicBool,
 ) -> Result<ImageWriter, Unwritten> {
-    let mut reader = PageReader::open(pid).map_err(Unwritten::Memory)?;
-    let mut ranges = at_rest::mapped(&tree, Kind::Anon);
-    ranges.extend(at_rest::mapped(&tree, Kind::FilePrivate));
-    ranges.sort_unstable();
+    let pids: Vec<i32> = tree.processes.iter().map(|process| process.pid).collect();
+    let work = at_rest::all_mapped(&tree);
     let began = Instant::now();
     let mut writer = ImageWriter::create(path, tree, origin, compression)?;
-    let object = ObjectId::ROOT_SPACE;
-    for range in ranges {
-        reader
-            .read_all(range, |range, piece| {
-                if cancel.load(Ordering::Relaxed) {
-                    return Err(Unwritten::Cancelled);
-                }
-                match piece {
-                    Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
-                    Piece::Without(kind) => writer.without_data(object, kind, range)?,
-                }
-                Ok(())
-            })
-            .map_err(Unwritten::Memory)??;
+    for (pid, (object, ranges)) in pids.into_iter().zip(work) {
+        let mut reader = PageReader::open(object, pid).map_err(Unwritten::Memory)?;
+        let object = ObjectId(object);
+        for range in ranges {
+            reader
+                .read_all(range, |range, piece| {
+                    if cancel.load(Ordering::Relaxed) {
+                        return Err(Unwritten::Cancelled);
+                    }
+                    match piece {
+                        Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
+                        Piece::Without(kind) => writer.without_data(object, kind, range)?,
+                    }
+                    Ok(())
+                })
+                .map_err(Unwritten::Memory)??;
+        }
     }
     tracing::debug!("its pages were read in {:.0} ms", ms(began.elapsed()));
     if cancel.load(Ordering::Relaxed) {

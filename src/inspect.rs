@@ -106,7 +106,7 @@ pub fn run(args: &InspectArgs, common: &Common) -> u8 {
 fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
     let tree = image.tree();
     say_json(&Line::Image(ImageLine::new(image.path(), image.header())))?;
-    for process in tree.root.as_slice() {
+    for process in &tree.processes {
         let pid = process.pid;
         say_json(&Line::Process {
             pid,
@@ -201,7 +201,7 @@ fn text(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
             count(PageKind::Guard),
         ))?;
     }
-    for process in tree.root.as_slice() {
+    for process in &tree.processes {
         text_of_process(process, tree)?;
     }
     Ok(())

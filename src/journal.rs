@@ -181,13 +181,13 @@ impl Left {
     }
 }
 
-/// The keeper: reads records until the engine is gone, then makes good what it left.
+/// The keeper: reads records until the engine is gone, then makes good what it left in the tree whose root is `pid`.
 ///
 /// 1. The engine dies. Its pipe closes, its traced threads are let go by the kernel, in either order.
-/// 2. If PARK stands without COMMIT, the process runs into the queued SIGSTOP and stays in state T. COMMIT was never
-///    sent, so it is continued.
-/// 3. If COMMIT stands there, the target may run it: it stays stopped for good.
-/// 4. If RESIDENT stands there, the target has every page: the stopped copy is ended.
+/// 2. If PARK stands without COMMIT, each process runs into the queued SIGSTOP and stays in state T. COMMIT was never
+///    sent, so all are continued.
+/// 3. If COMMIT stands there, the target may run them: they stay stopped for good.
+/// 4. If RESIDENT stands there, the target has every page: the stopped copies are ended, children before their parents.
 pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> Left {
     let start = procfs::stat(pid, pid).map(|stat| stat.start_time_ticks);
     let mut text = String::new();
@@ -201,12 +201,14 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> Left {
     if source_may_run(&records) {
         // REFUSED says that the right to run was taken back, and the park with it.
         let parked = records.contains(&Record::Park) && !records.contains(&Record::Refused);
-        let released = !parked || was_stopped || !still_it() || release(pid);
+        let released = !parked || was_stopped || !still_it() || release_all(pid);
         settle_for(&text);
         if released { Left::Runs } else { Left::Parked }
     } else if records.contains(&Record::Resident) {
         if !records.contains(&Record::Done) && still_it() {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            for pid in tree_of(pid).into_iter().rev() {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
         }
         settle_for(&text);
         Left::Moved
@@ -217,35 +219,49 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> Left {
     }
 }
 
-/// Whether it runs again, or is gone.
-fn release(pid: i32) -> bool {
-    let mut running = 0;
+/// The processes of a tree that stands still, or is about to.
+fn tree_of(root: i32) -> Vec<i32> {
+    procfs::descendants(root).unwrap_or_else(|_| vec![root])
+}
+
+/// Whether all processes of the tree run again, or are gone.
+fn release_all(root: i32) -> bool {
+    let mut left: Vec<(i32, u32)> = tree_of(root).into_iter().map(|pid| (pid, 0)).collect();
+    let mut all = true;
     for _ in 0..RELEASE_TRIES {
-        let status = match procfs::status(pid, pid) {
-            Ok(status) => status,
-            Err(error) if error.is_gone() => return true,
-            Err(_) => {
-                std::thread::sleep(RELEASE_WAIT);
-                continue;
+        left.retain_mut(|(pid, running)| match released(*pid, running) {
+            None => true,
+            Some(well) => {
+                all &= well;
+                false
             }
-        };
-        // Let go, it may not be at the queued SIGSTOP yet, or just between taking it off the queue and stopping. Without one for
-        // a while it runs: the engine died before it was queued, or somebody's SIGCONT took it away.
-        let is_queued = status.shd_pnd & (1 << (Signal::SIGSTOP as i32 - 1)) != 0;
-        match status.state {
-            'T' if status.tracer_pid == 0 => {
-                return kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok();
-            }
-            'Z' | 'X' => return true,
-            _ if status.tracer_pid == 0 && !is_queued => running += 1,
-            _ => running = 0,
-        }
-        if running == RUNNING_LOOKS {
-            return true;
+        });
+        if left.is_empty() {
+            return all;
         }
         std::thread::sleep(RELEASE_WAIT);
     }
     false
+}
+
+/// Whether one process runs again, or is gone; `None` if that cannot be told yet. `running`: so many looks in a row saw it run.
+fn released(pid: i32, running: &mut u32) -> Option<bool> {
+    let status = match procfs::status(pid, pid) {
+        Ok(status) => status,
+        Err(error) => return error.is_gone().then_some(true),
+    };
+    // Let go, it may not be at the queued SIGSTOP yet, or just between taking it off the queue and stopping. Without one for
+    // a while it runs: the engine died before it was queued, or somebody's SIGCONT took it away.
+    let is_queued = status.shd_pnd & (1 << (Signal::SIGSTOP as i32 - 1)) != 0;
+    match status.state {
+        'T' if status.tracer_pid == 0 => {
+            return Some(kill(Pid::from_raw(pid), Signal::SIGCONT).is_ok());
+        }
+        'Z' | 'X' => return Some(true),
+        _ if status.tracer_pid == 0 && !is_queued => *running += 1,
+        _ => *running = 0,
+    }
+    (*running == RUNNING_LOOKS).then_some(true)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -14,7 +15,8 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
-use pageferry_pageserver::serve::PageReader;
+use pageferry_image::store::ObjectId;
+use pageferry_pageserver::capture::Pages;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
 use pageferry_wire::message::{BoundSocket, Done, Hello, MapEnd, Plan, Role, State};
@@ -27,7 +29,7 @@ use crate::cli::{Common, MigrateArgs};
 use crate::commit::{self, Frozen, SourceTree};
 use crate::identity::{Identity, PEERS, Peers, TrustSet};
 use crate::journal::{Journal, Left, keep};
-use crate::page_service::{self, twice};
+use crate::page_service::{self, Processes, twice};
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
 use crate::transport::{self, FramedRecv, FramedSend, Link};
@@ -301,8 +303,7 @@ async fn crossing(
         journal,
         tree: None,
         surveyed: Some((survey, options)),
-        lazy: Vec::new(),
-        eager: Vec::new(),
+        pages: Vec::new(),
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
@@ -384,8 +385,8 @@ struct Shell<'a> {
     journal: Journal,
     tree: Option<SourceTree>,
     surveyed: Option<(Survey, SurveyOptions)>,
-    lazy: Vec<PageRange>,
-    eager: Vec<PageRange>,
+    /// Of each process, once they are captured.
+    pages: Vec<Pages>,
     clock: Clock,
     /// What the capture found that cannot be carried.
     refused: Vec<survey::Refusal>,
@@ -548,7 +549,7 @@ impl Shell<'_> {
                 self.ledger.pages_resident_at_run = running.pages_resident;
                 // Threads wait already.
                 if let Some(serve) = self.links.faults.serve.take() {
-                    let _ = serve.send(self.pid);
+                    let _ = serve.send(self.pids());
                 }
                 // For the keeper: from here on a killed engine means a lost process, not an undecided one.
                 if let Err(error) = self.journal.record(Record::Run) {
@@ -607,8 +608,7 @@ impl Shell<'_> {
             }
             Err(error) => return Err(report::chain(&error)),
         };
-        self.lazy = captured.lazy;
-        self.eager = captured.eager;
+        self.pages = captured.pages;
         Ok(State::new(&captured.tree))
     }
 
@@ -653,19 +653,22 @@ impl Shell<'_> {
 
     /// Sends the pages that must be there at the first instruction; how many have data.
     async fn send_eager(&mut self) -> Result<u64, Unsent> {
-        let mut reader = PageReader::open(self.pid)?;
         let mut page_count = 0;
-        for range in std::mem::take(&mut self.eager) {
-            let mut next = range.start;
-            while next < range.end {
-                let left = PageRange {
-                    start: next,
-                    end: range.end,
-                };
-                let batch = reader.batch(0, left)?;
-                next = batch.range().end;
-                page_count += batch.data_page_count() as u64;
-                self.send(batch).await?;
+        let mut processes = Processes::new(self.pids());
+        for index in 0..self.pages.len() {
+            let reader = processes.reader(ObjectId::space(index).0)?;
+            for range in std::mem::take(&mut self.pages[index].eager) {
+                let mut next = range.start;
+                while next < range.end {
+                    let left = PageRange {
+                        start: next,
+                        end: range.end,
+                    };
+                    let batch = reader.batch(0, left)?;
+                    next = batch.range().end;
+                    page_count += batch.data_page_count() as u64;
+                    self.send(batch).await?;
+                }
             }
         }
         Ok(page_count)
@@ -673,10 +676,10 @@ impl Shell<'_> {
 
     /// Sends the page map of the frozen process, and beside it begins to serve its pages in bulk; faults are served already.
     async fn serve(&mut self) -> Result<(), Unsent> {
-        let reader = twice(|| PageReader::open(self.pid))?;
-        let (bulk, pid) = (self.links.bulk.clone(), self.pid);
+        let pids = self.pids();
+        let (bulk, served) = (self.links.bulk.clone(), Arc::clone(&pids));
         self.page_service.spawn(async move {
-            page_service::serve(&bulk, || PageReader::open(pid)).await;
+            page_service::serve(&bulk, || Processes::new(Arc::clone(&served))).await;
             "the target closed the bulk connection".to_owned()
         });
         let faults = self.links.faults.link.clone();
@@ -684,16 +687,26 @@ impl Shell<'_> {
             let error = faults.closed().await;
             format!("the fault connection is gone: {}", report::chain(&error))
         });
+        let mut processes = Processes::new(pids);
         let mut total = 0;
-        let lazy = std::mem::take(&mut self.lazy);
-        for piece in reader.page_map(&lazy) {
-            let (map, page_count) = piece?;
-            total += page_count;
-            self.send(map).await?;
-            // Others serve pages on this thread.
-            tokio::task::yield_now().await;
+        for (index, pages) in std::mem::take(&mut self.pages).into_iter().enumerate() {
+            let object = ObjectId::space(index).0;
+            twice(|| processes.reader(object).map(drop))?;
+            let reader = processes.reader(object)?;
+            for piece in reader.page_map(&pages.lazy) {
+                let (map, page_count) = piece?;
+                total += page_count;
+                self.send(map).await?;
+                // Others serve pages on this thread.
+                tokio::task::yield_now().await;
+            }
         }
         self.send(MapEnd { pages_total: total }).await
+    }
+
+    /// The captured processes, in the order of the model.
+    fn pids(&self) -> Arc<[i32]> {
+        self.pages.iter().map(|pages| pages.pid).collect()
     }
 
     /// Fills in the times.
@@ -871,7 +884,7 @@ fn hello(id: [u8; 16], role: Role) -> Hello {
 /// Serves faults on a thread, a runtime and a socket of their own: bulk never stands in front of a fault.
 struct FaultServer {
     link: Link,
-    serve: Option<oneshot::Sender<i32>>,
+    serve: Option<oneshot::Sender<Arc<[i32]>>>,
 }
 
 impl FaultServer {
@@ -913,12 +926,12 @@ impl FaultServer {
                     if ready.send(Ok(link.clone())).is_err() {
                         return;
                     }
-                    let pid = tokio::select! {
-                        pid = begin => pid,
+                    let pids = tokio::select! {
+                        pids = begin => pids,
                         _ = link.closed() => return,
                     };
-                    if let Ok(pid) = pid {
-                        page_service::serve(&link, || PageReader::open(pid)).await;
+                    if let Ok(pids) = pids {
+                        page_service::serve(&link, || Processes::new(Arc::clone(&pids))).await;
                     }
                     link.close_and_wait().await;
                 });

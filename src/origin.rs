@@ -1,9 +1,9 @@
 //! Where a restore takes its pages from: an image on this host, or one that a page server has.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use pageferry_image::model::memory::Kind;
 use pageferry_image::model::task::Tree;
 use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
 use pageferry_image::store::{self, Image};
@@ -85,13 +85,15 @@ impl Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
+/// The ranges of pages with data, or guards that are not in the tree, ascending: of each address space that has any.
+type Data = BTreeMap<u32, Vec<PageRange>>;
+
 /// An open image.
 #[derive(Debug)]
 pub struct Origin {
     /// What it holds: every rule of the model holds.
     pub tree: Tree,
-    /// The ranges of pages with data, or guards that are not in the tree, ascending.
-    pub data: Vec<PageRange>,
+    data: Data,
     place: Place,
 }
 
@@ -118,11 +120,12 @@ impl Origin {
         let image = Image::open(path)?;
         let tree = image.tree().clone();
         let pages = ImagePages::new(image);
-        let mut wanted = at_rest::mapped(&tree, Kind::Anon);
-        wanted.extend(at_rest::mapped(&tree, Kind::FilePrivate));
-        wanted.sort_unstable();
-        let mut data = Vec::new();
-        pages.page_map(&wanted, |range| data.push(range))?;
+        let mut data = Data::new();
+        for (object, wanted) in at_rest::all_mapped(&tree) {
+            let mut ranges = Vec::new();
+            pages.page_map(object, &wanted, |range| ranges.push(range))?;
+            data.insert(object, ranges);
+        }
         Ok(Self {
             tree,
             data,
@@ -175,13 +178,14 @@ impl Origin {
 
     /// Bytes of memory that its pages take.
     pub fn resident_bytes(&self) -> u64 {
-        self.data.iter().map(|range| range.byte_len()).sum()
+        let ranges = self.data.values().flatten();
+        ranges.map(|range| range.byte_len()).sum()
     }
 
-    /// The ranges of [`Origin::data`] in `wanted`, which ascends.
-    pub fn data_in(&self, wanted: &[PageRange]) -> Vec<PageRange> {
+    /// Where in `wanted`, which ascends, `object` has data, or guards that are not in the tree.
+    pub fn data_in(&self, object: u32, wanted: &[PageRange]) -> Vec<PageRange> {
         let mut found = Vec::new();
-        let mut rest = &self.data[..];
+        let mut rest = self.data.get(&object).map_or(&[][..], Vec::as_slice);
         for want in wanted {
             let skipped = rest.partition_point(|range| range.end <= want.start);
             rest = &rest[skipped..];
@@ -191,18 +195,20 @@ impl Origin {
         found
     }
 
-    /// The pages with data in `ranges`.
+    /// The pages with data in these ranges of each object.
     ///
     /// # Errors
     /// [`Error`]: one of them cannot be had.
-    pub async fn read(&self, ranges: &[PageRange]) -> Result<Vec<EagerPage>> {
+    pub async fn read(&self, ranges: &[(u32, Vec<PageRange>)]) -> Result<Vec<EagerPage>> {
         let mut found = Vec::new();
+        let each = ranges
+            .iter()
+            .flat_map(|(object, ranges)| ranges.iter().map(|range| (*object, *range)));
         match &self.place {
             Place::Here(pages) => {
-                for &range in ranges {
-                    let mut left = range;
+                for (object, mut left) in each {
                     while !left.is_empty() {
-                        let batch = pages.batch(0, left)?;
+                        let batch = pages.batch(object, 0, left)?;
                         left.start = batch.range().end;
                         keep(&batch, &mut found)?;
                     }
@@ -211,8 +217,7 @@ impl Origin {
             Place::There(links) => {
                 let address = links.bulk.remote_address();
                 let (mut sender, mut receiver) = links.bulk.open().await?;
-                for &range in ranges {
-                    let mut left = range;
+                for (object, mut left) in each {
                     while !left.is_empty() {
                         let wanted = PageRange {
                             start: left.start,
@@ -220,13 +225,17 @@ impl Origin {
                                 .end
                                 .min(left.start + u64::from(FETCH_PAGES_MAX) * PAGE_SIZE),
                         };
-                        let batch = fetch(wanted, &mut sender, &mut receiver);
+                        let batch = fetch(object, wanted, &mut sender, &mut receiver);
                         let batch = tokio::select! {
                             batch = batch => batch?,
                             error = links.bulk.silent_for(silence_max()) => return Err(error.into()),
                         };
                         let came = batch.range();
-                        if came.start != wanted.start || came.is_empty() || came.end > wanted.end {
+                        if batch.object() != object
+                            || came.start != wanted.start
+                            || came.is_empty()
+                            || came.end > wanted.end
+                        {
                             return Err(Error::Order {
                                 address,
                                 what: format!("page {:x} instead of {:x}", came.start, left.start),
@@ -279,7 +288,7 @@ impl Origin {
 }
 
 /// The tree, and which of its pages have data.
-async fn hear(receiver: &mut FramedRecv, address: SocketAddr) -> Result<(Tree, Vec<PageRange>)> {
+async fn hear(receiver: &mut FramedRecv, address: SocketAddr) -> Result<(Tree, Data)> {
     let wrong = |frame: Frame| match frame {
         Frame::Abort(abort) => Error::Refused {
             address,
@@ -301,21 +310,24 @@ async fn hear(receiver: &mut FramedRecv, address: SocketAddr) -> Result<(Tree, V
             what: "a tree that does not say what host it expects".into(),
         });
     }
-    let mut data: Vec<PageRange> = Vec::new();
+    let mut data = Data::new();
+    let (mut place, mut count) = ((0, 0), 0);
     loop {
         match receiver.expect().await? {
             Frame::Map(map) => {
                 let ranges = map.ranges().map_err(broken)?;
-                let last = data.last().map_or(0, |range| range.end);
-                if ranges.first().is_some_and(|first| first.start < last)
-                    || data.len() + ranges.len() > MAP_RANGES_MAX
-                {
+                let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else {
+                    continue;
+                };
+                count += ranges.len();
+                if (map.object, first.start) < place || count > MAP_RANGES_MAX {
                     return Err(Error::Order {
                         address,
                         what: "a page map that goes back or has no end".into(),
                     });
                 }
-                data.extend(ranges);
+                place = (map.object, last.end);
+                data.entry(map.object).or_default().extend(ranges);
             }
             Frame::MapEnd(_) => return Ok((tree, data)),
             other => return Err(wrong(other)),
@@ -325,6 +337,7 @@ async fn hear(receiver: &mut FramedRecv, address: SocketAddr) -> Result<(Tree, V
 
 /// One question and its answer.
 async fn fetch(
+    object: u32,
     wanted: PageRange,
     sender: &mut FramedSend,
     receiver: &mut FramedRecv,
@@ -333,6 +346,7 @@ async fn fetch(
         request: 0,
         address: wanted.start,
         page_count: u32::try_from(wanted.page_count()).unwrap_or(FETCH_PAGES_MAX),
+        object,
     };
     sender.send(question).await?;
     match receiver.expect().await? {
@@ -351,7 +365,11 @@ fn keep(batch: &PageBatch, found: &mut Vec<EagerPage>) -> Result<()> {
                 for address in (run.range.start..run.range.end).step_by(PAGE_LEN) {
                     let content = batch.verify_page(address).ok().flatten();
                     let content = content.ok_or(Error::Gone { address })?;
-                    found.push(EagerPage { address, content });
+                    found.push(EagerPage {
+                        object: batch.object(),
+                        address,
+                        content,
+                    });
                 }
             }
             PageKind::Zero | PageKind::Guard => {}

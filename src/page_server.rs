@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry_image::model::memory::Kind;
 use pageferry_image::store::Image;
 use pageferry_pageserver::at_rest::{self, ImagePages};
 use pageferry_tracee::host;
@@ -152,7 +151,7 @@ async fn attend(link: Link, shelf: Arc<Shelf>) {
         let reason = link.closed().await;
         tracing::debug!(%id, "it is done: {}", report::chain(&reason));
     } else {
-        page_service::serve(&link, || Ok(pages.clone())).await;
+        page_service::serve(&link, || pages.clone()).await;
     }
 }
 
@@ -197,15 +196,14 @@ async fn tell(sender: &mut FramedSend, pages: &ImagePages) -> Result<(), String>
     let sent = |error: transport::Error| report::chain(&error);
     let tree = pages.image().tree();
     sender.send(State::new(tree)).await.map_err(sent)?;
-    let mut wanted = at_rest::mapped(tree, Kind::Anon);
-    wanted.extend(at_rest::mapped(tree, Kind::FilePrivate));
-    wanted.sort_unstable();
-    let mut ranges = Vec::new();
-    pages
-        .page_map(&wanted, |range| ranges.push(range))
-        .map_err(|error| report::chain(&error))?;
-    for map in Map::frames(&ranges) {
-        sender.send(map).await.map_err(sent)?;
+    for (object, wanted) in at_rest::all_mapped(tree) {
+        let mut ranges = Vec::new();
+        pages
+            .page_map(object, &wanted, |range| ranges.push(range))
+            .map_err(|error| report::chain(&error))?;
+        for map in Map::frames(object, &ranges) {
+            sender.send(map).await.map_err(sent)?;
+        }
     }
     let end = MapEnd {
         pages_total: pages.image().header().counts.data_pages,

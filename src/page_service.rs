@@ -1,9 +1,12 @@
 //! The side of a link that has the pages: answers what is asked on any number of streams, from a frozen process or an image.
 
+use std::collections::{BTreeMap, btree_map};
+use std::sync::Arc;
+
 use pageferry_image::page::PageRange;
+use pageferry_pageserver::Result;
 use pageferry_pageserver::at_rest::ImagePages;
 use pageferry_pageserver::serve::PageReader;
-use pageferry_pageserver::{Error, Result};
 use pageferry_wire::{Frame, PageBatch};
 
 use crate::report;
@@ -11,23 +14,56 @@ use crate::transport::{FramedRecv, FramedSend, Link};
 
 /// What has pages. Every stream that asks has its own.
 pub trait Pages: Send + 'static {
-    /// The first pages of `range`, which is not empty, as many as one batch takes.
+    /// The first pages of a range of `object`, which is not empty, as many as one batch takes.
     ///
     /// # Errors
     /// They cannot be had from here any more.
-    fn batch(&mut self, request: u64, range: PageRange) -> Result<PageBatch>;
+    fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch>;
 }
 
-impl Pages for PageReader {
-    fn batch(&mut self, request: u64, range: PageRange) -> Result<PageBatch> {
-        // The process runs elsewhere and waits for this: a call that fails now and then must not end it.
-        twice(|| Self::batch(self, request, range))
+/// The frozen processes of a tree, in the order of the model: the first has object 1.
+#[derive(Debug)]
+pub struct Processes {
+    pids: Arc<[i32]>,
+    open: BTreeMap<u32, PageReader>,
+}
+
+impl Processes {
+    /// Opens none of them yet.
+    pub fn new(pids: Arc<[i32]>) -> Self {
+        Self {
+            pids,
+            open: BTreeMap::new(),
+        }
+    }
+
+    /// The reader of the process whose address space is `object`.
+    ///
+    /// # Errors
+    /// [`Error::Process`](pageferry_pageserver::Error::Process): there is none any more, or there never was.
+    pub fn reader(&mut self, object: u32) -> Result<&mut PageReader> {
+        Ok(match self.open.entry(object) {
+            btree_map::Entry::Occupied(open) => open.into_mut(),
+            btree_map::Entry::Vacant(place) => {
+                let index = usize::try_from(object).unwrap_or(0).wrapping_sub(1);
+                // Nobody has the process id 0.
+                let pid = self.pids.get(index).copied().unwrap_or(0);
+                place.insert(PageReader::open(object, pid)?)
+            }
+        })
+    }
+}
+
+impl Pages for Processes {
+    fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
+        // The tree runs elsewhere and waits for this: a call that fails now and then must not end it.
+        twice(|| self.reader(object)?.batch(request, range))
     }
 }
 
 impl Pages for ImagePages {
-    fn batch(&mut self, request: u64, range: PageRange) -> Result<PageBatch> {
-        Self::batch(self, request, range)
+    fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
+        Self::batch(self, object, request, range)
     }
 }
 
@@ -39,9 +75,9 @@ pub fn twice<T, E>(
 }
 
 /// Answers every page request on `link` until it ends. `open` gives each stream its pages.
-pub async fn serve<P: Pages>(link: &Link, open: impl Fn() -> Result<P>) {
+pub async fn serve<P: Pages>(link: &Link, open: impl Fn() -> P) {
     while let Ok((sender, receiver)) = link.accept().await {
-        let (link, pages) = (link.clone(), twice(&open));
+        let (link, pages) = (link.clone(), open());
         tokio::spawn(async move {
             if let Err(error) = serve_stream(sender, receiver, pages).await {
                 tracing::warn!(
@@ -58,16 +94,15 @@ pub async fn serve<P: Pages>(link: &Link, open: impl Fn() -> Result<P>) {
 async fn serve_stream<P: Pages>(
     mut sender: FramedSend,
     mut receiver: FramedRecv,
-    pages: std::result::Result<P, Error>,
+    mut pages: P,
 ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut pages = pages?;
     while let Some(frame) = receiver.recv().await? {
         let Frame::Fetch(fetch) = frame else {
             return Err(format!("{:?} on a page stream", frame.tag()).into());
         };
         let mut left = fetch.range();
         while !left.is_empty() {
-            let batch = pages.batch(fetch.request, left)?;
+            let batch = pages.batch(fetch.object, fetch.request, left)?;
             left.start = batch.range().end;
             sender.send(batch).await?;
         }

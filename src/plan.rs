@@ -11,7 +11,7 @@ use nix::libc;
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::sockets::State;
-use pageferry_image::model::task::{Host, Tree};
+use pageferry_image::model::task::{Host, Process, Tree};
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_pageserver::identity;
 use pageferry_pageserver::survey::{SurveyOptions, TcpPolicy};
@@ -100,7 +100,10 @@ fn key(file: &FileIdentity) -> FileKey {
 
 /// The files that `tree` maps or has open, each once.
 fn files_of(tree: &Tree) -> BTreeMap<FileKey, &FileIdentity> {
-    let spaces = tree.root.iter().filter_map(|root| root.space.as_ref());
+    let spaces = tree
+        .processes
+        .iter()
+        .filter_map(|process| process.space.as_ref());
     let mapped = spaces.flat_map(|space| {
         let mapped = space.mappings.iter().filter_map(|m| m.file.as_ref());
         mapped.chain(&space.exe)
@@ -182,7 +185,7 @@ pub fn this_host() -> Result<Host, pageferry_tracee::Error> {
 /// The files that `tree` writes and that somebody else has written to, or has put another in place of, since it was brought to
 /// rest: a refusal each. Those under `same_file` are as they are.
 pub fn touched_files(tree: &Tree, same_file: &[PathBuf]) -> Vec<Refusal> {
-    let pid = tree.root.as_ref().map_or(0, |root| root.pid);
+    let pid = tree.processes.first().map_or(0, |root| root.pid);
     files_of(tree)
         .into_values()
         .filter(|file| file.must_be_shared)
@@ -204,8 +207,12 @@ pub fn touched_files(tree: &Tree, same_file: &[PathBuf]) -> Vec<Refusal> {
 
 /// A plan to run what an image holds: it goes the way of all plans. `resident_bytes`: the memory that will be needed.
 pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
-    let root = tree.root.as_ref();
-    let descriptors = || root.into_iter().flat_map(|root| &root.descriptors);
+    let root = tree.processes.first();
+    let descriptors = || {
+        tree.processes
+            .iter()
+            .flat_map(|process| &process.descriptors)
+    };
     let number = |value: i32| u32::try_from(value).unwrap_or(0);
     let bound = tree.files.iter().filter_map(|file| {
         let Some(file::Kind::Socket(socket)) = &file.kind else {
@@ -229,7 +236,7 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
         comm: threads
             .first()
             .map_or_else(String::new, |leader| leader.comm.clone()),
-        tids: threads.iter().map(|thread| thread.tid).collect(),
+        tids: tree.processes.iter().flat_map(Process::tids).collect(),
         files: files_of(tree).into_values().cloned().collect(),
         sockets: bound.collect(),
         host: tree.host.clone(),
@@ -345,7 +352,6 @@ fn address_text(raw: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use pageferry_image::model::files::{File, Regular};
-    use pageferry_image::model::task::Process;
 
     use super::*;
 
@@ -365,7 +371,7 @@ mod tests {
             ..File::default()
         };
         let tree = Tree {
-            root: Some(Process::default()),
+            processes: vec![Process::default()],
             files: ["/nonexistent/judged", "/nonexistent/late"]
                 .map(|path| regular(identity(path, 7)))
                 .into(),

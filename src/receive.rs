@@ -16,11 +16,10 @@ use pageferry_wire::message::{
 };
 use pageferry_wire::session::{Target, TargetAction, TargetEnd};
 use pageferry_wire::{Frame, PageBatch, PageKind, Phase};
-use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::cli::{Clock, Common, Drain, ReceiveArgs};
-use crate::commit::{self, TargetTree};
+use crate::commit::{self, Ends, TargetTree};
 use crate::cradle::{Cradle, HuskOrder, supervise};
 use crate::identity::{Identity, TrustSet};
 use crate::journal::Journal;
@@ -345,7 +344,7 @@ async fn crossing(
         plan: None,
         state: None,
         eager: Vec::new(),
-        rebuilt: None,
+        rebuilt: Vec::new(),
         resident_at_run: 0,
         committed: None,
         running: None,
@@ -389,14 +388,14 @@ struct Shell<'a> {
     plan: Option<Plan>,
     state: Option<State>,
     eager: Vec<EagerPage>,
-    rebuilt: Option<Rebuilt>,
+    rebuilt: Vec<Rebuilt>,
     resident_at_run: u64,
     committed: Option<Instant>,
     running: Option<Instant>,
     journal: Option<Journal>,
     handle: Option<DriverHandle>,
     driver: JoinSet<Result<Summary, String>>,
-    ended: Option<oneshot::Receiver<i32>>,
+    ended: Option<Ends>,
     source_lost: Option<String>,
 }
 
@@ -436,9 +435,9 @@ impl Shell<'_> {
             };
             let ended = async {
                 match &mut self.ended {
-                    Some(ended) => match ended.await {
-                        Ok(status) => status,
-                        Err(_) => std::future::pending().await,
+                    Some(ended) => match ended.recv().await {
+                        Some(ended) => ended,
+                        None => std::future::pending().await,
                     },
                     None => std::future::pending().await,
                 }
@@ -486,12 +485,11 @@ impl Shell<'_> {
                     Ok(Err(text)) => session.handle_failed(&text),
                     Err(error) => session.handle_failed(&error.to_string()),
                 },
-                status = ended => {
-                    self.ended = None;
+                (pid, status) = ended => {
                     if let Some(handle) = &self.handle {
-                        handle.root_ended();
+                        handle.ended(pid);
                     }
-                    tracing::info!("the process ended by itself (wait status {status:#x})");
+                    tracing::info!("pid {pid} ended by itself (wait status {status:#x})");
                 }
                 _ = progress.tick(), if self.handle.is_some() => {
                     if let Some(seen) = self.handle.as_ref().map(DriverHandle::progress) {
@@ -591,7 +589,7 @@ impl Shell<'_> {
                 session.handle_destroyed();
             }
             TargetAction::Map(map) => match (map.ranges(), &self.handle) {
-                (Ok(ranges), Some(handle)) => handle.map(ranges),
+                (Ok(ranges), Some(handle)) => handle.map(map.object, &ranges),
                 (Err(error), _) => session.handle_failed(&report::chain(&error)),
                 (Ok(_), None) => {}
             },
@@ -689,8 +687,8 @@ impl Shell<'_> {
             );
         }
         tokio::time::sleep(behind).await;
-        self.resident_at_run = rebuilt.resident.len() as u64;
-        self.rebuilt = Some(rebuilt);
+        self.resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
+        self.rebuilt = rebuilt;
         Ok(Ready {
             rebuild_ns: nanoseconds(began),
             pages_resident: self.resident_at_run,
@@ -699,13 +697,16 @@ impl Shell<'_> {
 
     /// COMMIT is here and RUN is recorded: faults can be answered, and our death may no longer leave the source in doubt.
     async fn take_right(&mut self) -> Result<(), String> {
-        let rebuilt = self.rebuilt.take().ok_or("nothing is rebuilt")?;
+        let rebuilt = std::mem::take(&mut self.rebuilt);
+        if rebuilt.is_empty() {
+            return Err("nothing is rebuilt".into());
+        }
         let drain = self.args.drain == Drain::On;
         let connections = drain::from_links(&self.links.faults, &self.links.bulk)
             .await
             .map_err(|error| report::chain(&error))?;
-        let (driver, handle) = drain::start(self.pid, rebuilt, connections, drain)
-            .map_err(|error| report::chain(&error))?;
+        let (driver, handle) =
+            drain::start(rebuilt, connections, drain).map_err(|error| report::chain(&error))?;
         self.handle = Some(handle);
         self.driver
             .spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
@@ -853,6 +854,7 @@ fn keep_eager(batch: &PageBatch, eager: &mut Vec<EagerPage>) -> Result<(), Strin
                     .enumerate()
                 {
                     eager.push(EagerPage {
+                        object: batch.object(),
                         address,
                         content: bytes.slice(index * PAGE_LEN..(index + 1) * PAGE_LEN),
                     });

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use pageferry_image::model::memory::Kind;
+use pageferry_image::model::task::Process;
 use pageferry_image::page::PageRange;
 use pageferry_pageserver::at_rest;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
@@ -16,11 +17,11 @@ use pageferry_restorer::rebuild::Rebuilt;
 use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::{host, process, procfs};
 use pageferry_wire::Phase;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::cli::{Common, Drain, RestoreArgs};
-use crate::commit::TargetTree;
+use crate::commit::{Ends, TargetTree};
 use crate::cradle::{Cradle, supervise};
 use crate::identity::Identity;
 use crate::origin::{self, Origin};
@@ -135,6 +136,8 @@ fn engine(args: &RestoreArgs, common: &Common, cradle: Cradle) -> u8 {
 /// A process that is being made, and that ends with this unless it was let go.
 struct Made {
     pid: i32,
+    /// All of the tree, once they are known.
+    pids: Vec<i32>,
     cradle: Option<Cradle>,
     tree: Option<TargetTree>,
 }
@@ -220,31 +223,41 @@ async fn restore(
     };
     let mut made = Made {
         pid,
+        pids: Vec::new(),
         cradle: Some(cradle),
         tree: Some(held),
     };
     offsets.adjust(&mut tree).map_err(before)?;
     // What its threads touch on their way to their first instruction, and copied pages of files, which cannot be filled later.
-    let first = tree.root.iter().flat_map(|root| &root.first_touch);
-    let mut wanted: Vec<PageRange> = first
-        .filter_map(|range| PageRange::new(range.start, range.end))
-        .chain(at_rest::mapped(&tree, Kind::FilePrivate))
-        .collect();
-    wanted.sort_unstable();
+    let at_first = |(object, process): (u32, &Process)| {
+        let first = process.first_touch.iter();
+        let mut wanted: Vec<PageRange> = first
+            .filter_map(|range| PageRange::new(range.start, range.end))
+            .chain(at_rest::mapped(process, Kind::FilePrivate))
+            .collect();
+        wanted.sort_unstable();
+        (object, origin.data_in(object, &wanted))
+    };
+    let later = |(object, process): (u32, &Process)| {
+        let wanted = at_rest::mapped(process, Kind::Anon);
+        (object, origin.data_in(object, &wanted))
+    };
+    let eager: Vec<_> = (1..).zip(&tree.processes).map(at_first).collect();
+    let lazy: Vec<_> = (1..).zip(&tree.processes).map(later).collect();
     let eager = origin
-        .read(&origin.data_in(&wanted))
+        .read(&eager)
         .await
         .map_err(|error| bad_pages(&error))?;
-    let lazy = origin.data_in(&at_rest::mapped(&tree, Kind::Anon));
+    made.pids = tree.processes.iter().map(|process| process.pid).collect();
     let rebuilt = made
         .tree()?
         .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
         .await
         .map_err(|error| before(report::chain(&error)))?;
-    ledger.pages_resident_at_run = rebuilt.resident.len() as u64;
+    ledger.pages_resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
 
     let drains = !args.lazy || args.drain == Drain::On;
-    let mut filling = Filling::start(pid, rebuilt, &origin, lazy, drains).await?;
+    let mut filling = Filling::start(rebuilt, &origin, lazy, drains).await?;
     if !args.lazy {
         match filling.filled(report, &mut stop, None).await {
             Ok(summary) => filling.enter(ledger, &summary),
@@ -322,15 +335,17 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
     if let Some(cradle) = &mut made.cradle {
         cradle.running().map_err(before)?;
     }
-    let pid = made.pid;
+    let pids = std::mem::take(&mut made.pids);
     let tree = made.tree()?;
     tree.clear_exit_kill().await.map_err(failed)?;
     if stopped {
         // One for each thread, in a queue of its own: none executes an instruction before it has taken that, whichever goes first.
         // SIGCONT takes them all away.
         let failed = |error| before(report::chain(&error));
-        for tid in procfs::tids(pid).map_err(failed)? {
-            process::signal_thread(pid, tid, Signal::SIGSTOP as i32).map_err(failed)?;
+        for pid in pids {
+            for tid in procfs::tids(pid).map_err(failed)? {
+                process::signal_thread(pid, tid, Signal::SIGSTOP as i32).map_err(failed)?;
+            }
         }
     }
     tree.release().await.map_err(failed)
@@ -365,6 +380,17 @@ fn exit_of(status: i32) -> u8 {
     }
 }
 
+/// The next process that ends.
+async fn next_end(ended: &mut Option<Ends>) -> (i32, i32) {
+    match ended {
+        Some(ended) => match ended.recv().await {
+            Some(end) => end,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
 /// Why the memory is not full.
 struct Unfilled {
     what: String,
@@ -385,16 +411,17 @@ struct Filling {
 impl Filling {
     /// Must be called inside a tokio runtime.
     async fn start(
-        pid: i32,
-        rebuilt: Rebuilt,
+        rebuilt: Vec<Rebuilt>,
         origin: &Origin,
-        lazy: Vec<PageRange>,
+        lazy: Vec<(u32, Vec<PageRange>)>,
         drains: bool,
     ) -> Result<Self, Failure> {
         let (connections, failures) = origin.connect().await.map_err(|error| bad_pages(&error))?;
-        let (driver, handle) = drain::start(pid, rebuilt, connections, drains)
+        let (driver, handle) = drain::start(rebuilt, connections, drains)
             .map_err(|error| before(report::chain(&error)))?;
-        handle.map(lazy);
+        for (object, ranges) in lazy {
+            handle.map(object, &ranges);
+        }
         handle.map_end();
         let driver =
             tokio::spawn(async move { driver.run().await.map_err(|error| report::chain(&error)) });
@@ -412,20 +439,9 @@ impl Filling {
         &mut self,
         report: &mut Report,
         stop: &mut Stop,
-        ended: Option<oneshot::Receiver<i32>>,
+        mut ended: Option<Ends>,
     ) -> Result<Summary, Unfilled> {
         let runs = ended.is_some();
-        let ended = async move {
-            match ended {
-                Some(ended) => match ended.await {
-                    Ok(_) => {}
-                    Err(_) => std::future::pending().await,
-                },
-                None => std::future::pending().await,
-            }
-        };
-        tokio::pin!(ended);
-        let mut has_ended = false;
         let mut lost: Option<Unfilled> = None;
         let mut progress = tokio::time::interval(PROGRESS_PAUSE);
         loop {
@@ -454,10 +470,9 @@ impl Filling {
                     );
                     lost = Some(unfilled);
                 }
-                () = &mut ended, if !has_ended => {
-                    has_ended = true;
-                    self.handle.root_ended();
-                    tracing::info!("the process ended by itself");
+                (pid, _) = next_end(&mut ended) => {
+                    self.handle.ended(pid);
+                    tracing::info!("pid {pid} ended by itself");
                 }
                 signal = stop.wait() => match lost.take() {
                     Some(unfilled) => return Err(Unfilled { signal: Some(signal), ..unfilled }),

@@ -1328,10 +1328,11 @@ mod tests {
                 request: 5,
                 address: 0x7000,
                 page_count: 2,
+                object: 1,
             };
             reply.send(fetch).await.expect("sent");
             assert_eq!(receive.expect().await.expect("came"), Frame::Fetch(fetch));
-            let mut builder = PageBatchBuilder::new(5, 0x7000, 2);
+            let mut builder = PageBatchBuilder::new(1, 5, 0x7000, 2);
             builder.data(2).fill(9);
             send.send(builder.finish()).await.expect("sent");
             let Frame::Pages(batch) = heard.expect().await.expect("came") else {
@@ -1427,7 +1428,7 @@ mod tests {
             const BATCHES: u64 = 64;
             let (_listener, dialled, accepted, _first) = joined(Role::Bulk).await;
             let batch = {
-                let mut builder = PageBatchBuilder::new(0, 0x1000_0000, 256);
+                let mut builder = PageBatchBuilder::new(1, 0, 0x1000_0000, 256);
                 builder.data(256).fill(0xa5);
                 builder.finish()
             };

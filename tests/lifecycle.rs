@@ -240,5 +240,6 @@ objects! {
     socketpairs_cross_with_their_contents: "socketpairs", ORDINARY, FarAhead;
     interval_timers_cross: "interval_timers", ORDINARY, Behind;
     posix_timers_cross: "posix_timers", ORDINARY, FarAhead;
+    trees_of_processes_cross_with_what_they_share: "tree", ORDINARY, Behind;
     blocking_calls_cross_without_returning: "blocking", ORDINARY, Behind;
 }

@@ -109,7 +109,7 @@ const FILE: Shape = of::<files::File>(fields! {
     9 "epoll": of::<files::Epoll>(fields! {1 "items": of::<files::EpollItem>(&[])}),
     10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET,
 });
-const TREE: &[Field] = fields! {1 "root": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[])};
+const TREE: &[Field] = fields! {1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[])};
 
 /// Memory of a byte string beside its bytes: the string itself, and what an allocation costs.
 const STRING_LEN: usize = size_of::<String>() + 16;

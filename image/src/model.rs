@@ -43,6 +43,8 @@ pub mod limits {
     pub const TREE_LEN: usize = 256 << 20;
     /// Bytes of memory that a decoded tree takes, nearly.
     pub const TREE_MEMORY: usize = 512 << 20;
+    /// Processes of a tree.
+    pub const PROCESSES: usize = 32_768;
     /// Threads of a process.
     pub const THREADS: usize = 65_536;
     /// Ranges of pages that a process touches first: a few for each thread.

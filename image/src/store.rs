@@ -73,6 +73,12 @@ pub struct ObjectId(pub u32);
 impl ObjectId {
     /// The address space of the tree's root.
     pub const ROOT_SPACE: Self = Self(1);
+
+    /// The address space of the process that stands at `index` in the tree. There are at most
+    /// [`PROCESSES`](crate::model::limits::PROCESSES).
+    pub fn space(index: usize) -> Self {
+        Self(u32::try_from(index).map_or(u32::MAX, |index| index.saturating_add(1)))
+    }
 }
 
 /// What a page of an image is.

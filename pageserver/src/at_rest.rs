@@ -1,7 +1,7 @@
 //! An image as a source of pages: read in place, checked at every read, and nothing of it is kept.
 
 use pageferry_image::model::memory::Kind;
-use pageferry_image::model::task::Tree;
+use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_image::store::{self, Image, ObjectId, PageRun, PageSource as _};
 use pageferry_wire::limits::BATCH_DATA_PAGES_MAX;
@@ -15,11 +15,22 @@ pub struct ImagePages {
     image: Image,
 }
 
-/// The ranges of `tree`'s mappings of this kind, ascending; neighbours are one.
-pub fn mapped(tree: &Tree, kind: Kind) -> Vec<PageRange> {
+/// The ranges of every process of `tree` that an image has pages of, or has none because they are zeros: the number of its address
+/// space, and what is mapped there, ascending.
+pub fn all_mapped(tree: &Tree) -> Vec<(u32, Vec<PageRange>)> {
+    let mapped = |process| {
+        let mut ranges = mapped(process, Kind::Anon);
+        ranges.extend(self::mapped(process, Kind::FilePrivate));
+        ranges.sort_unstable();
+        ranges
+    };
+    (1..).zip(tree.processes.iter().map(mapped)).collect()
+}
+
+/// The ranges of the process' mappings of this kind, ascending; neighbours are one.
+pub fn mapped(process: &Process, kind: Kind) -> Vec<PageRange> {
     let mut found: Vec<PageRange> = Vec::new();
-    let spaces = tree.root.iter().filter_map(|root| root.space.as_ref());
-    for mapping in spaces.flat_map(|space| &space.mappings) {
+    for mapping in process.space.iter().flat_map(|space| &space.mappings) {
         if mapping.kind() != kind {
             continue;
         }
@@ -45,7 +56,7 @@ impl ImagePages {
         &self.image
     }
 
-    /// The first pages of `range`, as many as one batch takes: go on at the end of the batch's range. Pages that the image does not
+    /// The first pages of a range of `object`, as many as one batch takes: go on at the end of the batch's range. Pages that the image does not
     /// have, and those of a file that were never copied, are [`PageKind::Gone`].
     ///
     /// # Errors
@@ -53,21 +64,21 @@ impl ImagePages {
     ///
     /// # Panics
     /// If `range` is empty.
-    pub fn batch(&self, request: u64, range: PageRange) -> Result<PageBatch> {
+    pub fn batch(&self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
         assert!(!range.is_empty(), "pages are asked for");
         let room = u64::from(BATCH_DATA_PAGES_MAX);
         let range = PageRange {
             start: range.start,
             end: range.end.min(range.start + room * PAGE_SIZE),
         };
-        let runs = self.image.runs(ObjectId::ROOT_SPACE, range)?;
+        let runs = self.image.runs(ObjectId(object), range)?;
         let data: u64 = runs
             .iter()
-            .filter(|run| self.is_data(run))
+            .filter(|run| self.is_data(object, run))
             .map(|run| run.range.page_count())
             .sum();
         let count = |pages: u64| usize::try_from(pages).expect("cut to a batch above");
-        let mut builder = PageBatchBuilder::new(request, range.start, count(data));
+        let mut builder = PageBatchBuilder::new(object, request, range.start, count(data));
         for run in runs {
             if !builder.has_room() {
                 break;
@@ -76,15 +87,17 @@ impl ImagePages {
             match run.kind {
                 Some(store::PageKind::Data) => {
                     let bytes = builder.data(count(pages));
-                    self.image.read(ObjectId::ROOT_SPACE, run.range, bytes)?;
+                    self.image.read(ObjectId(object), run.range, bytes)?;
                 }
-                Some(store::PageKind::Zero) if self.is_data(&run) => {
+                Some(store::PageKind::Zero) if self.is_data(object, &run) => {
                     builder.data(count(pages)).fill(0);
                 }
                 other => {
                     let kind = match other {
                         Some(store::PageKind::Zero) => PageKind::Zero,
-                        Some(store::PageKind::Hole) if !self.is_file(run.range) => PageKind::Zero,
+                        Some(store::PageKind::Hole) if !self.is_file(object, run.range) => {
+                            PageKind::Zero
+                        }
                         Some(store::PageKind::Guard) => PageKind::Guard,
                         _ => PageKind::Gone,
                     };
@@ -97,19 +110,21 @@ impl ImagePages {
 
     /// Whether these pages must be brought: also zeros in a mapping of a file, which were copied when they were written. Without them
     /// the file's bytes would show.
-    fn is_data(&self, run: &PageRun) -> bool {
+    fn is_data(&self, object: u32, run: &PageRun) -> bool {
         match run.kind {
             Some(store::PageKind::Data) => true,
-            Some(store::PageKind::Zero) => self.is_file(run.range),
+            Some(store::PageKind::Zero) => self.is_file(object, run.range),
             _ => false,
         }
     }
 
     /// Whether any of `range` lies in a mapping of a file.
-    fn is_file(&self, range: PageRange) -> bool {
-        let spaces = self.image.tree().root.iter();
-        let mut mappings = spaces
-            .filter_map(|root| root.space.as_ref())
+    fn is_file(&self, object: u32, range: PageRange) -> bool {
+        let index = usize::try_from(object).unwrap_or(0).wrapping_sub(1);
+        let process = self.image.tree().processes.get(index);
+        let mut mappings = process
+            .and_then(|process| process.space.as_ref())
+            .into_iter()
             .flat_map(|space| {
                 let first = space.mappings.partition_point(|m| m.end <= range.start);
                 space.mappings[first..]
@@ -119,12 +134,17 @@ impl ImagePages {
         mappings.any(|mapping| mapping.kind() != Kind::Anon)
     }
 
-    /// Hands on the ranges of `wanted` that have data, ascending, or guards that are not in the tree: what a page map tells. `wanted`
+    /// Hands on the ranges of `wanted` in `object` that have data, ascending, or guards that are not in the tree: what a page map tells. `wanted`
     /// must be ascending and disjoint.
     ///
     /// # Errors
     /// [`Error::Image`](crate::Error::Image).
-    pub fn page_map(&self, wanted: &[PageRange], mut sink: impl FnMut(PageRange)) -> Result<()> {
+    pub fn page_map(
+        &self,
+        object: u32,
+        wanted: &[PageRange],
+        mut sink: impl FnMut(PageRange),
+    ) -> Result<()> {
         for &range in wanted {
             let mut at = range.start;
             while at < range.end {
@@ -132,9 +152,9 @@ impl ImagePages {
                     start: at,
                     end: range.end,
                 };
-                for run in self.image.runs(ObjectId::ROOT_SPACE, left)? {
+                for run in self.image.runs(ObjectId(object), left)? {
                     at = run.range.end;
-                    if self.is_data(&run) || run.kind == Some(store::PageKind::Guard) {
+                    if self.is_data(object, &run) || run.kind == Some(store::PageKind::Guard) {
                         sink(run.range);
                     }
                 }

@@ -1,4 +1,4 @@
-//! A frozen process, as the model that is carried. One module per kind of kernel object, named as in `image` and `restorer`.
+//! A frozen process tree, as the model that is carried. One module per kind of kernel object, named as in `image` and `restorer`.
 //!
 //! [`capture`] runs on the thread that froze the process. It leaves no trace: what has to be asked from inside is asked by an
 //! agent in a mapping of its own that is gone again, also on error. It repeats the survey's questions as far as the answer may
@@ -16,19 +16,22 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use pageferry_image::model::files::{File, file};
+use pageferry_image::model::files::{Descriptor, File, file};
 use pageferry_image::model::memory as model;
+use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::task::{Process, Tree};
+use pageferry_image::model::timers::Passed;
 use pageferry_image::page::PageRange;
 use pageferry_tracee::host;
 use pageferry_tracee::procfs::{self, Vma};
-use pageferry_tracee::{Injection, Tracee};
+use pageferry_tracee::{Family, Injection, Tracee};
 
 use self::files::{Depth, Look};
 use self::memory::FirstTouch;
 use self::task::{Answered, Cpus};
 use crate::survey::{
-    Object, Pids, Refusal, RefusalKind, Survey, SurveyOptions, executable, working_directory,
+    Member, Object, Refusal, RefusalKind, Survey, SurveyOptions, executable, relations,
+    working_directory,
 };
 use crate::{Error, Result};
 
@@ -40,6 +43,15 @@ const SYNC_WAIT_FROZEN: Duration = Duration::from_secs(5);
 pub struct Captured {
     /// The model.
     pub tree: Tree,
+    /// The pages of each process, in the order of the model.
+    pub pages: Vec<Pages>,
+}
+
+/// Which pages of a process are carried, and when.
+#[derive(Debug, Default)]
+pub struct Pages {
+    /// The process.
+    pub pid: i32,
     /// Pages that must be resident on the target before the process runs: copied pages of private file mappings, and what
     /// each thread touches first. Ascending, disjoint. Pages of them may be holes.
     pub eager: Vec<PageRange>,
@@ -79,174 +91,298 @@ impl Answers {
     }
 }
 
-/// Captures a frozen process that `survey` found fit to be carried.
+/// Captures a frozen process and all its descendants, which `survey` found fit to be carried.
 ///
 /// # Errors
 /// [`Error::Refused`] lists what cannot be carried and was not there, or could not be seen, before the freeze. After any error
-/// the process is as it was, still frozen.
-pub fn capture(tracee: &mut Tracee, survey: &Survey, options: &SurveyOptions) -> Result<Captured> {
-    let pid = tracee.pid();
+/// the processes are as they were, still frozen.
+pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) -> Result<Captured> {
     let mut look = Look {
-        pid,
+        pid: survey.pid,
         options,
         known: survey.known.clone(),
     };
-
-    let entries = procfs::descriptors(pid)?;
+    let (stats, mut refusals) = ordered(survey.pid, &family.pids(), survey)?;
+    if !refusals.is_empty() {
+        return Err(Error::Refused(refusals));
+    }
+    let mut entries = Vec::with_capacity(stats.len());
+    for (pid, _) in &stats {
+        entries.push((*pid, procfs::descriptors(*pid)?));
+    }
     let timerfds_read = host::clocks()?;
     let mut table = files::table(&mut look, &entries, Depth::Capture)?;
-    let vmas = memory::frozen_mappings(pid, &survey.vmas)?;
-    let mut refusals = std::mem::take(&mut table.refusals);
+    refusals.append(&mut table.refusals);
     let unknown: BTreeSet<u64> = table.inodes.difference(&survey.inodes).copied().collect();
     if !unknown.is_empty() {
-        refusals.extend(files::held_outside(pid, &entries, &unknown)?);
+        refusals.extend(files::held_outside(&entries, &unknown)?);
     }
-    refusals.extend(memory::refusals(&mut look, &vmas)?);
-    refusals.extend(timers::refusals(pid)?);
-    let children = procfs::children(pid)?;
-    if !children.is_empty() {
-        refusals.push(Refusal {
-            pid,
-            object: Object::Process,
-            what: RefusalKind::Children {
-                pids: Pids(children),
-            },
-        });
+    let mut members = Vec::with_capacity(stats.len());
+    for (pid, stat) in stats {
+        look.pid = pid;
+        let surveyed = survey.members.get(&pid);
+        members.extend(Outside::of(
+            &mut look,
+            family.member(pid)?,
+            stat,
+            surveyed,
+            &mut refusals,
+        )?);
     }
-    let tids = tracee.tids().to_vec();
-    let mut seen = Vec::with_capacity(tids.len());
-    for &tid in &tids {
-        let thread = task::seen(tracee, tid)?;
-        refusals.extend(thread.refusals(pid));
-        seen.push(thread);
-    }
-    // The leader is first, and its status has the process' memory counters.
-    if let Some(kib @ 1..) = seen.first().map(|leader| leader.status().vm_pin_kib) {
-        refusals.push(Refusal {
-            pid,
-            object: Object::Process,
-            what: RefusalKind::Pinned { kib },
-        });
-    }
-    let exe = match executable(&mut look)? {
-        Ok(exe) => exe,
-        Err(what) => {
-            refusals.push(Refusal {
-                pid,
-                object: Object::Process,
-                what,
-            });
-            return Err(Error::Refused(refusals));
-        }
-    };
-    let cwd = working_directory(&mut look)?.unwrap_or_else(|what| {
-        refusals.push(Refusal {
-            pid,
-            object: Object::Process,
-            what,
-        });
-        String::new()
-    });
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
     }
 
-    let guards = frozen_guards(pid, &vmas, &survey.guards)?;
-    let copied = memory::copied_file_pages(pid, &vmas)?;
-    let stat = procfs::stat(pid, pid)?;
-    let posix_timers = procfs::posix_timers(pid)?;
-    let pending = signals::pending(tracee, pid, true)?;
-    let umask = seen.first().map_or(0, |leader| leader.status().umask);
-    let locked_bytes: u64 = vmas
-        .iter()
-        .filter(|vma| vma.flags.has("lo"))
-        .map(Vma::len)
-        .sum();
-    let mut process = Process {
-        pid,
-        ppid: stat.ppid,
-        pgid: stat.pgrp,
-        sid: stat.session,
-        pending,
-        descriptors: table.descriptors,
-        cwd,
-        umask,
-        limits: task::limits(pid)?,
-        oom_score_adj: procfs::oom_score_adj(pid)?,
-        coredump_filter: procfs::coredump_filter(pid)?,
-        ..Process::default()
-    };
-
     let cpus = Cpus::online()?;
-    let mut injection = tracee.plant(None)?;
-    let asked = ask(
-        &mut injection,
-        &mut process,
-        seen,
-        posix_timers,
-        (&mut table.files, timerfds_read),
-        &cpus,
-    );
-    // The agent's mapping is locked if every new mapping is, which nothing else tells.
-    let lock_future = asked.is_ok() && {
-        let agent = injection.mapping();
-        procfs::status(pid, pid)?.vm_lck_kib * 1024 >= locked_bytes + (agent.end - agent.start)
-    };
-    injection.cure()?;
-    let (answered, first_touch) = asked?;
-    let mut since = timers::since(&process.pending, signals::pending(tracee, pid, true)?);
-    for thread in &process.threads {
-        let now = signals::pending(tracee, thread.tid, false)?;
-        since.extend(timers::since(&thread.pending, now));
+    let mut tree = Tree::default();
+    let mut pages = Vec::with_capacity(members.len());
+    let mut clocks = Vec::with_capacity(members.len());
+    let count = members.len();
+    for (index, member) in members.into_iter().enumerate() {
+        look.pid = member.pid;
+        // Timers of files belong to no process: with the last one the tree's time is read.
+        let timerfds = (index + 1 == count).then_some((table.files.as_mut_slice(), timerfds_read));
+        let descriptors = table.descriptors.remove(&member.pid).unwrap_or_default();
+        let tracee = family.member(member.pid)?;
+        let inside = member.ask(&mut look, tracee, descriptors, &cpus, timerfds)?;
+        tree.processes.push(inside.process);
+        pages.push(inside.pages);
+        clocks.push(inside.clocks_ns);
     }
-    timers::rearm(&mut process, &since);
-
-    let asked = memory::Asked {
-        brk: answered.brk,
-        thp_disabled: answered.thp_disabled,
-        lock_future,
-    };
-    process.space = Some(memory::space(&mut look, &vmas, &guards, &stat, asked, exe)?);
-    process.dumpable = answered.dumpable;
-    process.child_subreaper = answered.child_subreaper;
-    process.membarrier = answered.membarrier;
-    // /proc/PID/cmdline and environ are read by others, without a fault: a missing page would show as an empty line in ps.
-    let arguments = [
-        (stat.arg_start, stat.arg_end),
-        (stat.env_start, stat.env_end),
-    ];
-    let mut eager = memory::first_touch_pages(&first_touch, &arguments, &vmas, &guards);
-    process.first_touch = memory::merge(eager.clone())
-        .into_iter()
-        .map(|range| model::Range {
-            start: range.start,
-            end: range.end,
-        })
-        .collect();
-    eager.extend(copied);
-    let lazy = vmas
-        .iter()
-        .filter(|vma| memory::is_lazy(memory::classify(vma).ok().flatten()))
-        .map(|vma| PageRange {
-            start: vma.start,
-            end: vma.end,
-        })
-        .collect();
-    let lazy = memory::without(memory::merge(lazy), &guards);
+    // One time for all: what had been left of the timers of those that were asked before the last has become less.
+    let now = clocks.last().copied().unwrap_or_default();
+    for (process, then) in tree.processes.iter_mut().zip(clocks) {
+        timers::pass(process, &Passed::between(then, now));
+    }
+    [tree.monotonic_ns, tree.boottime_ns, tree.realtime_ns] = now;
+    (tree.files, tree.pipes) = (table.files, table.pipes);
     look.known.sync_written(SYNC_WAIT_FROZEN)?;
-    Ok(Captured {
-        tree: Tree {
-            root: Some(process),
-            files: table.files,
-            pipes: table.pipes,
-            monotonic_ns: answered.monotonic_ns,
-            boottime_ns: answered.boottime_ns,
-            realtime_ns: answered.realtime_ns,
-            host: None,
-        },
-        eager: memory::merge(eager),
-        lazy,
-    })
+    Ok(Captured { tree, pages })
+}
+
+/// A process and its row in the process table.
+type Row = (i32, procfs::Stat);
+
+/// The frozen processes, parents before their children, and what of their relations is refused.
+fn ordered(root: i32, pids: &[i32], survey: &Survey) -> Result<(Vec<Row>, Vec<Refusal>)> {
+    let mut refusals = Vec::new();
+    let mut refuse = |pid, what| {
+        refusals.push(Refusal {
+            pid,
+            object: Object::Process,
+            what,
+        })
+    };
+    let mut left: BTreeSet<i32> = pids.iter().copied().filter(|&pid| pid != root).collect();
+    let mut stats = vec![(root, procfs::stat(root, root)?)];
+    let mut index = 0;
+    while let Some(&(pid, _)) = stats.get(index) {
+        for child in procfs::children(pid)? {
+            if left.remove(&child) {
+                stats.push((child, procfs::stat(child, child)?));
+            } else {
+                // Only what has ended cannot be seized.
+                refuse(child, RefusalKind::Zombie);
+            }
+        }
+        index += 1;
+    }
+    for pid in left {
+        let parent = procfs::stat(pid, pid)?.ppid;
+        refuse(pid, RefusalKind::Orphan { parent });
+    }
+    for (pid, _) in &stats {
+        if !survey.members.contains_key(pid) {
+            refuse(*pid, RefusalKind::Newcomer);
+        }
+    }
+    refusals.extend(relations(&stats));
+    Ok((stats, refusals))
+}
+
+/// What is had of a frozen process without asking it.
+struct Outside {
+    pid: i32,
+    stat: procfs::Stat,
+    vmas: Vec<Vma>,
+    seen: Vec<task::Seen>,
+    exe: FileIdentity,
+    cwd: String,
+    guards: Vec<PageRange>,
+}
+
+/// And what it told.
+struct Inside {
+    process: Process,
+    pages: Pages,
+    /// When it was asked: the tree's monotonic, boot time and real-time clock.
+    clocks_ns: [u64; 3],
+}
+
+impl Outside {
+    /// `None`, with a refusal added, if it is refused as a whole.
+    fn of(
+        look: &mut Look<'_>,
+        tracee: &Tracee,
+        stat: procfs::Stat,
+        surveyed: Option<&Member>,
+        refusals: &mut Vec<Refusal>,
+    ) -> Result<Option<Self>> {
+        let pid = look.pid;
+        let (known, guards) = surveyed.map_or((&[][..], &[][..]), |surveyed| {
+            (&surveyed.vmas[..], &surveyed.guards[..])
+        });
+        let vmas = memory::frozen_mappings(pid, known)?;
+        refusals.extend(memory::refusals(look, &vmas)?);
+        refusals.extend(timers::refusals(pid)?);
+        let mut seen = Vec::with_capacity(tracee.tids().len());
+        for &tid in tracee.tids() {
+            let thread = task::seen(tracee, tid)?;
+            refusals.extend(thread.refusals(pid));
+            seen.push(thread);
+        }
+        let mut refuse = |what| {
+            refusals.push(Refusal {
+                pid,
+                object: Object::Process,
+                what,
+            })
+        };
+        // The leader is first, and its status has the process' memory counters.
+        if let Some(kib @ 1..) = seen.first().map(|leader| leader.status().vm_pin_kib) {
+            refuse(RefusalKind::Pinned { kib });
+        }
+        let exe = executable(look)?;
+        let cwd = working_directory(look)?;
+        let (exe, cwd) = match (exe, cwd) {
+            (Ok(exe), Ok(cwd)) => (exe, cwd),
+            (exe, cwd) => {
+                exe.err().into_iter().chain(cwd.err()).for_each(refuse);
+                return Ok(None);
+            }
+        };
+        Ok(Some(Self {
+            pid,
+            stat,
+            guards: frozen_guards(pid, &vmas, guards)?,
+            vmas,
+            seen,
+            exe,
+            cwd,
+        }))
+    }
+
+    /// Asks it for the rest.
+    fn ask(
+        self,
+        look: &mut Look<'_>,
+        tracee: &mut Tracee,
+        descriptors: Vec<Descriptor>,
+        cpus: &Cpus,
+        timerfds: Option<(&mut [File], host::Clocks)>,
+    ) -> Result<Inside> {
+        let Self {
+            pid,
+            stat,
+            vmas,
+            seen,
+            exe,
+            cwd,
+            guards,
+        } = self;
+        let copied = memory::copied_file_pages(pid, &vmas)?;
+        let posix_timers = procfs::posix_timers(pid)?;
+        let pending = signals::pending(tracee, pid, true)?;
+        let umask = seen.first().map_or(0, |leader| leader.status().umask);
+        let locked_bytes: u64 = vmas
+            .iter()
+            .filter(|vma| vma.flags.has("lo"))
+            .map(Vma::len)
+            .sum();
+        let mut process = Process {
+            pid,
+            ppid: stat.ppid,
+            pgid: stat.pgrp,
+            sid: stat.session,
+            pending,
+            descriptors,
+            cwd,
+            umask,
+            limits: task::limits(pid)?,
+            oom_score_adj: procfs::oom_score_adj(pid)?,
+            coredump_filter: procfs::coredump_filter(pid)?,
+            ..Process::default()
+        };
+
+        let mut injection = tracee.plant(None)?;
+        let asked = ask(
+            &mut injection,
+            &mut process,
+            seen,
+            posix_timers,
+            timerfds,
+            cpus,
+        );
+        // The agent's mapping is locked if every new mapping is, which nothing else tells.
+        let lock_future = asked.is_ok() && {
+            let agent = injection.mapping();
+            procfs::status(pid, pid)?.vm_lck_kib * 1024 >= locked_bytes + (agent.end - agent.start)
+        };
+        injection.cure()?;
+        let (answered, first_touch) = asked?;
+        let mut since = timers::since(&process.pending, signals::pending(tracee, pid, true)?);
+        for thread in &process.threads {
+            let now = signals::pending(tracee, thread.tid, false)?;
+            since.extend(timers::since(&thread.pending, now));
+        }
+        timers::rearm(&mut process, &since);
+
+        let asked = memory::Asked {
+            brk: answered.brk,
+            thp_disabled: answered.thp_disabled,
+            lock_future,
+        };
+        process.space = Some(memory::space(look, &vmas, &guards, &stat, asked, exe)?);
+        process.dumpable = answered.dumpable;
+        process.child_subreaper = answered.child_subreaper;
+        process.membarrier = answered.membarrier;
+        // /proc/PID/cmdline and environ are read by others, without a fault: a missing page would show as an empty line in ps.
+        let arguments = [
+            (stat.arg_start, stat.arg_end),
+            (stat.env_start, stat.env_end),
+        ];
+        let mut eager = memory::first_touch_pages(&first_touch, &arguments, &vmas, &guards);
+        process.first_touch = memory::merge(eager.clone())
+            .into_iter()
+            .map(|range| model::Range {
+                start: range.start,
+                end: range.end,
+            })
+            .collect();
+        eager.extend(copied);
+        let lazy = vmas
+            .iter()
+            .filter(|vma| memory::is_lazy(memory::classify(vma).ok().flatten()))
+            .map(|vma| PageRange {
+                start: vma.start,
+                end: vma.end,
+            })
+            .collect();
+        let lazy = memory::without(memory::merge(lazy), &guards);
+        Ok(Inside {
+            process,
+            pages: Pages {
+                pid,
+                eager: memory::merge(eager),
+                lazy,
+            },
+            clocks_ns: [
+                answered.monotonic_ns,
+                answered.boottime_ns,
+                answered.realtime_ns,
+            ],
+        })
+    }
 }
 
 /// Largest mapping of a process that uses guards that is searched anew in the freeze, bytes: a program that has guards makes
@@ -277,7 +413,7 @@ fn ask(
     process: &mut Process,
     seen: Vec<task::Seen>,
     posix_timers: Vec<procfs::PosixTimer>,
-    (files, timerfds_read): (&mut [File], host::Clocks),
+    timerfds: Option<(&mut [File], host::Clocks)>,
     cpus: &Cpus,
 ) -> Result<(Answered, Vec<FirstTouch>)> {
     let pid = process.pid;
@@ -287,20 +423,14 @@ fn ask(
     process.posix_timers = timers::posix(injection, pid, posix_timers)?;
     let posix_timers_read = host::clocks()?;
     let mut answered = task::ask_process(injection, pid)?;
-    let passed = timers::until_now(itimers_read)?;
-    for timer in &mut process.itimers {
-        timer.value_us = passed
-            .left_ns(timer.clock(), timer.value_us.saturating_mul(1000))
-            .div_ceil(1000);
-    }
-    let passed = timers::until_now(posix_timers_read)?;
-    for timer in &mut process.posix_timers {
-        timer.value_ns = passed.left_ns(timer.clock, timer.value_ns);
-    }
-    let passed = timers::until_now(timerfds_read)?;
-    for file in files {
-        if let Some(file::Kind::Timerfd(timer)) = &mut file.kind {
-            timer.value_ns = passed.left_ns(timer.clock, timer.value_ns);
+    timers::pass_itimers(process, &timers::until_now(itimers_read)?);
+    timers::pass_posix(process, &timers::until_now(posix_timers_read)?);
+    if let Some((files, timerfds_read)) = timerfds {
+        let passed = timers::until_now(timerfds_read)?;
+        for file in files {
+            if let Some(file::Kind::Timerfd(timer)) = &mut file.kind {
+                timer.value_ns = passed.left_ns(timer.clock, timer.value_ns);
+            }
         }
     }
     let mut refusals = std::mem::take(&mut answered.refusals);

@@ -83,6 +83,8 @@ enum Backing {
 /// Reads the pages of one frozen process. Every thread that serves pages has its own.
 #[derive(Debug)]
 pub struct PageReader {
+    /// Number of the address space.
+    object: u32,
     memory: RemoteMemory,
     pagemap: File,
     /// The mappings that have pages of their own, ascending. The process is frozen, so they stay.
@@ -93,11 +95,11 @@ pub struct PageReader {
 }
 
 impl PageReader {
-    /// A reader of the frozen process `pid`.
+    /// A reader of the frozen process `pid`, whose address space has the number `object`.
     ///
     /// # Errors
     /// [`Error::Process`](crate::Error::Process).
-    pub fn open(pid: i32) -> Result<Self> {
+    pub fn open(object: u32, pid: i32) -> Result<Self> {
         let mappings = procfs::maps(pid)?
             .iter()
             .filter_map(|vma| {
@@ -116,6 +118,7 @@ impl PageReader {
             })
             .collect();
         Ok(Self {
+            object,
             memory: RemoteMemory::open(pid)?,
             pagemap: pagemap::open(pid)?,
             mappings,
@@ -146,7 +149,7 @@ impl PageReader {
             .sum();
         let data_pages = usize::try_from(data_pages.min(u64::from(BATCH_DATA_PAGES_MAX)))
             .expect("a batch is small");
-        let mut builder = PageBatchBuilder::new(request, range.start, data_pages);
+        let mut builder = PageBatchBuilder::new(self.object, request, range.start, data_pages);
         for (content, segment) in segments {
             if !builder.has_room() {
                 break;
@@ -286,6 +289,7 @@ impl PageReader {
                 let mut map = Map {
                     from,
                     runs: Vec::with_capacity(regions.len() * 2),
+                    object: self.object,
                 };
                 let mut page_count = 0;
                 for region in memory::merge(regions) {
@@ -416,7 +420,7 @@ mod tests {
         {
             std::thread::yield_now();
         }
-        let mut reader = PageReader::open(pid).expect("a reader");
+        let mut reader = PageReader::open(1, pid).expect("a reader");
         let (range, _) = *reader
             .mappings
             .iter()

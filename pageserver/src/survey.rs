@@ -1,4 +1,5 @@
-//! The look before anything is touched: what a process consists of, and everything in it that cannot be carried, all at once.
+//! The look before anything is touched: what a process tree consists of, and everything in it that cannot be carried, all at
+//! once.
 //!
 //! It reads `/proc` and copies of descriptors of a running process, so a fact may be over when it is read. A refusal counts
 //! when a second look confirms it, and capture asks again in the freeze.
@@ -6,7 +7,7 @@
 mod managed;
 mod refusal;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::sockets::State;
+use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::PageRange;
 use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::procfs::{self, DescriptorEntry, Namespaces, Vma};
@@ -56,9 +58,9 @@ pub struct SurveyOptions {
 /// What was found.
 #[derive(Debug)]
 pub struct Survey {
-    /// The process.
+    /// The root.
     pub pid: i32,
-    /// The leader's name.
+    /// The name of its first thread.
     pub comm: String,
     /// Everything that cannot be carried. Empty: go on.
     pub refusals: Vec<Refusal>,
@@ -68,7 +70,7 @@ pub struct Survey {
     pub files: Vec<FileIdentity>,
     /// Addresses the target must be able to bind.
     pub sockets: Vec<BoundSocket>,
-    /// Threads, the leader first.
+    /// Threads of all processes, the root's first.
     pub tids: Vec<i32>,
     /// Private anonymous memory in use, swapped included.
     pub resident_bytes: u64,
@@ -76,15 +78,21 @@ pub struct Survey {
     pub locked_bytes: u64,
     /// One past the highest mapped user address.
     pub user_address_end: u64,
-    /// Guard regions of private mappings.
-    pub guards: Vec<PageRange>,
     /// What its time namespace adds to this host's CLOCK_MONOTONIC and CLOCK_BOOTTIME, nanoseconds.
     pub clock_offsets_ns: (i64, i64),
-    /// Agents of killed tracers, which the freeze takes out: no part of the process.
+    /// Agents of killed tracers, which the freeze takes out: no part of the processes.
     leftovers: usize,
-    pub(crate) vmas: Vec<Vma>,
+    pub(crate) members: BTreeMap<i32, Member>,
     pub(crate) inodes: BTreeSet<u64>,
     pub(crate) known: KnownFiles,
+}
+
+/// What the freeze need not look for again, by process.
+#[derive(Debug, Default)]
+pub(crate) struct Member {
+    pub(crate) vmas: Vec<Vma>,
+    /// Guard regions of private mappings.
+    pub(crate) guards: Vec<PageRange>,
 }
 
 impl Survey {
@@ -104,7 +112,7 @@ impl Survey {
     }
 }
 
-/// Looks at a running process.
+/// Looks at a running process and all its descendants.
 ///
 /// # Errors
 /// [`Error::Process`] with `Gone` if there is no such process or it ends meanwhile; whatever else reading gave. What cannot be
@@ -116,7 +124,8 @@ pub fn survey(pid: i32, options: &SurveyOptions) -> Result<Survey> {
         let again = look(pid, options)?;
         let seen_twice = |refusal: &Refusal| {
             again.refusals.iter().any(|other| {
-                other.object == refusal.object && other.what.key() == refusal.what.key()
+                (other.pid, other.object) == (refusal.pid, refusal.object)
+                    && other.what.key() == refusal.what.key()
             })
         };
         found.refusals.retain(seen_twice);
@@ -135,28 +144,77 @@ pub fn survey(pid: i32, options: &SurveyOptions) -> Result<Survey> {
     Ok(found)
 }
 
-fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
+fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     let mut look = Look {
-        pid,
+        pid: root,
         options,
         known: KnownFiles::default(),
     };
-    let mut refusals = Vec::new();
-    let mut notes = Vec::new();
-    let stat = procfs::stat(pid, pid)?;
+    let stat = procfs::stat(root, root)?;
     // Nothing else can be asked about these.
-    if let Some(what) = no_program(pid, &stat)? {
+    if let Some(what) = no_program(root, &stat)? {
         let refusals = vec![Refusal {
-            pid,
+            pid: root,
             object: Object::Process,
             what,
         }];
-        return Ok(empty(pid, refusals));
+        return Ok(empty(root, refusals));
     }
-    let status = procfs::status(pid, pid)?;
-    let tids = procfs::tids(pid)?;
-    process(pid, options, &stat, &status, &mut refusals)?;
-    threads(pid, &tids, &mut refusals)?;
+    let mut found = empty(root, Vec::new());
+    found.comm = procfs::status(root, root)?.name;
+    found.clock_offsets_ns = procfs::timens_offsets(root)?;
+    found.notes.extend(identity_notes(root, &stat));
+    let mut tables = Vec::new();
+    let mut stats = Vec::new();
+    for pid in procfs::descendants(root)? {
+        look.pid = pid;
+        match member(&mut look, root, &mut found) {
+            Ok(Some((stat, entries))) => {
+                tables.push((pid, entries));
+                stats.push((pid, stat));
+            }
+            Ok(None) => {}
+            // It has ended meanwhile.
+            Err(Error::Process(error))
+                if error.is_gone() && pid != root && !procfs::exists(pid) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    found.refusals.extend(relations(&stats));
+    let table = files::table(&mut look, &tables, Depth::Survey)?;
+    found.refusals.extend(table.refusals.iter().cloned());
+    found
+        .refusals
+        .extend(files::held_outside(&tables, &table.inodes)?);
+    found
+        .refusals
+        .sort_by_key(|refusal| (refusal.pid != root, refusal.pid, refusal.object));
+    found.notes.extend(socket_notes(&tables, &table)?);
+    if found.refusals.is_empty() {
+        look.known.sync_written(SYNC_WAIT)?;
+    }
+    found.sockets = bound_sockets(&table);
+    found.files = look.known.identities();
+    found.files.dedup_by(|next, kept| {
+        next.path == kept.path && {
+            // The stricter of the two demands.
+            kept.must_be_shared |= next.must_be_shared;
+            true
+        }
+    });
+    found.inodes = table.inodes;
+    found.known = look.known;
+    Ok(found)
+}
+
+/// Adds what one process has to `found`; its row in the process table and its descriptors. `None`: it is refused as a whole.
+fn member(
+    look: &mut Look<'_>,
+    root: i32,
+    found: &mut Survey,
+) -> Result<Option<(procfs::Stat, Vec<DescriptorEntry>)>> {
+    let pid = look.pid;
+    let mut refusals = Vec::new();
     let mut refuse = |what| {
         refusals.push(Refusal {
             pid,
@@ -164,18 +222,24 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
             what,
         })
     };
-    if let Err(what) = executable(&mut look)? {
+    let stat = procfs::stat(pid, pid)?;
+    if let Some(what) = no_program(pid, &stat)? {
+        refuse(what);
+        found.refusals.extend(refusals);
+        return Ok(None);
+    }
+    let status = procfs::status(pid, pid)?;
+    if let Err(what) = executable(look)? {
         refuse(what);
     }
-    if let Err(what) = working_directory(&mut look)? {
+    if let Err(what) = working_directory(look)? {
         refuse(what);
     }
+    let tids = procfs::tids(pid)?;
+    process(root, pid, look.options, &stat, &status, &mut refusals)?;
+    threads(pid, &tids, &mut refusals)?;
     refusals.extend(timers::refusals(pid)?);
-
     let entries = procfs::descriptors(pid)?;
-    let table = files::table(&mut look, &entries, Depth::Survey)?;
-    refusals.extend(table.refusals.iter().cloned());
-    refusals.extend(files::held_outside(pid, &entries, &table.inodes)?);
     let all = procfs::smaps(pid)?;
     let agents = leftover::find(pid, &all)?;
     let is_left = |vma: &Vma| {
@@ -189,46 +253,60 @@ fn look(pid: i32, options: &SurveyOptions) -> Result<Survey> {
         .filter(|vma| vma.flags.has("lo"))
         .map(Vma::len)
         .sum();
-    refusals.extend(memory::refusals(&mut look, &vmas)?);
+    refusals.extend(memory::refusals(look, &vmas)?);
     refusals.extend(memory_policies(pid)?);
-    refusals.sort_by_key(|refusal| refusal.object);
+    found.refusals.extend(refusals);
+    found.tids.extend(tids);
+    found.resident_bytes += (status.rss_anon_kib + status.vm_swap_kib) * 1024;
+    found.locked_bytes += (status.vm_lck_kib * 1024).saturating_sub(left_locked);
+    let highest = vmas.iter().filter(|vma| vma.path != "[vsyscall]");
+    let highest = highest.map(|vma| vma.end).max().unwrap_or(0);
+    found.user_address_end = found.user_address_end.max(highest);
+    found.leftovers += agents.len();
+    let guards = memory::guards(pid, &vmas, |_| true)?;
+    found.members.insert(pid, Member { vmas, guards });
+    Ok(Some((stat, entries)))
+}
 
-    notes.extend(identity_notes(pid, &stat));
-    notes.extend(socket_notes(pid, &entries, &table)?);
-    if refusals.is_empty() {
-        look.known.sync_written(SYNC_WAIT)?;
-    }
-    let mut files = look.known.identities();
-    files.dedup_by(|next, kept| {
-        next.path == kept.path && {
-            // The stricter of the two demands.
-            kept.must_be_shared |= next.must_be_shared;
-            true
-        }
-    });
-    Ok(Survey {
-        pid,
-        comm: status.name,
-        refusals,
-        notes,
-        sockets: bound_sockets(&table),
-        files,
-        tids,
-        resident_bytes: (status.rss_anon_kib + status.vm_swap_kib) * 1024,
-        locked_bytes: (status.vm_lck_kib * 1024).saturating_sub(left_locked),
-        user_address_end: vmas
+/// Sessions and groups that cannot be made again, from the rows of a tree in the process table, the root's first.
+pub(crate) fn relations(stats: &[(i32, procfs::Stat)]) -> Vec<Refusal> {
+    let tree = Tree {
+        processes: stats
             .iter()
-            .filter(|vma| vma.path != "[vsyscall]")
-            .map(|vma| vma.end)
-            .max()
-            .unwrap_or(0),
-        guards: memory::guards(pid, &vmas, |_| true)?,
-        clock_offsets_ns: procfs::timens_offsets(pid)?,
-        leftovers: agents.len(),
-        vmas,
-        inodes: table.inodes,
-        known: look.known,
-    })
+            .map(|(pid, stat)| Process {
+                pid: *pid,
+                ppid: stat.ppid,
+                pgid: stat.pgrp,
+                sid: stat.session,
+                ..Process::default()
+            })
+            .collect(),
+        ..Tree::default()
+    };
+    let sessions: BTreeMap<i32, i32> = stats
+        .iter()
+        .map(|(pid, stat)| (*pid, stat.session))
+        .collect();
+    let mut found = Vec::new();
+    for (process, leader) in tree.processes.iter().zip(tree.group_leaders()).skip(1) {
+        let mut refuse = |what| {
+            found.push(Refusal {
+                pid: process.pid,
+                object: Object::Process,
+                what,
+            })
+        };
+        if process.sid != process.pid && sessions.get(&process.ppid) != Some(&process.sid) {
+            refuse(RefusalKind::Session {
+                session: process.sid,
+            });
+        } else if leader.is_none() {
+            refuse(RefusalKind::Group {
+                group: process.pgid,
+            });
+        }
+    }
+    found
 }
 
 fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
@@ -243,10 +321,9 @@ fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
         resident_bytes: 0,
         locked_bytes: 0,
         user_address_end: 0,
-        guards: Vec::new(),
         clock_offsets_ns: (0, 0),
         leftovers: 0,
-        vmas: Vec::new(),
+        members: BTreeMap::new(),
         inodes: BTreeSet::new(),
         known: KnownFiles::default(),
     }
@@ -274,6 +351,7 @@ fn no_program(pid: i32, stat: &procfs::Stat) -> Result<Option<RefusalKind>> {
 }
 
 fn process(
+    root: i32,
     pid: i32,
     options: &SurveyOptions,
     stat: &procfs::Stat,
@@ -313,20 +391,19 @@ fn process(
             minor: device & 0xff | device >> 12 & 0xf_ff00,
         });
     }
-    let children = procfs::children(pid)?;
-    if !children.is_empty() {
-        refuse(RefusalKind::Children {
-            pids: Pids(children),
-        });
-    }
-    for kind in foreign_namespaces(&procfs::namespaces(pid)?)? {
+    let namespaces = procfs::namespaces(pid)?;
+    for kind in foreign_namespaces(&namespaces)? {
         refuse(RefusalKind::Namespace { kind });
     }
-    let root = procfs::root(pid)?;
-    if root != "/" {
-        refuse(RefusalKind::Chroot { root });
+    // The tree gets one on the target.
+    if pid != root && namespaces.time != procfs::namespaces(root)?.time {
+        refuse(RefusalKind::Namespace { kind: "time" });
     }
-    if !options.unmanaged {
+    let directory = procfs::root(pid)?;
+    if directory != "/" {
+        refuse(RefusalKind::Chroot { root: directory });
+    }
+    if pid == root && !options.unmanaged {
         if let Some(unit) = managed::unit(pid, stat.ppid)? {
             refuse(RefusalKind::Managed { unit });
         }
@@ -530,16 +607,17 @@ fn identity_notes(pid: i32, stat: &procfs::Stat) -> Vec<String> {
 }
 
 /// What sockets lose: a network may lose datagrams, and `--tcp close` drops connections.
-fn socket_notes(pid: i32, entries: &[DescriptorEntry], table: &Table) -> Result<Vec<String>> {
+fn socket_notes(tables: &[files::Entries], table: &Table) -> Result<Vec<String>> {
     let mut notes = Vec::new();
-    let pidfd = descriptor::PidFd::open(pid)?;
-    for (fd, socket) in sockets(table) {
+    for (pid, fd, socket) in sockets(table) {
         if socket.state() == State::Dropped {
             notes.push(format!("pid {pid} fd {fd}: the TCP connection is dropped"));
         }
-        let is_open = entries.iter().any(|entry| entry.fd == fd);
+        let is_open = tables
+            .iter()
+            .any(|(owner, entries)| *owner == pid && entries.iter().any(|entry| entry.fd == fd));
         if socket.r#type == libc::SOCK_DGRAM && socket.family != libc::AF_UNIX && is_open {
-            if let Ok(copy) = pidfd.get_fd(fd) {
+            if let Ok(copy) = descriptor::PidFd::open(pid).and_then(|pidfd| pidfd.get_fd(fd)) {
                 if socket::unread_bytes(copy.as_fd()).is_ok_and(|bytes| bytes > 0) {
                     notes.push(format!(
                         "pid {pid} fd {fd}: datagrams that lie unread are lost, as on a network"
@@ -551,29 +629,42 @@ fn socket_notes(pid: i32, entries: &[DescriptorEntry], table: &Table) -> Result<
     Ok(notes)
 }
 
-fn sockets(table: &Table) -> impl Iterator<Item = (u32, &pageferry_image::model::sockets::Socket)> {
-    table.files.iter().filter_map(|file| match &file.kind {
+/// Every socket with the first descriptor of it.
+fn sockets(
+    table: &Table,
+) -> impl Iterator<Item = (i32, u32, &pageferry_image::model::sockets::Socket)> {
+    let mut holders: BTreeMap<u32, (i32, u32)> = BTreeMap::new();
+    for (&pid, descriptors) in &table.descriptors {
+        for descriptor in descriptors {
+            holders
+                .entry(descriptor.file)
+                .or_insert((pid, descriptor.fd));
+        }
+    }
+    table.files.iter().filter_map(move |file| match &file.kind {
         Some(file::Kind::Socket(socket)) => {
-            let descriptor = table
-                .descriptors
-                .iter()
-                .find(|descriptor| descriptor.file == file.id)?;
-            Some((descriptor.fd, socket))
+            let &(pid, fd) = holders.get(&file.id)?;
+            Some((pid, fd, socket))
         }
         _ => None,
     })
 }
 
 fn bound_sockets(table: &Table) -> Vec<BoundSocket> {
-    sockets(table)
-        .filter(|(_, socket)| matches!(socket.state(), State::Bound | State::Listening))
-        .map(|(fd, socket)| BoundSocket {
-            fd,
-            family: (socket.family as u32),
-            kind: (socket.r#type as u32),
-            protocol: (socket.protocol as u32),
-            address: socket.local.clone(),
-            listening: socket.state() == State::Listening,
-        })
-        .collect()
+    let mut bound: Vec<BoundSocket> = Vec::new();
+    for (_, fd, socket) in sockets(table) {
+        let is_bound = matches!(socket.state(), State::Bound | State::Listening);
+        // One that several processes have is seen once for each of them.
+        if is_bound && bound.iter().all(|other| other.address != socket.local) {
+            bound.push(BoundSocket {
+                fd,
+                family: (socket.family as u32),
+                kind: (socket.r#type as u32),
+                protocol: (socket.protocol as u32),
+                address: socket.local.clone(),
+                listening: socket.state() == State::Listening,
+            });
+        }
+    }
+    bound
 }

@@ -1,10 +1,14 @@
-//! Model → kernel objects: turns a husk into the captured process, stopped one instruction before it goes on.
+//! Model → kernel objects: turns a husk into the captured process tree, stopped one instruction before it goes on.
 //!
 //! One module per kind of object, with the names of the model. Everything that only the process itself can ask of the
 //! kernel is asked by the agent planted in the husk; files and sockets are opened by us and handed over. The husk is
 //! privileged until the last batch of each thread, which drops to the captured credentials.
 //!
-//! Order, and why:
+//! First the husk of the root makes those of its children, and they of theirs, so that parenthood is real; each leads its
+//! session or group before it has children. Then each process is built, parents first. An open file that several have is made
+//! once, when the first of them is built, and handed to each.
+//!
+//! Order within a process, and why:
 //! 1. plant the agent in a hole that both the husk and the final layout leave free;
 //! 2. unmap all that the exec brought, map the vdso at its old place (it must be gone before it can be mapped);
 //! 3. take the leader's user and group ids, keeping capabilities: UNIX socket pairs record them;
@@ -23,8 +27,9 @@ use pageferry_image::model::memory::{Kind, Space};
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_tracee::Error as TraceeError;
+use pageferry_tracee::family::Family;
 use pageferry_tracee::host::Clocks;
-use pageferry_tracee::injection::{Arg, Batch, Injection, Slot, ThreadStart};
+use pageferry_tracee::injection::{Arg, Batch, Injection, Leads, Slot, ThreadStart};
 use pageferry_tracee::tree::Tracee;
 use pageferry_tracee::uffd::Uffd;
 
@@ -85,6 +90,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A page that travels with the state: its address and its 4096 bytes.
 #[derive(Debug, Clone)]
 pub struct EagerPage {
+    /// Whose page: the n-th process of the tree, from 1.
+    pub object: u32,
     /// Page-aligned address.
     pub address: u64,
     /// Exactly one page.
@@ -94,6 +101,8 @@ pub struct EagerPage {
 /// A rebuilt process: every thread stopped with its final registers, memory registered with the run userfaultfd.
 #[derive(Debug)]
 pub struct Rebuilt {
+    /// Its process id.
+    pub pid: i32,
     /// The run userfaultfd (events on, kernel-mode faults taken). Nothing was read from it yet.
     pub uffd: Uffd,
     /// Ranges whose pages are fetched on demand, ascending.
@@ -247,40 +256,96 @@ impl<'w, 'i> Work<'w, 'i> {
     }
 }
 
-/// Rebuilds `tree` in the husk that `husk` has seized and frozen, and leaves it stopped, ready for its first instruction.
+/// Rebuilds `tree` in the husk that `family` consists of, frozen, and in those it makes, and leaves all stopped, ready for their
+/// first instruction. What is returned is in the order of the tree.
 ///
 /// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
-/// On `Err` the husk is of no further use: kill it.
+/// On `Err` the husks are of no further use: kill them.
 pub fn rebuild(
-    husk: &mut Tracee,
+    family: &mut Family,
     tree: &Tree,
     eager: &[EagerPage],
     clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
-) -> Result<Rebuilt> {
+) -> Result<Vec<Rebuilt>> {
     tree.validate()?;
-    let process = tree
-        .root
-        .as_ref()
+    let root = tree
+        .processes
+        .first()
         .ok_or_else(|| model::Invalid::new("the tree", "has no process"))?;
+    if family.pids() != [root.pid] {
+        return Err(Error::Mismatch {
+            object: format!("pid {}", root.pid),
+            what: format!("the prepared processes are {:?}", family.pids()),
+        });
+    }
+    make_husks(family, tree)?;
+
+    let mut pages: BTreeMap<u32, Vec<EagerPage>> = BTreeMap::new();
+    for page in eager {
+        pages.entry(page.object).or_default().push(page.clone());
+    }
+    let mut files = files::Files::new(tree)?;
+    let mut rebuilt = Vec::with_capacity(tree.processes.len());
+    for (object, (process, leader)) in (1..).zip(tree.processes.iter().zip(tree.group_leaders())) {
+        let eager = pages.remove(&object).unwrap_or_default();
+        let member = family.member(process.pid)?;
+        rebuilt.push(rebuild_process(
+            member, process, leader, tree, &mut files, &eager, &clock,
+        )?);
+    }
+    match pages.keys().next() {
+        None => Ok(rebuilt),
+        Some(object) => Err(model::Invalid::new(
+            format!("object {object}"),
+            "has pages that came with the state, and is not in the tree",
+        )
+        .into()),
+    }
+}
+
+/// Makes the husks of all descendants. The root leads a session already.
+fn make_husks(family: &mut Family, tree: &Tree) -> Result<()> {
+    let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+    for process in tree.processes.iter().skip(1) {
+        children.entry(process.ppid).or_default().push(process.pid);
+    }
+    for (index, process) in tree.processes.iter().enumerate() {
+        let leads = match index {
+            0 => Leads::Nothing,
+            _ if process.sid == process.pid => Leads::Session,
+            _ if process.pgid == process.pid => Leads::Group,
+            _ => Leads::Nothing,
+        };
+        let children = children.remove(&process.pid).unwrap_or_default();
+        if leads != Leads::Nothing || !children.is_empty() {
+            family.beget(process.pid, leads, &children)?;
+        }
+    }
+    Ok(())
+}
+
+fn rebuild_process(
+    husk: &mut Tracee,
+    process: &Process,
+    group_leader: Option<i32>,
+    tree: &Tree,
+    files: &mut files::Files,
+    eager: &[EagerPage],
+    clock: &impl Fn() -> pageferry_tracee::Result<Clocks>,
+) -> Result<Rebuilt> {
+    let pid = process.pid;
     let space = process
         .space
         .as_ref()
         .ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
-    let pid = husk.pid();
-    if process.pid != pid {
-        return Err(Error::Mismatch {
-            object: format!("pid {}", process.pid),
-            what: format!("the prepared process has pid {pid}"),
-        });
-    }
-
     let hole = memory::hole_for_agent(
         space,
         &pageferry_tracee::procfs::maps(pid)?,
         process.threads.len(),
     )?;
     let mut injection = husk.plant_with_room(Some(hole), process.threads.len())?;
-    let built = build(&mut injection, process, space, tree, eager, clock);
+    let built = task::join_group(&mut injection, process, group_leader)
+        .and_then(|()| build(&mut injection, process, space, tree, files, eager, clock));
     let (rebuilt, starts) = match built {
         Ok(built) => built,
         Err(error) => {
@@ -300,8 +365,9 @@ fn build(
     process: &Process,
     space: &Space,
     tree: &Tree,
+    files: &mut files::Files,
     eager: &[EagerPage],
-    clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
+    clock: &impl Fn() -> pageferry_tracee::Result<Clocks>,
 ) -> Result<(Rebuilt, Vec<ThreadStart>)> {
     let pid = process.pid;
     let agent = injection.mapping();
@@ -318,7 +384,7 @@ fn build(
     let resident = memory::install(pid, space, &uffd, eager)?;
 
     let passed = || Ok(timers::since_capture(tree, clock()?));
-    files::rebuild(injection, pid, process, tree, &mut handed, passed)?;
+    files.rebuild(injection, process, tree, &mut handed, passed)?;
 
     for thread in process.threads.iter().skip(1) {
         injection.spawn_thread(thread.tid)?;
@@ -349,6 +415,7 @@ fn build(
         }
     }
     let rebuilt = Rebuilt {
+        pid,
         uffd,
         lazy,
         resident,

@@ -1,6 +1,5 @@
 /* A program that forks as soon as it finds itself on another host, while its pages are still on the way: every child
- * finds all memory right, writes to its own copy, and its parent never sees it. Between bursts it has no children, since
- * a process with children is not carried yet. */
+ * finds all memory right, writes to its own copy, and its parent never sees it. Between bursts it has no children. */
 #include "subject.h"
 
 enum { PAGES = 4096, BURST = 60 };

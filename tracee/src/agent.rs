@@ -28,7 +28,7 @@ use crate::registers::Frame;
 /// Code comes first, on a page of its own because it is mapped executable and never writable.
 pub(crate) const CODE_LEN: usize = 4096;
 /// Room for a signal frame. The extended state of a thread that uses AMX takes 11 KiB of it.
-const FRAME_LEN: usize = 16 * 1024;
+pub(crate) const FRAME_LEN: usize = 16 * 1024;
 /// Threads that can have agents planted by one thread of ours: the kernel walks no longer robust list (`ROBUST_LIST_LIMIT`,
 /// linux/futex.h).
 pub const THREAD_LIMIT: usize = 2048;
@@ -453,19 +453,48 @@ impl Shared {
 
     /// Writes clone3(2) arguments for a thread that is to have the id `tid`; returns their address in the tracee and their
     /// length.
-    pub(crate) fn clone_arguments(&mut self, index: usize, flags: u64, tid: i32) -> (u64, usize) {
-        /// `CLONE_ARGS_SIZE_VER2`: with `set_tid`, before `cgroup` counts.
-        const LEN: usize = 88;
+    pub(crate) fn clone_arguments(&mut self, index: usize, flags: u64, tid: i32) -> (u64, u64) {
         let address = self.slot_address(index) + CLONE_OFFSET as u64;
-        let mut arguments = [0_u64; 16];
-        arguments[0] = flags;
-        arguments[8] = address + LEN as u64; // set_tid
-        arguments[9] = 1; // set_tid_size
-        arguments[LEN / 8] = u64::from(tid as u32);
+        let arguments = CloneArguments::new(flags, 0, tid);
         let slot = self.slot_pointer(index);
         // SAFETY: within the mapping; the agent waits.
-        unsafe { (&raw mut (*slot).clone).write(arguments) };
-        (address, LEN)
+        unsafe { (&raw mut (*slot).clone).write(arguments.words_at(address)) };
+        (address, CloneArguments::LEN)
+    }
+}
+
+/// `struct clone_args` (linux/sched.h) for a task with a chosen id, and behind it that id.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CloneArguments {
+    flags: u64,
+    exit_signal: u64,
+    tid: i32,
+}
+
+impl CloneArguments {
+    /// `CLONE_ARGS_SIZE_VER2`: with `set_tid`, before `cgroup` counts.
+    pub(crate) const LEN: u64 = 88;
+    const WORDS: usize = 16;
+    /// Bytes of the whole.
+    pub(crate) const MEMORY_LEN: u64 = Self::WORDS as u64 * 8;
+
+    pub(crate) fn new(flags: u64, exit_signal: u64, tid: i32) -> Self {
+        Self {
+            flags,
+            exit_signal,
+            tid,
+        }
+    }
+
+    /// As they lie at `address` in the tracee.
+    pub(crate) fn words_at(&self, address: u64) -> [u64; Self::WORDS] {
+        let mut words = [0_u64; Self::WORDS];
+        words[0] = self.flags;
+        words[4] = self.exit_signal;
+        words[8] = address + Self::LEN; // set_tid
+        words[9] = 1; // set_tid_size
+        words[Self::LEN as usize / 8] = u64::from(self.tid as u32);
+        words
     }
 }
 

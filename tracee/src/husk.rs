@@ -309,7 +309,7 @@ fn answer_of(raw: i64) -> i64 {
 
 /// The name of what holds a pid. A number can be taken without a process to see: as a thread, or as the group or session of
 /// processes whose leader has ended.
-fn holder_of(pid: i32) -> String {
+pub(crate) fn holder_of(pid: i32) -> String {
     procfs::comm(pid, pid).unwrap_or_else(|_| "a process group or session".to_owned())
 }
 

@@ -16,6 +16,7 @@ pub mod agent;
 pub mod choke;
 pub mod descriptor;
 pub mod error;
+pub mod family;
 pub mod host;
 pub mod husk;
 pub mod injection;
@@ -34,7 +35,8 @@ pub mod tree;
 pub mod uffd;
 
 pub use error::{Error, Result};
-pub use injection::{Arg, Batch, Injection, Slot, ThreadStart};
+pub use family::Family;
+pub use injection::{Arg, Batch, Injection, Leads, Slot, ThreadStart};
 pub use memory::{Pod, RemoteMemory, RemotePtr};
 pub use registers::Registers;
 pub use tree::{Held, Pumped, RseqConfiguration, SeizeOptions, Tracee};

@@ -141,6 +141,24 @@ pub fn children(pid: i32) -> Result<Vec<i32>> {
     Ok(found.into_iter().collect())
 }
 
+/// A process and all that descend from it now, parents before their children. Zombies count.
+///
+/// # Errors
+/// As [`children`], for the process itself.
+pub fn descendants(root: i32) -> Result<Vec<i32>> {
+    let mut all = vec![root];
+    let mut index = 0;
+    while let Some(&pid) = all.get(index) {
+        match children(pid) {
+            Ok(children) => all.extend(children),
+            Err(error) if error.is_gone() && pid != root => {}
+            Err(error) => return Err(error),
+        }
+        index += 1;
+    }
+    Ok(all)
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // status
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::choke::{self, Kind};
-use crate::injection::Injection;
+use crate::injection::{Injection, Leads};
 use crate::interrupted::{self, Timeout};
 use crate::leftover;
 use crate::memory::{RemoteMemory, RemotePtr};
@@ -130,6 +130,10 @@ pub struct Tracee {
     /// A SIGCONT was pending when the process was parked.
     continue_again: bool,
     pub(crate) code: Option<CodePlaces>,
+    /// What it forks stays attached, and is listed in `born`; else it is let go.
+    pub(crate) keeps_children: bool,
+    /// Processes it has forked since somebody looked, attached to this thread.
+    pub(crate) born: Vec<i32>,
     _bound: PhantomData<*mut ()>,
 }
 
@@ -150,23 +154,57 @@ impl Tracee {
     /// [`Error::Gone`], [`Error::Zombie`], [`Error::AlreadyTraced`], or [`Error::Kernel`] (`EPERM`: not allowed to trace it).
     /// Threads seized so far are let go.
     pub fn seize(pid: i32, options: SeizeOptions) -> Result<Self> {
-        let mut tracee = Self {
-            pid,
-            threads: Vec::new(),
-            tids: Vec::new(),
-            options,
-            frozen_at: None,
-            stop_again: false,
-            continue_again: false,
-            code: None,
-            _bound: PhantomData,
-        };
+        let mut tracee = Self::adopted(pid, options);
+        tracee.threads.clear();
         while tracee.seize_new_threads()? > 0 {}
         if tracee.threads.is_empty() {
             return Err(Error::Gone { pid });
         }
         tracee.code = tracee.find_code(None)?;
         Ok(tracee)
+    }
+
+    /// A process whose only thread known so far is attached already, and not known to have stopped.
+    pub(crate) fn adopted(pid: i32, options: SeizeOptions) -> Self {
+        Self {
+            pid,
+            threads: vec![Thread::running(pid)],
+            tids: vec![pid],
+            options,
+            frozen_at: None,
+            stop_again: false,
+            continue_again: false,
+            code: None,
+            keeps_children: false,
+            born: Vec::new(),
+            _bound: PhantomData,
+        }
+    }
+
+    /// A process that a husk has just made, attached; it is to go on with these registers and signals when it is let go.
+    pub(crate) fn newborn(
+        pid: i32,
+        options: SeizeOptions,
+        registers: &Registers,
+        sigmask: u64,
+    ) -> Result<Self> {
+        let mut child = Self::adopted(pid, options);
+        child.await_stop(0)?;
+        ptrace::set_options(pid, options.bits())?;
+        ptrace::set_registers(pid, registers)?;
+        ptrace::set_sigmask(pid, sigmask)?;
+        child.frozen_at = Some(Instant::now());
+        Ok(child)
+    }
+
+    /// In a frozen husk: makes it a leader, and then its children, each with its process id. A child is a husk as its
+    /// parent is, with memory of its own, frozen, and with the same [`SeizeOptions`]: with `exit_kill` none outlives us.
+    ///
+    /// # Errors
+    /// [`Error::PidTaken`]; [`Error::Injected`] with what setsid(2), setpgid(2) or clone3(2) said: `EPERM` without
+    /// CAP_CHECKPOINT_RESTORE in the pid namespace. The husk is then good for nothing but to be killed.
+    pub fn beget(&mut self, leads: Leads, children: &[i32]) -> Result<Vec<Self>> {
+        Injection::beget(self, leads, children)
     }
 
     /// Process id.
@@ -259,50 +297,7 @@ impl Tracee {
     /// # Errors
     /// [`Error::NotFrozen`] names a thread that did not stop, or not outside such leftovers; every thread runs again.
     pub fn freeze(&mut self, budget: Duration, attempts: u32) -> Result<Instant> {
-        if let Some(at) = self.frozen_at {
-            return Ok(at);
-        }
-        let _urgent = Urgent::enter();
-        let mut pause = Duration::from_millis(5);
-        let mut attempt = 1;
-        loop {
-            let error = match self.try_freeze(budget) {
-                Ok(at) => return Ok(at),
-                Err(error) => error,
-            };
-            self.frozen_at = None;
-            self.run_on()?;
-            if attempt >= attempts || !matches!(error, Error::NotFrozen { .. }) {
-                return Err(error);
-            }
-            attempt += 1;
-            // A thread that had not stopped yet will stop while we pause, and must not be kept.
-            let mut patience = Patience::new(pause);
-            while patience.nap() {
-                self.pump()?;
-            }
-            pause = FREEZE_PAUSE_MAX.min(pause * 2);
-        }
-    }
-
-    fn try_freeze(&mut self, budget: Duration) -> Result<Instant> {
-        self.seize_new_threads()?;
-        self.look_before_touching(budget)?;
-        let began = Instant::now();
-        self.frozen_at = Some(began);
-        let mut patience = Patience::new(budget);
-        for index in 0..self.threads.len() {
-            self.interrupt(index)?;
-        }
-        self.collect_stops(&mut patience)?;
-        let maps = self.leave_vdso(&mut patience)?;
-        self.note_sleep();
-        self.list_tids();
-        if self.threads.is_empty() {
-            return Err(Error::Gone { pid: self.pid });
-        }
-        self.remove_leftovers(&maps)?;
-        Ok(began)
+        freeze(self, budget, attempts)
     }
 
     /// Takes out the agents that killed tracers have left. A thread that is still on its way out of one needs time to run,
@@ -469,6 +464,9 @@ impl Tracee {
                     libc::PTRACE_EVENT_CLONE if self.tids.iter().all(|&tid| tid != other) => {
                         self.threads.push(Thread::running(other));
                         self.tids.push(other);
+                    }
+                    libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK if self.keeps_children => {
+                        self.born.push(other);
                     }
                     libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => release_child(other)?,
                     libc::PTRACE_EVENT_EXEC => self.code = None,
@@ -1279,6 +1277,11 @@ pub enum Pumped {
 }
 
 impl Held {
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// Passes on what the leader reports for about `timeout`: signals reach it, stopping signals stop it. While nobody pumps,
     /// its signals wait.
     ///
@@ -1337,20 +1340,128 @@ impl Held {
             self.pass_on(stop)?;
             self.owed = None;
         }
-        let mut tracee = Tracee {
-            pid: self.pid,
-            threads: vec![Thread::running(self.pid)],
-            tids: vec![self.pid],
-            options: SeizeOptions::default(),
-            frozen_at: None,
-            stop_again: false,
-            continue_again: false,
-            code: None,
-            _bound: PhantomData,
-        };
+        let mut tracee = Tracee::adopted(self.pid, SeizeOptions::default());
         tracee.hold(0)?;
         tracee.let_go()
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Freezing
+
+/// Processes that are frozen together, by one thread and within one budget.
+pub(crate) trait Group {
+    /// All of them, the root first.
+    fn members(&mut self) -> &mut [Tracee];
+
+    /// Seizes processes that belong to the group and are not of it yet; how many.
+    fn find_newcomers(&mut self) -> Result<usize>;
+
+    /// Forgets a process that has ended; false for the root, without which there is no group, and for strangers.
+    fn lose(&mut self, pid: i32) -> bool;
+}
+
+impl Group for Tracee {
+    fn members(&mut self) -> &mut [Tracee] {
+        std::slice::from_mut(self)
+    }
+
+    fn find_newcomers(&mut self) -> Result<usize> {
+        Ok(0)
+    }
+
+    fn lose(&mut self, _pid: i32) -> bool {
+        false
+    }
+}
+
+/// See [`Tracee::freeze`].
+pub(crate) fn freeze(group: &mut impl Group, budget: Duration, attempts: u32) -> Result<Instant> {
+    // All are frozen, or none is.
+    if let Some(at) = group.members().first().and_then(|root| root.frozen_at) {
+        return Ok(at);
+    }
+    let _urgent = Urgent::enter();
+    let mut pause = Duration::from_millis(5);
+    let mut attempt = 1;
+    loop {
+        let error = match try_freeze(group, budget) {
+            Ok(at) => return Ok(at),
+            Err(error) => error,
+        };
+        let mut running = Ok(());
+        for member in group.members() {
+            member.frozen_at = None;
+            let result = member.run_on();
+            running = running.and(result);
+        }
+        running?;
+        if matches!(&error, Error::Gone { pid } if group.lose(*pid)) {
+            continue;
+        }
+        if attempt >= attempts || !matches!(error, Error::NotFrozen { .. }) {
+            return Err(error);
+        }
+        attempt += 1;
+        // A thread that had not stopped yet will stop while we pause, and must not be kept.
+        let mut patience = Patience::new(pause);
+        while patience.nap() {
+            let mut index = 0;
+            while let Some(member) = group.members().get_mut(index) {
+                match member.pump() {
+                    Err(Error::Gone { pid }) if group.lose(pid) => {}
+                    result => {
+                        result?;
+                        index += 1;
+                    }
+                }
+            }
+        }
+        pause = FREEZE_PAUSE_MAX.min(pause * 2);
+    }
+}
+
+fn try_freeze(group: &mut impl Group, budget: Duration) -> Result<Instant> {
+    group.find_newcomers()?;
+    for member in group.members() {
+        member.seize_new_threads()?;
+        member.look_before_touching(budget)?;
+    }
+    let began = Instant::now();
+    let mut patience = Patience::new(budget);
+    let mut all_maps = Vec::new();
+    loop {
+        // All are told before the first is waited for.
+        for member in group.members() {
+            member.frozen_at = Some(began);
+            for index in 0..member.threads.len() {
+                member.interrupt(index)?;
+            }
+        }
+        for member in group.members() {
+            member.collect_stops(&mut patience)?;
+        }
+        if group.find_newcomers()? > 0 {
+            continue;
+        }
+        all_maps.clear();
+        for member in group.members() {
+            all_maps.push(member.leave_vdso(&mut patience)?);
+        }
+        // A thread that was let out of the vdso may have come as far as a fork.
+        if group.find_newcomers()? == 0 {
+            break;
+        }
+    }
+    for (member, maps) in group.members().iter_mut().zip(&all_maps) {
+        member.note_sleep();
+        member.list_tids();
+        if member.threads.is_empty() {
+            return Err(Error::Gone { pid: member.pid });
+        }
+        member.remove_leftovers(maps)?;
+    }
+    Ok(began)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

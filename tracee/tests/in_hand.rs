@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use pageferry_tracee::choke;
 use pageferry_tracee::{
-    Arg, Batch, Error, Injection, RemoteMemory, SeizeOptions, ThreadStart, Tracee, agent, husk,
-    procfs,
+    Arg, Batch, Error, Family, Injection, Leads, RemoteMemory, SeizeOptions, ThreadStart, Tracee,
+    agent, husk, procfs,
 };
 
 const BUDGET: Duration = Duration::from_millis(200);
@@ -827,6 +827,205 @@ fn a_second_tracer_and_the_dead_are_refused_by_name() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Families
+
+fn frozen_family(pid: i32) -> Family {
+    let mut family = Family::seize(pid, FOLLOW).unwrap();
+    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    family
+}
+
+impl Victim {
+    fn brood(processes: usize, forking: bool) -> Self {
+        let processes = processes.to_string();
+        let arguments: &[&str] = if forking {
+            &[&processes, "forking"]
+        } else {
+            &[&processes]
+        };
+        let victim = Self::start("brood", arguments, false);
+        wait_for("the victim's children", || {
+            victim.word(3).to_string() == processes
+        });
+        victim
+    }
+}
+
+fn state_of(pid: i32) -> char {
+    procfs::stat(pid, pid).map_or('X', |stat| stat.state)
+}
+
+#[test]
+fn a_family_is_frozen_and_goes_on() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::brood(7, false);
+    for _ in 0..5 {
+        let mut family = frozen_family(victim.pid());
+        let pids = family.pids();
+        assert_eq!((pids.len(), pids[0]), (7, victim.pid()));
+        for (index, &pid) in pids.iter().enumerate().skip(1) {
+            let parent = procfs::stat(pid, pid).unwrap().ppid;
+            assert!(
+                pids[..index].contains(&parent),
+                "parents stand before their children"
+            );
+            work_in_all_threads(family.member(pid).unwrap()).unwrap();
+        }
+        assert!(family.members().iter().all(Tracee::is_frozen));
+        assert!(family.member(1).is_err());
+        victim.assert_stands_still(7);
+        family.thaw().unwrap();
+        victim.assert_works(7, "after thaw");
+    }
+}
+
+#[test]
+fn no_child_that_is_born_in_a_freeze_escapes() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::brood(5, true);
+    let mut newborn = 0;
+    for round in 0..100 {
+        let family = frozen_family(victim.pid());
+        let pids = family.pids();
+        for pid in procfs::descendants(victim.pid()).unwrap() {
+            let state = state_of(pid);
+            assert!(
+                state == 'Z' || (state == 't' && pids.contains(&pid)),
+                "round {round}: process {pid} is {state}, of {pids:?}"
+            );
+            newborn += usize::from(state == 't');
+        }
+        family.thaw().unwrap();
+        victim.assert_works(5, "after thaw");
+    }
+    assert!(newborn > 500, "some rounds have met a child");
+}
+
+#[test]
+fn a_family_is_parked_and_unparked_unseen() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::brood(5, false);
+    let is_parked = |pid| procfs::status(pid, pid).unwrap().shd_pnd & bit(libc::SIGSTOP) != 0;
+    for _ in 0..5 {
+        let mut family = frozen_family(victim.pid());
+        family.park().unwrap();
+        assert!(family.pids().into_iter().all(is_parked));
+        family.unpark().unwrap();
+        assert!(!family.pids().into_iter().any(is_parked));
+        family.thaw().unwrap();
+        victim.assert_works(5, "after unpark");
+    }
+}
+
+#[test]
+fn a_parked_family_stays_stopped_when_its_tracer_is_killed() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::brood(5, false);
+    let mut role = Role::start("park-family", victim.pid(), None);
+    role.wait_until_ready();
+    role.kill();
+    let all = procfs::descendants(victim.pid()).unwrap();
+    assert_eq!(all.len(), 5);
+    wait_for("every stop", || all.iter().all(|&pid| state_of(pid) == 'T'));
+    victim.assert_stands_still(5);
+    for pid in all {
+        pageferry_tracee::process::kill(pid, libc::SIGCONT).unwrap();
+    }
+    victim.assert_works(5, "after SIGCONT");
+}
+
+#[test]
+fn a_family_is_killed_whole() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::brood(5, true);
+    let family = frozen_family(victim.pid());
+    let pids = family.pids();
+    family.kill().unwrap();
+    assert!(
+        pids.iter()
+            .all(|&pid| pid == victim.pid() || !procfs::exists(pid) || state_of(pid) == 'Z')
+    );
+}
+
+#[test]
+fn husks_have_children_of_their_own() {
+    if !able() {
+        return;
+    }
+    let pids: Vec<i32> = (10_000..20_000)
+        .rev()
+        .filter(|&pid| !procfs::exists(pid))
+        .take(4)
+        .collect();
+    forked(|| husk_family_story(&pids));
+    // Its tracer's end was theirs.
+    wait_for("the end of every husk", || {
+        pids.iter()
+            .all(|&pid| !procfs::exists(pid) || state_of(pid) == 'Z')
+    });
+}
+
+fn husk_family_story(pids: &[i32]) {
+    let [root, leader, member, follower] = *pids else {
+        panic!("four pids");
+    };
+    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
+    let options = SeizeOptions {
+        exit_kill: true,
+        ..SeizeOptions::default()
+    };
+    let mut family = Family::seize(root, options).unwrap();
+    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    family
+        .beget(root, Leads::Session, &[leader, follower])
+        .unwrap();
+    family.beget(leader, Leads::Group, &[member]).unwrap();
+    assert_eq!(family.pids(), [root, leader, follower, member]);
+    let stat = |pid| {
+        let stat = procfs::stat(pid, pid).unwrap();
+        (stat.ppid, stat.pgrp, stat.session)
+    };
+    assert_eq!(stat(leader), (root, leader, root));
+    assert_eq!(stat(follower), (root, root, root));
+    assert_eq!(stat(member), (leader, leader, root));
+    // The first process there is.
+    assert!(matches!(
+        family.beget(follower, Leads::Nothing, &[1]),
+        Err(Error::PidTaken { pid: 1, .. })
+    ));
+    for pid in [root, leader, member, follower] {
+        let tracee = family.member(pid).unwrap();
+        let mut injection = tracee.plant(None).unwrap();
+        let mut batch = Batch::new();
+        batch.call(libc::SYS_getpid, &[]);
+        batch.call(libc::SYS_getppid, &[]);
+        let answers = injection.run(pid, &batch).unwrap();
+        assert_eq!(answers[0], Ok(pid as u64));
+        let parent = if pid == root {
+            std::process::id() as i32
+        } else {
+            stat(pid).0
+        };
+        assert_eq!(answers[1], Ok(parent as u64));
+        injection.cure().unwrap();
+        // As empty as its parent was.
+        assert_eq!(procfs::descriptors(pid).unwrap(), []);
+        assert!(procfs::maps(pid).unwrap().len() <= 6);
+    }
+    std::mem::forget(family);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Our own death, and failing calls
 
 /// This test program once more, as a tracer of its own that can be killed.
@@ -916,6 +1115,13 @@ fn role() {
         if what == "park" {
             tracee.park().unwrap();
         }
+        eprintln!("ready");
+        let _ = std::io::stdin().read(&mut [0]);
+        return;
+    }
+    if what == "park-family" {
+        let mut family = frozen_family(pid);
+        family.park().unwrap();
         eprintln!("ready");
         let _ = std::io::stdin().read(&mut [0]);
         return;
@@ -1218,11 +1424,21 @@ fn a_husk_gets_threads_and_goes_on_as_it_is_told() {
     if !able() {
         return;
     }
+    forked(husk_story);
+}
+
+/// Runs `story` in a child: husks are made by a process with one thread.
+fn forked(story: impl FnOnce()) {
     // SAFETY: the child only runs the body below and ends without returning to the harness; what it uses of the C library
     // is usable in a forked child with glibc.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        let result = std::panic::catch_unwind(husk_story);
+        std::panic::set_hook(Box::new(|panic| {
+            let words = format!("{panic}\n");
+            // SAFETY: writes live bytes to standard error, past the harness's capture, which belongs to the other process.
+            unsafe { libc::write(2, words.as_ptr().cast(), words.len()) };
+        }));
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(story));
         // SAFETY: ends this process without the harness's clean-up.
         unsafe { libc::_exit(i32::from(result.is_err())) };
     }
@@ -1233,11 +1449,6 @@ fn a_husk_gets_threads_and_goes_on_as_it_is_told() {
 }
 
 fn husk_story() {
-    std::panic::set_hook(Box::new(|panic| {
-        let words = format!("{panic}\n");
-        // SAFETY: writes live bytes to standard error, past the harness's capture, which belongs to the other process.
-        unsafe { libc::write(2, words.as_ptr().cast(), words.len()) };
-    }));
     let pid = (20_000..30_000)
         .rev()
         .find(|&pid| !procfs::exists(pid))

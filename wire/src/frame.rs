@@ -400,7 +400,7 @@ mod tests {
     }
 
     fn batch() -> PageBatch {
-        let mut builder = PageBatchBuilder::new(9, 0x7f00_0000_0000, 2);
+        let mut builder = PageBatchBuilder::new(1, 9, 0x7f00_0000_0000, 2);
         builder.without_data(PageKind::Zero, 3);
         builder.data(2).fill(0x5a);
         builder.finish()
@@ -458,6 +458,7 @@ mod tests {
                 Tag::Map => Map {
                     from: 1,
                     runs: vec![1, 2, 3, 4],
+                    object: 2,
                 }
                 .into(),
                 Tag::MapEnd => message::MapEnd { pages_total: 6 }.into(),
@@ -465,6 +466,7 @@ mod tests {
                     request: 1,
                     address: 0x1000,
                     page_count: 1,
+                    object: 1,
                 }
                 .into(),
                 Tag::Resident => message::Resident {
@@ -628,49 +630,71 @@ mod tests {
                 request: 1,
                 address: 0x1001,
                 page_count: 1,
+                object: 1,
             }
             .into(),
             Fetch {
                 request: 1,
                 address: 0x1000,
                 page_count: 0,
+                object: 1,
             }
             .into(),
             Fetch {
                 request: 1,
                 address: 0x1000,
                 page_count: limits::FETCH_PAGES_MAX + 1,
+                object: 1,
             }
             .into(),
             Fetch {
                 request: 1,
                 address: !0xfff,
                 page_count: 2,
+                object: 1,
+            }
+            .into(),
+            Fetch {
+                request: 1,
+                address: 0x1000,
+                page_count: 1,
+                object: 0,
+            }
+            .into(),
+            Map {
+                from: 0,
+                runs: vec![1, 1],
+                object: limits::OBJECTS_MAX + 1,
             }
             .into(),
             Map {
                 from: 0,
                 runs: vec![1],
+                object: 1,
             }
             .into(),
             Map {
                 from: 0,
                 runs: vec![1, 0],
+                object: 1,
             }
             .into(),
             Map {
                 from: 0,
                 runs: vec![u64::MAX, 1],
+                object: 1,
             }
             .into(),
             Map {
                 from: u64::MAX,
                 runs: vec![1, 1],
+                object: 1,
             }
             .into(),
             Map {
                 from: 0,
                 runs: vec![0, u64::MAX],
+                object: 1,
             }
             .into(),
         ];
@@ -718,14 +742,14 @@ mod tests {
                 at = start + length * 4096;
                 PageRange { start, end: at }
             }).collect();
-            let back: Vec<_> = Map::frames(&ranges).flat_map(|map| map.ranges().expect("good ranges")).collect();
+            let back: Vec<_> = Map::frames(1, &ranges).flat_map(|map| map.ranges().expect("good ranges")).collect();
             prop_assert_eq!(back, ranges);
         }
     }
 
     #[test]
     fn a_map_of_any_size_fits_its_frames() {
-        let first = 1u64 << 43;
+        let first = 1u64 << 34;
         let ranges: Vec<_> = (0..100_000u64)
             .map(|index| first + index * 3)
             .map(|page| PageRange {
@@ -733,7 +757,7 @@ mod tests {
                 end: (page + 1) * 4096,
             })
             .collect();
-        let frames: Vec<_> = Map::frames(&ranges).collect();
+        let frames: Vec<_> = Map::frames(1, &ranges).collect();
         assert_eq!(frames.len(), 4);
         for map in &frames {
             Frame::from(map.clone())

@@ -234,6 +234,7 @@ impl Fetch {
 
 impl Checked for Fetch {
     fn check(&self) -> Result<()> {
+        check_object(Tag::Fetch, self.object)?;
         if self.address % PAGE_SIZE != 0 || self.address >= limits::USER_ADDRESS_END {
             return Err(Error::rule(
                 Tag::Fetch,
@@ -263,12 +264,22 @@ impl Checked for Fetch {
     }
 }
 
+/// Whether `object` can be one.
+pub(crate) fn check_object(tag: Tag, object: u32) -> Result<()> {
+    if (1..=limits::OBJECTS_MAX).contains(&object) {
+        Ok(())
+    } else {
+        let rule = format!("{object} is not in 1..={}", limits::OBJECTS_MAX);
+        Err(Error::rule(tag, "object", rule))
+    }
+}
+
 impl Map {
-    /// `ranges` as MAP frames, each within its limits.
+    /// `ranges` of `object` as MAP frames, each within its limits.
     ///
     /// # Panics
     /// If the ranges are not ascending, not empty of nothing, or overlap: the sender's own mistake.
-    pub fn frames(ranges: &[PageRange]) -> impl Iterator<Item = Self> + '_ {
+    pub fn frames(object: u32, ranges: &[PageRange]) -> impl Iterator<Item = Self> + '_ {
         let mut from = 0;
         ranges
             .chunks(limits::MAP_RANGES_PER_FRAME_MAX)
@@ -276,6 +287,7 @@ impl Map {
                 let mut map = Self {
                     from,
                     runs: Vec::with_capacity(chunk.len() * 2),
+                    object,
                 };
                 for range in chunk {
                     assert!(
@@ -294,6 +306,7 @@ impl Map {
     pub fn ranges(&self) -> Result<Vec<PageRange>> {
         let end_of_space = limits::USER_ADDRESS_END / PAGE_SIZE;
         let bad = |text: &str| Error::rule(Tag::Map, "range", text);
+        check_object(Tag::Map, self.object)?;
         if self.runs.len() % 2 != 0 {
             return Err(bad("has a gap without a length"));
         }

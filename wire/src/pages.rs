@@ -3,10 +3,10 @@
 //!
 //! ```text
 //! 0         8          16           20          24           28          32
-//! | request | address  | page_count | run_count | data_count | 0 0 0 0   | runs | checksums | page bytes …
+//! | request | address  | page_count | run_count | data_count | object    | runs | checksums | page bytes …
 //! ```
-//! A run is {kind u32, page_count u32}; a checksum is the CRC-32 of the page's address (8 bytes, little-endian) followed by
-//! its bytes, so that a page put at another address fails as well.
+//! A run is {kind u32, page_count u32}; a checksum is the CRC-32 of the page's place (8 bytes, little-endian: its address, and
+//! in the highest 16 bits the object less 1) followed by its bytes, so that a page put elsewhere fails as well.
 
 use std::ops::Range;
 
@@ -58,6 +58,7 @@ pub struct Run {
 /// Pages on their way. Cloning shares the bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageBatch {
+    object: u32,
     request: u64,
     range: PageRange,
     runs: Vec<Run>,
@@ -66,10 +67,11 @@ pub struct PageBatch {
     data: Bytes,
 }
 
-/// The CRC-32 of a page at `address`.
-pub fn page_checksum(address: u64, page: &[u8]) -> u32 {
+/// The CRC-32 of a page of `object` at `address`.
+pub fn page_checksum(object: u32, address: u64, page: &[u8]) -> u32 {
+    let place = u64::from(object.saturating_sub(1)) << 48 | address;
     let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&address.to_le_bytes());
+    hasher.update(&place.to_le_bytes());
     hasher.update(page);
     hasher.finalize()
 }
@@ -78,6 +80,11 @@ impl PageBatch {
     /// The number of the FETCH it answers; 0 if nobody asked.
     pub fn request(&self) -> u64 {
         self.request
+    }
+
+    /// Whose pages it brings: the address space of the n-th process of the tree, from 1.
+    pub fn object(&self) -> u32 {
+        self.object
     }
 
     /// The pages it speaks of.
@@ -143,7 +150,7 @@ impl PageBatch {
     fn verify_at(&self, address: u64, index: usize) -> Result<()> {
         let at = BATCH_HEADER_LEN + self.runs.len() * RUN_LEN + index * CHECKSUM_LEN;
         let expected = (&self.head[at..at + CHECKSUM_LEN]).get_u32_le();
-        if page_checksum(address, &self.data[byte_range(index)]) == expected {
+        if page_checksum(self.object, address, &self.data[byte_range(index)]) == expected {
             Ok(())
         } else {
             Err(Error::Page { address })
@@ -152,6 +159,7 @@ impl PageBatch {
 
     /// Every rule of a batch but the page checksums: asserted by the builder, an error from the decoder.
     fn validate(
+        object: u32,
         request: u64,
         address: u64,
         page_count: u32,
@@ -159,6 +167,7 @@ impl PageBatch {
         data_len: usize,
     ) -> Result<Self> {
         let bad = |object: &str, rule: String| Err(Error::rule(Tag::Pages, object, rule));
+        crate::message::check_object(Tag::Pages, object)?;
         let end = address.checked_add(u64::from(page_count) * PAGE_SIZE);
         let range = match end.and_then(|end| PageRange::new(address, end)) {
             Some(range) if range.end <= limits::USER_ADDRESS_END => range,
@@ -214,6 +223,7 @@ impl PageBatch {
             );
         }
         Ok(Self {
+            object,
             request,
             range,
             runs: built,
@@ -247,12 +257,9 @@ impl PageBatch {
         let mut fields = body.slice(..BATCH_HEADER_LEN);
         let (request, address) = (fields.get_u64_le(), fields.get_u64_le());
         let (page_count, run_count) = (fields.get_u32_le(), fields.get_u32_le());
-        let (data_count, reserved) = (fields.get_u32_le(), fields.get_u32_le());
+        let (data_count, object) = (fields.get_u32_le(), fields.get_u32_le());
         if run_count > limits::BATCH_RUNS_MAX || data_count > limits::BATCH_DATA_PAGES_MAX {
             return Err(bad("run or page count", "is over its limit"));
-        }
-        if reserved != 0 {
-            return Err(bad("reserved field", "is not zero"));
         }
         let head_len =
             BATCH_HEADER_LEN + run_count as usize * RUN_LEN + data_count as usize * CHECKSUM_LEN;
@@ -264,7 +271,7 @@ impl PageBatch {
         let runs: Vec<_> = (0..run_count)
             .map(|_| (encoded.get_u32_le(), encoded.get_u32_le()))
             .collect();
-        let batch = Self::validate(request, address, page_count, &runs, body.len())?;
+        let batch = Self::validate(object, request, address, page_count, &runs, body.len())?;
         Ok(Self {
             head,
             data: body,
@@ -280,6 +287,7 @@ fn byte_range(page: usize) -> Range<usize> {
 /// Builds one batch, page after page. Data is read by the caller straight into the batch's own buffer.
 #[derive(Debug)]
 pub struct PageBatchBuilder {
+    object: u32,
     request: u64,
     address: u64,
     page_count: u32,
@@ -289,11 +297,11 @@ pub struct PageBatchBuilder {
 }
 
 impl PageBatchBuilder {
-    /// A batch that answers `request` (0: nobody asked) and begins at `address`, with room for `data_pages` pages of data.
+    /// A batch of pages of `object` that answers `request` (0: nobody asked) and begins at `address`, with room for `data_pages` pages of data.
     ///
     /// # Panics
     /// If `address` is not page aligned or `data_pages` is over [`limits::BATCH_DATA_PAGES_MAX`].
-    pub fn new(request: u64, address: u64, data_pages: usize) -> Self {
+    pub fn new(object: u32, request: u64, address: u64, data_pages: usize) -> Self {
         assert!(address % PAGE_SIZE == 0, "a batch begins at a page");
         assert!(
             data_pages <= limits::BATCH_DATA_PAGES_MAX as usize,
@@ -301,6 +309,7 @@ impl PageBatchBuilder {
         );
         let data = BytesMut::zeroed(data_pages * PAGE_LEN);
         Self {
+            object,
             request,
             address,
             page_count: 0,
@@ -385,9 +394,15 @@ impl PageBatchBuilder {
         let mut data = self.data;
         data.truncate(data_len);
         let data = data.freeze();
-        let mut batch =
-            PageBatch::validate(self.request, self.address, self.page_count, &runs, data_len)
-                .unwrap_or_else(|error| panic!("a batch built here is a batch: {error:?}"));
+        let mut batch = PageBatch::validate(
+            self.object,
+            self.request,
+            self.address,
+            self.page_count,
+            &runs,
+            data_len,
+        )
+        .unwrap_or_else(|error| panic!("a batch built here is a batch: {error:?}"));
         let mut head = BytesMut::with_capacity(
             BATCH_HEADER_LEN + runs.len() * RUN_LEN + self.data_filled * CHECKSUM_LEN,
         );
@@ -396,7 +411,7 @@ impl PageBatchBuilder {
         head.put_u32_le(self.page_count);
         head.put_u32_le(u32::try_from(runs.len()).expect("bounded above"));
         head.put_u32_le(u32::try_from(self.data_filled).expect("bounded by new"));
-        head.put_u32_le(0);
+        head.put_u32_le(self.object);
         for (kind, count) in runs {
             head.put_u32_le(kind);
             head.put_u32_le(count);
@@ -405,6 +420,7 @@ impl PageBatchBuilder {
             for page in 0..usize::try_from(run.range.page_count()).expect("a batch is small") {
                 let bytes = &data[byte_range(run.data_index + page)];
                 head.put_u32_le(page_checksum(
+                    self.object,
                     run.range.start + page as u64 * PAGE_SIZE,
                     bytes,
                 ));
@@ -445,7 +461,7 @@ mod tests {
 
     #[test]
     fn a_full_batch_is_carried_and_verified_page_by_page() {
-        let mut builder = PageBatchBuilder::new(3, AT, 256);
+        let mut builder = PageBatchBuilder::new(1, 3, AT, 256);
         for (index, page) in builder.data(256).chunks_exact_mut(PAGE_LEN).enumerate() {
             fill(page, index);
         }
@@ -477,7 +493,7 @@ mod tests {
 
     #[test]
     fn a_spoiled_page_is_named_and_its_neighbours_are_good() {
-        let mut builder = PageBatchBuilder::new(0, AT, 3);
+        let mut builder = PageBatchBuilder::new(1, 0, AT, 3);
         builder.without_data(PageKind::Guard, 2);
         builder.data(3).fill(1);
         let batch = builder.finish();
@@ -505,17 +521,25 @@ mod tests {
     #[test]
     fn a_page_at_another_address_has_another_checksum() {
         assert_ne!(
-            page_checksum(AT, &[0; PAGE_LEN]),
-            page_checksum(AT + PAGE_SIZE, &[0; PAGE_LEN])
+            page_checksum(1, AT, &[0; PAGE_LEN]),
+            page_checksum(1, AT + PAGE_SIZE, &[0; PAGE_LEN])
+        );
+        assert_ne!(
+            page_checksum(1, AT, &[0; PAGE_LEN]),
+            page_checksum(2, AT, &[0; PAGE_LEN]),
+            "in another process"
         );
     }
 
     #[test]
     fn batches_that_break_their_rules_are_refused() {
         let validate = |address, page_count, runs: &[(u32, u32)], data_pages: usize| {
-            PageBatch::validate(1, address, page_count, runs, data_pages * PAGE_LEN).is_ok()
+            PageBatch::validate(1, 1, address, page_count, runs, data_pages * PAGE_LEN).is_ok()
         };
         assert!(validate(AT, 3, &[(1, 1), (2, 2)], 1));
+        for object in [0, limits::OBJECTS_MAX + 1] {
+            assert!(PageBatch::validate(object, 1, AT, 1, &[(2, 1)], 0).is_err());
+        }
         assert!(
             !validate(AT + 1, 3, &[(1, 1), (2, 2)], 1),
             "an address inside a page"
@@ -566,20 +590,20 @@ mod tests {
     #[test]
     #[should_panic(expected = "fit the batch")]
     fn a_builder_takes_no_more_data_than_it_has_room_for() {
-        PageBatchBuilder::new(0, AT, 1).data(2);
+        PageBatchBuilder::new(1, 0, AT, 1).data(2);
     }
 
     #[test]
     #[should_panic(expected = "a batch built here is a batch")]
     fn an_empty_batch_cannot_be_built() {
-        let _ = PageBatchBuilder::new(0, AT, 1).finish();
+        let _ = PageBatchBuilder::new(1, 0, AT, 1).finish();
     }
 
     proptest! {
         #[test]
         fn any_mixture_of_runs_is_carried(kinds in proptest::collection::vec((1u32..=4, 1usize..6), 1..40)) {
             let data: usize = kinds.iter().filter(|(kind, _)| *kind == 1).map(|(_, count)| count).sum();
-            let mut builder = PageBatchBuilder::new(8, AT, data);
+            let mut builder = PageBatchBuilder::new(1, 8, AT, data);
             for &(kind, count) in &kinds {
                 prop_assert!(builder.has_room());
                 match PageKind::from_number(kind) {

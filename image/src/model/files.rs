@@ -94,14 +94,14 @@ impl File {
         }
     }
 
-    /// Validates all open file descriptions of a tree, with its pipes and one process' table.
+    /// Validates all open file descriptions of a tree, with its pipes and the table of each process, by pid, the root's first.
     ///
     /// # Errors
     /// The broken rule.
     pub fn validate_all(
         files: &[Self],
         pipes: &[Pipe],
-        descriptors: &[Descriptor],
+        tables: &[(i32, &[Descriptor])],
     ) -> Result<(), Invalid> {
         at_most(files.len(), limits::DESCRIPTORS_OPEN, || {
             "list of open files".into()
@@ -109,9 +109,12 @@ impl File {
         ascending(files.iter().map(|file| file.id), "open files")?;
         ascending(pipes.iter().map(|pipe| pipe.id), "pipes")?;
         files.iter().try_for_each(Self::validate)?;
-        Descriptor::validate_all(descriptors, files)?;
-        let mut held: Vec<u32> = descriptors
+        for (_, descriptors) in tables {
+            Descriptor::validate_all(descriptors, files)?;
+        }
+        let mut held: Vec<u32> = tables
             .iter()
+            .flat_map(|(_, descriptors)| descriptors.iter())
             .map(|descriptor| descriptor.file)
             .collect();
         held.sort_unstable();
@@ -122,7 +125,7 @@ impl File {
             "has one that no descriptor names",
         )?;
         Pipe::validate_all(pipes, files)?;
-        Epoll::validate_all(files, descriptors)?;
+        Epoll::validate_all(files, tables)?;
         pairs(files)
     }
 }
@@ -159,13 +162,19 @@ impl Pipe {
 }
 
 impl Epoll {
-    /// Every watch is on an open descriptor, once, and no instance watches itself, however indirectly.
-    fn validate_all(files: &[File], descriptors: &[Descriptor]) -> Result<(), Invalid> {
-        let file_of = |fd: u32| {
-            let at = descriptors
+    /// Every watch is on a descriptor that its holder has open, once, and no instance watches itself, however indirectly.
+    fn validate_all(files: &[File], tables: &[(i32, &[Descriptor])]) -> Result<(), Invalid> {
+        let by_pid: std::collections::BTreeMap<i32, &[Descriptor]> =
+            tables.iter().copied().collect();
+        let file_of = |epoll: &Self, fd: u32| {
+            let table = match epoll.holder {
+                0 => tables.first()?.1,
+                holder => *by_pid.get(&holder)?,
+            };
+            let at = table
                 .binary_search_by_key(&fd, |descriptor| descriptor.fd)
                 .ok()?;
-            File::find(files, descriptors[at].file)
+            File::find(files, table[at].file)
         };
         // How many instances stand above each: grows in as many steps as they are deep, without end in a circle.
         let mut level: Vec<&File> = Vec::new();
@@ -183,7 +192,10 @@ impl Epoll {
                 "watches a descriptor twice",
             )?;
             ensure(
-                epoll.items.iter().all(|item| file_of(item.fd).is_some()),
+                epoll
+                    .items
+                    .iter()
+                    .all(|item| file_of(epoll, item.fd).is_some()),
                 object,
                 "watches a closed descriptor",
             )?;
@@ -193,9 +205,12 @@ impl Epoll {
             let mut below: Vec<&File> = level
                 .iter()
                 .filter_map(|file| match &file.kind {
-                    Some(file::Kind::Epoll(epoll)) => {
-                        Some(epoll.items.iter().filter_map(|item| file_of(item.fd)))
-                    }
+                    Some(file::Kind::Epoll(epoll)) => Some(
+                        epoll
+                            .items
+                            .iter()
+                            .filter_map(|item| file_of(epoll, item.fd)),
+                    ),
                     _ => None,
                 })
                 .flatten()
@@ -264,11 +279,16 @@ mod tests {
     }
 
     fn validate(files: &[File], pipes: &[Pipe]) -> Result<(), Invalid> {
-        File::validate_all(files, pipes, &table(files))
+        File::validate_all(files, pipes, &[(7, &table(files))])
+    }
+
+    fn validate_table(files: &[File], descriptors: &[Descriptor]) -> Result<(), Invalid> {
+        File::validate_all(files, &[], &[(7, descriptors)])
     }
 
     fn epoll(fds: &[u32]) -> file::Kind {
         file::Kind::Epoll(Epoll {
+            holder: 0,
             items: fds
                 .iter()
                 .map(|&fd| EpollItem {
@@ -289,16 +309,16 @@ mod tests {
         assert_eq!(validate(&files, &[]), Ok(()));
         let descriptors = table(&files);
         assert!(
-            File::validate_all(&files, &[], &descriptors[..1]).is_err(),
+            validate_table(&files, &descriptors[..1]).is_err(),
             "nobody holds file 2"
         );
         assert!(
-            File::validate_all(&files[..1], &[], &descriptors).is_err(),
+            validate_table(&files[..1], &descriptors).is_err(),
             "file 2 is missing"
         );
         let twice = [descriptors[0], descriptors[0], descriptors[1]];
         assert!(
-            File::validate_all(&files, &[], &twice).is_err(),
+            validate_table(&files, &twice).is_err(),
             "a descriptor twice"
         );
         assert!(
@@ -357,6 +377,37 @@ mod tests {
         assert!(
             validate(&[open(1, epoll(&[5, 5])), open(2, epoll(&[])), leaf], &[]).is_err(),
             "twice"
+        );
+    }
+
+    #[test]
+    fn a_file_is_held_by_any_process_and_an_epoll_instance_numbers_by_its_holder() {
+        let leaf = open(2, file::Kind::Eventfd(Eventfd::default()));
+        let watching = |holder| {
+            let items = vec![EpollItem {
+                fd: 40,
+                events: 1,
+                data: 0,
+            }];
+            [
+                open(1, file::Kind::Epoll(Epoll { items, holder })),
+                leaf.clone(),
+            ]
+        };
+        let row = |fd, file| Descriptor {
+            fd,
+            file,
+            close_on_exec: false,
+        };
+        let (root, child) = ([row(3, 1)], [row(3, 1), row(40, 2)]);
+        let tables: [(i32, &[Descriptor]); 2] = [(7, &root), (8, &child)];
+        let check = |holder| File::validate_all(&watching(holder), &[], &tables);
+        assert_eq!(check(8), Ok(()));
+        assert!(check(0).is_err(), "the root has no fd 40");
+        assert!(check(9).is_err(), "a holder that is not in the tree");
+        assert!(
+            File::validate_all(&watching(8), &[], &tables[..1]).is_err(),
+            "file 2 is held by a process that is not there"
         );
     }
 

@@ -1,9 +1,11 @@
-//! A process and its threads.
+//! Processes and their threads.
 
 #![allow(
     missing_docs,
     reason = "generated fields are documented in image/proto/task.proto"
 )]
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::files::File;
 use super::signals::{Action, Pending};
@@ -221,12 +223,100 @@ impl Tree {
     /// # Errors
     /// The first broken rule.
     pub fn validate(&self) -> Result<(), Invalid> {
-        let Some(root) = &self.root else {
+        let Some(root) = self.processes.first() else {
             return Err(Invalid::new("tree", "has no process"));
         };
-        root.validate()?;
         self.host.iter().try_for_each(Host::validate)?;
-        File::validate_all(&self.files, &self.pipes, &root.descriptors)
+        at_most(self.processes.len(), limits::PROCESSES, || {
+            "process list".into()
+        })?;
+        self.processes.iter().try_for_each(Process::validate)?;
+        let mut by_pid: BTreeMap<i32, &Process> = BTreeMap::new();
+        for process in &self.processes {
+            let object = || format!("process {}", process.pid);
+            // Only parents that have been passed are in the map: that also rules out circles.
+            let parent = by_pid.get(&process.ppid).copied();
+            ensure(
+                by_pid.insert(process.pid, process).is_none(),
+                object,
+                "is in the tree twice",
+            )?;
+            if process.pid != root.pid {
+                let parent = parent.ok_or_else(|| {
+                    Invalid::new(object(), "has a parent that does not stand before it")
+                })?;
+                ensure(
+                    process.sid == process.pid || process.sid == parent.sid,
+                    object,
+                    "is in a session that is neither its own nor its parent's",
+                )?;
+            }
+            ensure(
+                process.sid != process.pid || process.pgid == process.pid,
+                object,
+                "leads a session and no group",
+            )?;
+        }
+        ensure(
+            !by_pid.contains_key(&root.ppid)
+                && (root.sid == root.pid || !by_pid.contains_key(&root.sid)),
+            || format!("process {}", root.pid),
+            "is the root, and has its parent or its session in the tree",
+        )?;
+        for (process, leader) in self.processes.iter().zip(self.group_leaders()) {
+            ensure(
+                leader.is_some(),
+                || format!("process {}", process.pid),
+                "is in a group without a leader in its session",
+            )?;
+        }
+        let mut tids: Vec<i32> = self.processes.iter().flat_map(Process::tids).collect();
+        tids.sort_unstable();
+        let twice = tids.windows(2).find(|pair| pair[0] == pair[1]);
+        if let Some(pair) = twice {
+            return Err(Invalid::new(
+                format!("thread {}", pair[0]),
+                "is in two processes",
+            ));
+        }
+        let tables: Vec<_> = self
+            .processes
+            .iter()
+            .map(|process| (process.pid, process.descriptors.as_slice()))
+            .collect();
+        File::validate_all(&self.files, &self.pipes, &tables)
+    }
+
+    /// For each process, who leads its group when the tree has been made again; `None` if nobody can. The root then leads
+    /// a session and a group of its own, in which also those are that were in the root's before.
+    pub fn group_leaders(&self) -> Vec<Option<i32>> {
+        let Some(root) = self.processes.first() else {
+            return Vec::new();
+        };
+        let leaders: BTreeSet<(i32, i32)> = self
+            .processes
+            .iter()
+            .filter(|process| process.pgid == process.pid)
+            .map(|leader| (leader.pid, leader.sid))
+            .collect();
+        let leader = |process: &Process| {
+            let group = (process.pgid, process.sid);
+            if process.pid == root.pid
+                || (group == (root.pgid, root.sid)) && !leaders.contains(&group)
+            {
+                Some(root.pid)
+            } else {
+                leaders.contains(&group).then_some(process.pgid)
+            }
+        };
+        self.processes.iter().map(leader).collect()
+    }
+}
+
+impl Process {
+    /// The ids of its threads.
+    pub fn tids(&self) -> impl Iterator<Item = i32> + '_ {
+        self.threads.iter().map(|thread| thread.tid)
     }
 }
 
@@ -438,16 +528,100 @@ mod tests {
         }
     }
 
+    /// A process of one thread: its pid, parent, group and session.
+    fn member((pid, ppid, pgid, sid): (i32, i32, i32, i32)) -> Process {
+        Process {
+            pid,
+            ppid,
+            pgid,
+            sid,
+            threads: vec![thread(pid)],
+            ..process()
+        }
+    }
+
+    fn tree(members: &[(i32, i32, i32, i32)]) -> Tree {
+        Tree {
+            processes: members.iter().copied().map(member).collect(),
+            ..Tree::default()
+        }
+    }
+
     #[test]
-    fn a_tree_has_a_process() {
+    fn a_tree_has_a_root() {
         assert!(Tree::default().validate().is_err());
+        assert_eq!(tree(&[(7, 1, 5, 4)]).validate(), Ok(()));
         assert_eq!(
-            Tree {
-                root: Some(process()),
-                ..Tree::default()
-            }
-            .validate(),
-            Ok(())
+            tree(&[(7, 0, 7, 7)]).validate(),
+            Ok(()),
+            "its parent is outside of the pid namespace"
         );
+        for (why, bad) in [
+            ("a child's child", vec![(7, 8, 7, 7), (8, 7, 7, 7)]),
+            ("a child's session", vec![(7, 1, 7, 8), (8, 7, 8, 8)]),
+            ("its own child", vec![(7, 7, 7, 7)]),
+        ] {
+            assert!(tree(&bad).validate().is_err(), "{why}");
+        }
+    }
+
+    #[test]
+    fn parents_stand_before_their_children() {
+        let good = [
+            (7, 1, 7, 7),
+            (9, 7, 7, 7),
+            (8, 9, 8, 8),
+            (12, 8, 8, 8),
+            (10, 9, 9, 7),
+        ];
+        assert!(
+            tree(&good).validate().is_err(),
+            "group 9 has a leader that is in another group"
+        );
+        assert_eq!(tree(&good[..4]).validate(), Ok(()));
+        for (why, bad) in [
+            (
+                "a parent later",
+                vec![(7, 1, 7, 7), (8, 9, 7, 7), (9, 7, 7, 7)],
+            ),
+            ("a parent elsewhere", vec![(7, 1, 7, 7), (8, 2, 7, 7)]),
+            (
+                "in a circle",
+                vec![(7, 1, 7, 7), (8, 9, 7, 7), (9, 8, 7, 7)],
+            ),
+            ("twice", vec![(7, 1, 7, 7), (8, 7, 7, 7), (8, 7, 7, 7)]),
+        ] {
+            assert!(tree(&bad).validate().is_err(), "{why}");
+        }
+        let mut shared = tree(&[(7, 1, 7, 7), (9, 7, 7, 7)]);
+        shared.processes[1].threads.push(thread(11));
+        assert_eq!(shared.validate(), Ok(()));
+        shared.processes[0].threads.push(thread(11));
+        assert!(shared.validate().is_err(), "a thread of two processes");
+    }
+
+    #[test]
+    fn sessions_and_groups_have_leaders() {
+        // As a shell starts a pipeline: the root belongs to a session and a group of others.
+        let pipeline = tree(&[(7, 1, 5, 4), (8, 7, 5, 4), (9, 7, 9, 4), (10, 7, 9, 4)]);
+        assert_eq!(pipeline.validate(), Ok(()));
+        assert_eq!(
+            pipeline.group_leaders(),
+            [Some(7), Some(7), Some(9), Some(9)]
+        );
+        for (why, bad) in [
+            ("a dead leader", vec![(7, 1, 7, 7), (8, 7, 6, 7)]),
+            (
+                "a group of another session",
+                vec![(7, 1, 7, 7), (8, 7, 8, 8), (9, 7, 8, 7)],
+            ),
+            ("a session of nobody", vec![(7, 1, 7, 7), (8, 7, 8, 6)]),
+            (
+                "a leader in another's group",
+                vec![(7, 1, 7, 7), (8, 7, 7, 8)],
+            ),
+        ] {
+            assert!(tree(&bad).validate().is_err(), "{why}");
+        }
     }
 }

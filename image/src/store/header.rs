@@ -379,7 +379,7 @@ impl Header {
 
     /// pid and name of the root, number of processes and of threads.
     pub(super) fn of_tree(tree: &crate::model::task::Tree) -> (i32, String, u32, u32) {
-        let processes = || tree.root.iter();
+        let processes = || tree.processes.iter();
         let leader = processes().next().and_then(|root| root.threads.first());
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         (

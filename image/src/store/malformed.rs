@@ -147,6 +147,7 @@ fn tree() -> Tree {
         open(
             8,
             file::Kind::Epoll(Epoll {
+                holder: 0,
                 items: vec![EpollItem {
                     fd: 7,
                     events: 1,
@@ -156,7 +157,7 @@ fn tree() -> Tree {
         ),
     ];
     Tree {
-        root: Some(Process {
+        processes: vec![Process {
             pid: 4711,
             ppid: 1,
             pgid: 4711,
@@ -187,7 +188,7 @@ fn tree() -> Tree {
                 end: HEAP + PAGE_SIZE,
             }],
             ..Process::default()
-        }),
+        }],
         files,
         pipes: vec![Pipe {
             id: 1,
@@ -369,7 +370,19 @@ impl Parts {
     }
 
     fn root(&mut self, change: impl FnOnce(&mut Process)) {
-        self.tree(|tree| change(tree.root.as_mut().expect("it has one")));
+        self.tree(|tree| change(&mut tree.processes[0]));
+    }
+
+    /// Adds a child of the root with one thread, changed.
+    fn child(&mut self, change: impl FnOnce(&mut Process)) {
+        self.tree(|tree| {
+            let mut child = tree.processes[0].clone();
+            (child.pid, child.ppid) = (4720, 4711);
+            child.threads.truncate(1);
+            child.threads[0].tid = 4720;
+            change(&mut child);
+            tree.processes.push(child);
+        });
     }
 
     fn space(&mut self, change: impl FnOnce(&mut Space)) {
@@ -743,6 +756,58 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "`tree`: thread 4712 has not the registers of x86-64",
         ),
         (
+            "parent-unknown",
+            Built(|parts| parts.child(|child| child.ppid = 4242)),
+            "`tree`: process 4720 has a parent that does not stand before it",
+        ),
+        (
+            "parents-in-a-circle",
+            Built(|parts| {
+                parts.child(|child| child.ppid = 4730);
+                parts.tree(|tree| {
+                    let mut other = tree.processes[1].clone();
+                    (other.pid, other.ppid) = (4730, 4720);
+                    other.threads[0].tid = 4730;
+                    tree.processes.push(other);
+                });
+            }),
+            "`tree`: process 4720 has a parent that does not stand before it",
+        ),
+        (
+            "process-twice",
+            Built(|parts| {
+                parts.child(|_| ());
+                parts.child(|_| ());
+            }),
+            "`tree`: process 4720 is in the tree twice",
+        ),
+        (
+            "thread-of-two",
+            Built(|parts| {
+                parts.child(|child| {
+                    let mut other = child.threads[0].clone();
+                    other.tid = 4712;
+                    child.threads.push(other);
+                })
+            }),
+            "`tree`: thread 4712 is in two processes",
+        ),
+        (
+            "session-of-nobody",
+            Built(|parts| parts.child(|child| child.sid = 4242)),
+            "`tree`: process 4720 is in a session that is neither its own nor its parent's",
+        ),
+        (
+            "group-without-leader",
+            Built(|parts| parts.child(|child| child.pgid = 4242)),
+            "`tree`: process 4720 is in a group without a leader in its session",
+        ),
+        (
+            "process-uncounted",
+            Built(|parts| parts.child(|_| ())),
+            "number of processes is not that of the tree",
+        ),
+        (
             "descriptor-twice",
             Built(|parts| parts.root(|root| root.descriptors[1].fd = 1)),
             "`tree`: descriptors are not in ascending order without duplicates",
@@ -782,6 +847,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                 parts.file(
                     8,
                     file::Kind::Epoll(Epoll {
+                        holder: 0,
                         items: vec![EpollItem {
                             fd: 8,
                             events: 1,

@@ -121,10 +121,10 @@ impl Coverage {
         let mut wanted: Vec<(ObjectId, PageRange)> = Vec::new();
         let mut guards = Vec::new();
         let spaces = tree
-            .root
+            .processes
             .iter()
-            .filter_map(|root| root.space.as_ref())
-            .map(|space| (ObjectId::ROOT_SPACE, space));
+            .enumerate()
+            .filter_map(|(index, process)| Some((ObjectId::space(index), process.space.as_ref()?)));
         for (object, space) in spaces {
             for mapping in &space.mappings {
                 if !matches!(mapping.kind(), Kind::Anon | Kind::FilePrivate) {

@@ -46,7 +46,7 @@ fn tree(mappings: &[(u64, u64, bool)]) -> Tree {
         ..Mapping::default()
     });
     Tree {
-        root: Some(Process {
+        processes: vec![Process {
             pid: 7,
             threads: vec![Thread {
                 tid: 7,
@@ -67,7 +67,7 @@ fn tree(mappings: &[(u64, u64, bool)]) -> Tree {
             }),
             cwd: "/".into(),
             ..Process::default()
-        }),
+        }],
         host: Some(Host {
             page_size: 4096,
             ..Host::default()
@@ -329,7 +329,7 @@ fn pages_that_the_tree_does_not_have_are_not_written() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("image");
     let mut guarded = tree(&[(0, 4, false)]);
-    if let Some(space) = guarded.root.as_mut().and_then(|root| root.space.as_mut()) {
+    if let Some(space) = guarded.processes[0].space.as_mut() {
         space.mappings[0].guards = vec![Range {
             start: range(1, 1).start,
             end: range(1, 1).end,

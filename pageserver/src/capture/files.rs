@@ -4,10 +4,10 @@
 //! inside the kernel (tee(2)). Descriptors that share an open file description are found by the kernel's own order of them.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fs::{self, Metadata};
 use std::io::ErrorKind;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -389,10 +389,29 @@ fn device_shape(path: String, open: &Metadata) -> Verdict<Shape> {
     }
 }
 
-/// A descriptor table with everything in it that is carried.
+/// The descriptors of one process.
+pub(crate) type Entries = (i32, Vec<DescriptorEntry>);
+
+/// One row of one of the tables.
+#[derive(Debug, Clone, Copy)]
+struct Row<'e> {
+    /// Which table.
+    table: usize,
+    pid: i32,
+    entry: &'e DescriptorEntry,
+}
+
+impl Row<'_> {
+    fn place(&self) -> (usize, u32) {
+        (self.table, self.entry.fd)
+    }
+}
+
+/// The descriptor tables of a tree with everything in them that is carried.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    pub descriptors: Vec<Descriptor>,
+    /// By process id.
+    pub descriptors: BTreeMap<i32, Vec<Descriptor>>,
     pub files: Vec<File>,
     pub pipes: Vec<Pipe>,
     pub refusals: Vec<Refusal>,
@@ -400,39 +419,35 @@ pub(crate) struct Table {
     pub inodes: BTreeSet<u64>,
 }
 
-/// How deep a look at the table goes.
+/// How deep a look at the tables goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Depth {
-    /// Whether everything can be carried; the process runs.
+    /// Whether everything can be carried; the processes run.
     Survey,
-    /// With everything needed to make it again; the process is frozen.
+    /// With everything needed to make it again; the processes are frozen.
     Capture,
 }
 
-/// Looks at the whole descriptor table.
-pub(crate) fn table(
-    look: &mut Look<'_>,
-    entries: &[DescriptorEntry],
-    depth: Depth,
-) -> Result<Table> {
-    let pidfd = PidFd::open(look.pid)?;
-    let groups = shared_groups(look.pid, entries, depth)?;
-    let mut table = Table::default();
-    let mut sockets = sockets::Pairs::new(entries);
-    let mut pipes: BTreeMap<u64, Pipe> = BTreeMap::new();
+/// Looks at the whole descriptor tables of a tree, the root's first.
+pub(crate) fn table(look: &mut Look<'_>, tables: &[Entries], depth: Depth) -> Result<Table> {
+    let groups = shared_groups(tables, depth)?;
+    let mut table = Table {
+        descriptors: tables.iter().map(|(pid, _)| (*pid, Vec::new())).collect(),
+        ..Table::default()
+    };
+    let mut sight = Sight {
+        tables,
+        depth,
+        pidfds: BTreeMap::new(),
+        sockets: sockets::Pairs::new(tables.iter().flat_map(|(_, entries)| entries)),
+        pipes: BTreeMap::new(),
+    };
     for (index, group) in groups.iter().enumerate() {
         let id = u32::try_from(index + 1).unwrap_or(u32::MAX);
-        // A group is never empty: it is made of the entries.
-        let entry = group[0];
-        match file(
-            look,
-            &pidfd,
-            entry,
-            entries,
-            depth,
-            &mut sockets,
-            &mut pipes,
-        ) {
+        // A group is never empty: it is made of the rows.
+        let Row { pid, entry, .. } = group[0];
+        look.pid = pid;
+        match sight.file(look, group) {
             Ok(Ok((kind, owner))) => {
                 table.files.push(File {
                     id,
@@ -440,20 +455,24 @@ pub(crate) fn table(
                     owner,
                     kind: Some(kind),
                 });
-                table
-                    .descriptors
-                    .extend(group.iter().map(|entry| Descriptor {
-                        fd: entry.fd,
-                        file: id,
-                        close_on_exec: entry.info.close_on_exec(),
-                    }));
+                for row in group {
+                    table
+                        .descriptors
+                        .entry(row.pid)
+                        .or_default()
+                        .push(Descriptor {
+                            fd: row.entry.fd,
+                            file: id,
+                            close_on_exec: row.entry.info.close_on_exec(),
+                        });
+                }
             }
             Ok(Err(what)) => table.refusals.push(Refusal {
-                pid: look.pid,
+                pid,
                 object: Object::Fd(entry.fd),
                 what,
             }),
-            // Closed while we looked: only a running process can do that.
+            // Closed while we looked, or its process ended: only a running process can do that.
             Err(Error::Process(
                 ProcessError::Kernel {
                     errno: Errno::EBADF,
@@ -464,44 +483,60 @@ pub(crate) fn table(
                     ..
                 },
             )) if depth == Depth::Survey => {}
+            Err(Error::Process(error))
+                if depth == Depth::Survey && error.is_gone() && group[0].table > 0 => {}
             Err(Error::File { source, .. })
                 if depth == Depth::Survey && source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
         table.inodes.extend(entry.pipe_or_socket_inode());
     }
-    table.descriptors.sort_by_key(|descriptor| descriptor.fd);
-    table.pipes = pipes.into_values().collect();
+    for descriptors in table.descriptors.values_mut() {
+        descriptors.sort_by_key(|descriptor| descriptor.fd);
+    }
+    table.pipes = sight.pipes.into_values().collect();
+    table.pipes.sort_by_key(|pipe| pipe.id);
     Ok(table)
 }
 
-/// Entries by open file description, in order of their lowest descriptor.
-fn shared_groups(
-    pid: i32,
-    entries: &[DescriptorEntry],
-    depth: Depth,
-) -> Result<Vec<Vec<&DescriptorEntry>>> {
+/// All rows of all tables.
+fn rows(tables: &[Entries]) -> impl Iterator<Item = Row<'_>> {
+    tables
+        .iter()
+        .enumerate()
+        .flat_map(|(table, (pid, entries))| {
+            entries.iter().map(move |entry| Row {
+                table,
+                pid: *pid,
+                entry,
+            })
+        })
+}
+
+/// Rows by open file description, in order of the first of each.
+fn shared_groups(tables: &[Entries], depth: Depth) -> Result<Vec<Vec<Row<'_>>>> {
+    let rows = rows(tables);
     if depth == Depth::Survey {
-        return Ok(entries.iter().map(|entry| vec![entry]).collect());
+        return Ok(inherited_groups(rows));
     }
     // Only descriptors that look alike in all that belongs to the description can be one: few, so few questions.
-    let mut alike: BTreeMap<_, Vec<&DescriptorEntry>> = BTreeMap::new();
-    for entry in entries {
-        let info = &entry.info;
+    let mut alike: BTreeMap<_, Vec<Row<'_>>> = BTreeMap::new();
+    for row in rows {
+        let info = &row.entry.info;
         let key = (
-            entry.link.as_str(),
+            row.entry.link.as_str(),
             info.ino,
             info.mnt_id,
             info.position,
             info.flags & !(libc::O_CLOEXEC as u32),
         );
-        alike.entry(key).or_default().push(entry);
+        alike.entry(key).or_default().push(row);
     }
-    let mut groups: Vec<Vec<&DescriptorEntry>> = Vec::new();
+    let mut groups: Vec<Vec<Row<'_>>> = Vec::new();
     for mut candidates in alike.into_values() {
         let mut failure = None;
         candidates.sort_by(|a, b| {
-            descriptor::order(pid, a.fd, pid, b.fd).unwrap_or_else(|error| {
+            descriptor::order(a.pid, a.entry.fd, b.pid, b.entry.fd).unwrap_or_else(|error| {
                 failure.get_or_insert(error);
                 Ordering::Equal
             })
@@ -509,132 +544,172 @@ fn shared_groups(
         if let Some(error) = failure {
             return Err(error.into());
         }
-        let mut previous: Option<&DescriptorEntry> = None;
-        for entry in candidates {
+        let mut previous: Option<Row<'_>> = None;
+        for row in candidates {
             let shares = match previous {
-                Some(previous) => descriptor::same_file(pid, previous.fd, pid, entry.fd)?,
+                Some(previous) => {
+                    descriptor::same_file(previous.pid, previous.entry.fd, row.pid, row.entry.fd)?
+                }
                 None => false,
             };
             match groups.last_mut() {
-                Some(group) if shares => group.push(entry),
-                _ => groups.push(vec![entry]),
+                Some(group) if shares => group.push(row),
+                _ => groups.push(vec![row]),
             }
-            previous = Some(entry);
+            previous = Some(row);
         }
     }
     for group in &mut groups {
-        group.sort_by_key(|entry| entry.fd);
+        group.sort_by_key(Row::place);
     }
-    groups.sort_by_key(|group| group[0].fd);
+    groups.sort_by_key(|group| group[0].place());
     Ok(groups)
+}
+
+/// Rows of running processes by open file description, as far as a child has it under its parent's number. What else is shared is
+/// seen as several: the same questions, asked more than once.
+fn inherited_groups<'e>(rows: impl Iterator<Item = Row<'e>>) -> Vec<Vec<Row<'e>>> {
+    let mut groups: Vec<Vec<Row<'e>>> = Vec::new();
+    let mut alike: BTreeMap<(u32, &str, u64), Vec<usize>> = BTreeMap::new();
+    for row in rows {
+        let Row { pid, entry, .. } = row;
+        let known = alike
+            .entry((entry.fd, entry.link.as_str(), entry.info.ino))
+            .or_default();
+        let is_same = |index: &&usize| {
+            let first = groups[**index][0];
+            // One that was closed meanwhile is shared with nobody.
+            descriptor::same_file(first.pid, first.entry.fd, pid, entry.fd).unwrap_or(false)
+        };
+        match known.iter().find(is_same) {
+            Some(&index) => groups[index].push(row),
+            None => {
+                known.push(groups.len());
+                groups.push(vec![row]);
+            }
+        }
+    }
+    groups
 }
 
 type Made = (file::Kind, Option<Owner>);
 
-fn file(
-    look: &mut Look<'_>,
-    pidfd: &PidFd,
-    entry: &DescriptorEntry,
-    entries: &[DescriptorEntry],
+/// What is known of all tables while one description after the other is looked at.
+struct Sight<'e> {
+    tables: &'e [Entries],
     depth: Depth,
-    sockets: &mut sockets::Pairs,
-    pipes: &mut BTreeMap<u64, Pipe>,
-) -> Result<Verdict<Made>> {
-    let shape = match shape(look, entry)? {
-        Ok(shape) => shape,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let info = &entry.info;
-    let malformed = |what| ProcessError::Malformed {
-        path: format!("/proc/{}/fdinfo/{}", look.pid, entry.fd),
-        what,
-    };
-    let can_signal = matches!(shape, Shape::Pipe { .. } | Shape::Socket { .. });
-    let kind = match shape {
-        Shape::Regular(identity) => file::Kind::Regular(Regular {
-            identity: Some(identity),
-            position: info.position,
-        }),
-        Shape::Directory(path) => file::Kind::Directory(Directory {
-            path,
-            position: info.position,
-        }),
-        Shape::Device { path, rdev } => file::Kind::Device(Device {
-            path: path.to_owned(),
-            rdev,
-            position: info.position,
-        }),
-        Shape::Eventfd => {
-            let eventfd = info.eventfd.ok_or_else(|| malformed("eventfd"))?;
-            // Before 6.5 the kernel does not say, and a semaphore that comes back as a counter is silently wrong.
-            let semaphore = eventfd.semaphore.ok_or(ProcessError::Unsupported {
-                what: "eventfd-semaphore in fdinfo (Linux 6.5)",
-            })?;
-            file::Kind::Eventfd(Eventfd {
-                count: eventfd.count,
-                semaphore,
-            })
-        }
-        Shape::Timerfd => {
-            let timer = info.timerfd.ok_or_else(|| malformed("timerfd"))?;
-            file::Kind::Timerfd(Timerfd {
-                clock: timer.clock,
-                ticks: timer.ticks,
-                settime_flags: timer.settime_flags,
-                value_ns: timer.value_ns,
-                interval_ns: timer.interval_ns,
-            })
-        }
-        Shape::Signalfd => file::Kind::Signalfd(Signalfd {
-            mask: info.signalfd_mask.ok_or_else(|| malformed("sigmask"))?,
-        }),
-        Shape::Epoll => match epoll(look.pid, entry, entries)? {
-            Ok(epoll) => file::Kind::Epoll(epoll),
-            Err(refusal) => return Ok(Err(refusal)),
-        },
-        Shape::Pipe { inode, write_end } => {
-            let next = u32::try_from(pipes.len() + 1).unwrap_or(u32::MAX);
-            let pipe = pipes.entry(inode).or_insert(Pipe {
-                id: next,
-                capacity: 0,
-                content: Vec::new(),
-            });
-            let copy = pidfd.get_fd(entry.fd)?;
-            pipe.capacity = pipe::capacity(&copy)?;
-            let unread = pipe::unread_bytes(&copy)?;
-            if (info.flags as i32) & libc::O_DIRECT != 0 && unread > 0 {
-                return Ok(Err(RefusalKind::PipeSpecial {
-                    what: "in packet mode holds unread packets",
-                }));
-            }
-            if depth == Depth::Capture && !write_end && pipe.content.is_empty() {
-                pipe.content = pipe::contents(&copy)?;
-            }
-            file::Kind::Pipe(PipeEnd {
-                pipe: pipe.id,
-                write_end,
-            })
-        }
-        Shape::Socket { inode } => {
-            let copy = pidfd.get_fd(entry.fd)?;
-            match sockets::socket(look, entry, inode, copy.as_fd(), depth, sockets)? {
-                Ok(socket) => file::Kind::Socket(socket),
-                Err(refusal) => return Ok(Err(refusal)),
-            }
-        }
-    };
-    if !can_signal && (info.flags as i32) & libc::O_ASYNC == 0 {
-        return Ok(Ok((kind, None)));
+    pidfds: BTreeMap<i32, PidFd>,
+    sockets: sockets::Pairs,
+    pipes: BTreeMap<u64, Pipe>,
+}
+
+impl Sight<'_> {
+    fn pidfd(&mut self, pid: i32) -> Result<&PidFd> {
+        Ok(match self.pidfds.entry(pid) {
+            btree_map::Entry::Occupied(known) => known.into_mut(),
+            btree_map::Entry::Vacant(place) => place.insert(PidFd::open(pid)?),
+        })
     }
-    Ok(owner(look.pid, pidfd, entry.fd)?.map(|owner| (kind, owner)))
+
+    /// The open file description that the rows of `group` share.
+    fn file(&mut self, look: &mut Look<'_>, group: &[Row<'_>]) -> Result<Verdict<Made>> {
+        let (pid, entry, depth) = (group[0].pid, group[0].entry, self.depth);
+        let shape = match shape(look, entry)? {
+            Ok(shape) => shape,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let info = &entry.info;
+        let malformed = |what| ProcessError::Malformed {
+            path: format!("/proc/{pid}/fdinfo/{}", entry.fd),
+            what,
+        };
+        let can_signal = matches!(shape, Shape::Pipe { .. } | Shape::Socket { .. });
+        let kind = match shape {
+            Shape::Regular(identity) => file::Kind::Regular(Regular {
+                identity: Some(identity),
+                position: info.position,
+            }),
+            Shape::Directory(path) => file::Kind::Directory(Directory {
+                path,
+                position: info.position,
+            }),
+            Shape::Device { path, rdev } => file::Kind::Device(Device {
+                path: path.to_owned(),
+                rdev,
+                position: info.position,
+            }),
+            Shape::Eventfd => {
+                let eventfd = info.eventfd.ok_or_else(|| malformed("eventfd"))?;
+                // Before 6.5 the kernel does not say, and a semaphore that comes back as a counter is silently wrong.
+                let semaphore = eventfd.semaphore.ok_or(ProcessError::Unsupported {
+                    what: "eventfd-semaphore in fdinfo (Linux 6.5)",
+                })?;
+                file::Kind::Eventfd(Eventfd {
+                    count: eventfd.count,
+                    semaphore,
+                })
+            }
+            Shape::Timerfd => {
+                let timer = info.timerfd.ok_or_else(|| malformed("timerfd"))?;
+                file::Kind::Timerfd(Timerfd {
+                    clock: timer.clock,
+                    ticks: timer.ticks,
+                    settime_flags: timer.settime_flags,
+                    value_ns: timer.value_ns,
+                    interval_ns: timer.interval_ns,
+                })
+            }
+            Shape::Signalfd => file::Kind::Signalfd(Signalfd {
+                mask: info.signalfd_mask.ok_or_else(|| malformed("sigmask"))?,
+            }),
+            Shape::Epoll => match epoll(group, self.tables)? {
+                Ok(epoll) => file::Kind::Epoll(epoll),
+                Err(refusal) => return Ok(Err(refusal)),
+            },
+            Shape::Pipe { inode, write_end } => {
+                let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
+                let next = u32::try_from(self.pipes.len() + 1).unwrap_or(u32::MAX);
+                let pipe = self.pipes.entry(inode).or_insert(Pipe {
+                    id: next,
+                    capacity: 0,
+                    content: Vec::new(),
+                });
+                pipe.capacity = pipe::capacity(&copy)?;
+                let unread = pipe::unread_bytes(&copy)?;
+                if (info.flags as i32) & libc::O_DIRECT != 0 && unread > 0 {
+                    return Ok(Err(RefusalKind::PipeSpecial {
+                        what: "in packet mode holds unread packets",
+                    }));
+                }
+                if depth == Depth::Capture && !write_end && pipe.content.is_empty() {
+                    pipe.content = pipe::contents(&copy)?;
+                }
+                file::Kind::Pipe(PipeEnd {
+                    pipe: pipe.id,
+                    write_end,
+                })
+            }
+            Shape::Socket { inode } => {
+                let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
+                match sockets::socket(look, entry, inode, copy.as_fd(), depth, &mut self.sockets)? {
+                    Ok(socket) => file::Kind::Socket(socket),
+                    Err(refusal) => return Ok(Err(refusal)),
+                }
+            }
+        };
+        if !can_signal && (info.flags as i32) & libc::O_ASYNC == 0 {
+            return Ok(Ok((kind, None)));
+        }
+        let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
+        Ok(owner(pid, self.tables, copy.as_fd())?.map(|owner| (kind, owner)))
+    }
 }
 
 /// Who is signalled when the descriptor becomes ready.
-fn owner(pid: i32, pidfd: &PidFd, fd: u32) -> Result<Verdict<Option<Owner>>> {
+fn owner(pid: i32, tables: &[Entries], copy: BorrowedFd<'_>) -> Result<Verdict<Option<Owner>>> {
     const F_OWNER_TID: u32 = 0;
     const F_OWNER_PID: u32 = 1;
-    let copy = pidfd.get_fd(fd)?;
-    let owner = descriptor::owner(copy.as_fd())?;
+    let owner = descriptor::owner(copy)?;
     let carried = Owner {
         kind: owner.kind,
         id: owner.id,
@@ -643,13 +718,29 @@ fn owner(pid: i32, pidfd: &PidFd, fd: u32) -> Result<Verdict<Option<Owner>>> {
     Ok(match owner.id {
         0 if owner.signo == 0 => Ok(None),
         0 => Ok(Some(carried)),
-        id if owner.kind == F_OWNER_PID && id == pid => Ok(Some(carried)),
+        id if owner.kind == F_OWNER_PID && tables.iter().any(|(other, _)| *other == id) => {
+            Ok(Some(carried))
+        }
         id if owner.kind == F_OWNER_TID && procfs::tids(pid)?.contains(&id) => Ok(Some(carried)),
         id => Err(RefusalKind::SignalOwner { id }),
     })
 }
 
-fn epoll(pid: i32, entry: &DescriptorEntry, entries: &[DescriptorEntry]) -> Result<Verdict<Epoll>> {
+/// An epoll instance, by the numbers that one of its holders has for what is watched: descriptors are watched under the number
+/// they had when they were added, and after a fork another process may have something else there.
+fn epoll(group: &[Row<'_>], tables: &[Entries]) -> Result<Verdict<Epoll>> {
+    let mut foreign = Err(RefusalKind::EpollForeign { fd: 0 });
+    for row in group {
+        match epoll_of(*row, &tables[row.table].1)? {
+            Ok(epoll) => return Ok(Ok(epoll)),
+            Err(refusal) => foreign = Err(refusal),
+        }
+    }
+    Ok(foreign)
+}
+
+fn epoll_of(row: Row<'_>, entries: &[DescriptorEntry]) -> Result<Verdict<Epoll>> {
+    let Row { table, pid, entry } = row;
     let mut items = Vec::with_capacity(entry.info.epoll.len());
     let mut seen = BTreeSet::new();
     for item in &entry.info.epoll {
@@ -672,29 +763,30 @@ fn epoll(pid: i32, entry: &DescriptorEntry, entries: &[DescriptorEntry]) -> Resu
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Ok(Epoll { items }))
+    let holder = if table == 0 { 0 } else { pid };
+    Ok(Ok(Epoll { items, holder }))
 }
 
-/// Pipes and sockets of the table that other processes hold too.
-pub(crate) fn held_outside(
-    pid: i32,
-    entries: &[DescriptorEntry],
-    inodes: &BTreeSet<u64>,
-) -> Result<Vec<Refusal>> {
+/// Pipes and sockets of the tables that other processes hold too.
+pub(crate) fn held_outside(tables: &[Entries], inodes: &BTreeSet<u64>) -> Result<Vec<Refusal>> {
     let holders = procfs::pipe_or_socket_holders(inodes)?;
+    // Our own copies, taken for this very look, do not count.
+    let own = std::process::id() as i32;
+    let is_inside = |holder: i32| holder == own || tables.iter().any(|(pid, _)| *pid == holder);
     let mut found = Vec::new();
-    for entry in entries {
+    let rows = tables
+        .iter()
+        .flat_map(|(pid, entries)| entries.iter().map(move |entry| (*pid, entry)));
+    for (pid, entry) in rows {
         let Some(inode) = entry.pipe_or_socket_inode() else {
             continue;
         };
-        // Our own copies, taken for this very look, do not count.
-        let own = std::process::id() as i32;
         let others: Vec<i32> = holders
             .get(&inode)
             .into_iter()
             .flatten()
             .copied()
-            .filter(|&holder| holder != pid && holder != own)
+            .filter(|&holder| !is_inside(holder))
             .collect();
         if others.is_empty() {
             continue;

@@ -93,9 +93,9 @@ pub(crate) struct Pairs {
 }
 
 impl Pairs {
-    pub(crate) fn new(entries: &[DescriptorEntry]) -> Self {
+    pub(crate) fn new<'e>(entries: impl IntoIterator<Item = &'e DescriptorEntry>) -> Self {
         let own = entries
-            .iter()
+            .into_iter()
             .filter(|entry| entry.link.starts_with("socket:"))
             .filter_map(DescriptorEntry::pipe_or_socket_inode)
             .collect();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use pageferry_image::model::files::file;
 use pageferry_image::model::sockets::State;
 use pageferry_image::page::PAGE_LEN;
-use pageferry_tracee::{SeizeOptions, Tracee};
+use pageferry_tracee::SeizeOptions;
 use pageferry_wire::PageKind;
 
 use super::*;
@@ -100,14 +100,14 @@ impl Subject {
         let options = SurveyOptions::default();
         let found = survey(self.pid(), &options).expect("surveyed");
         assert!(found.refusals.is_empty(), "{:?}", found.refusals);
-        let mut tracee = Tracee::seize(self.pid(), SeizeOptions::default()).expect("seized");
-        tracee
+        let mut family = Family::seize(self.pid(), SeizeOptions::default()).expect("seized");
+        family
             .freeze(Duration::from_millis(500), 5)
             .expect("frozen");
-        let captured = capture(&mut tracee, &found, &options).expect("captured");
+        let captured = capture(&mut family, &found, &options).expect("captured");
         assert_eq!(captured.tree.validate(), Ok(()));
         look(&captured);
-        tracee.thaw().expect("thawed");
+        family.thaw().expect("thawed");
     }
 }
 
@@ -119,7 +119,7 @@ impl Drop for Subject {
 }
 
 fn root(captured: &Captured) -> &Process {
-    captured.tree.root.as_ref().expect("a process")
+    captured.tree.processes.first().expect("a process")
 }
 
 fn kind(captured: &Captured, fd: u64) -> &file::Kind {
@@ -249,9 +249,9 @@ int main(void) {
         assert_eq!(mapping.guards.len() as u64, subject.said("guarded"));
         assert!(space.mappings.iter().any(|mapping| mapping.grows_down));
         assert!(!space.mappings.iter().any(|mapping| mapping.file.as_ref().is_some_and(|file| file.path.contains("memfd"))));
-        assert!(!captured.eager.is_empty());
+        assert!(!captured.pages[0].eager.is_empty());
 
-        let mut reader = PageReader::open(subject.pid()).expect("a reader");
+        let mut reader = PageReader::open(1, subject.pid()).expect("a reader");
         let range = PageRange { start: memory, end: memory + 8 * PAGE_LEN as u64 };
         let batch = reader.batch(7, range).expect("read");
         let kinds: Vec<(PageKind, u64)> = batch.runs().iter().map(|run| (run.kind, run.range.page_count())).collect();
@@ -262,7 +262,7 @@ int main(void) {
         assert_eq!((batch.request(), batch.range(), kinds), (7, range, expected));
         assert!(batch.data().iter().all(|&byte| byte == b'x'));
         let ranges: Vec<PageRange> = reader
-            .page_map(&captured.lazy)
+            .page_map(&captured.pages[0].lazy)
             .flat_map(|piece| piece.expect("scanned").0.ranges().expect("a good map"))
             .filter(|found| found.intersect(range).is_some())
             .collect();
@@ -328,7 +328,8 @@ int main(void) {
     flock(locked, LOCK_SH);
     open("/dev/ptmx", O_RDWR);
     syscall(SYS_pidfd_open, getpid(), 0);
-    if (fork() == 0) for (;;) pause();
+    if (fork() == 0) _exit(0);
+    usleep(20000);
     ready();
 }
 "#,
@@ -338,7 +339,7 @@ int main(void) {
     keys.dedup();
     for expected in [
         "accept-queue",
-        "children",
+        "zombie",
         "connected-udp",
         "deleted-file",
         "deleted-mapping",
@@ -413,13 +414,165 @@ int main(void) { signal(SIGUSR1, late); ready(); }
         .and_then(|pidfd| pidfd.send_signal(libc::SIGUSR1))
         .expect("sent");
     std::thread::sleep(Duration::from_millis(50));
-    let mut tracee = Tracee::seize(subject.pid(), SeizeOptions::default()).expect("seized");
-    tracee
+    let mut family = Family::seize(subject.pid(), SeizeOptions::default()).expect("seized");
+    family
         .freeze(Duration::from_millis(500), 5)
         .expect("frozen");
-    match capture(&mut tracee, &found, &options) {
+    match capture(&mut family, &found, &options) {
         Err(Error::Refused(refusals)) => assert_eq!(refusals[0].what, RefusalKind::Inotify),
         other => panic!("{other:?}"),
     }
-    tracee.thaw().expect("thawed");
+    family.thaw().expect("thawed");
+}
+
+/// A child that pauses for ever, and ends with its parent.
+const CHILD: &str = r#"
+static int child(int leads) {
+    int told[2];
+    char byte = 1;
+    pipe(told);
+    int pid = fork();
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        close(1);
+        open("/dev/null", O_WRONLY);
+        if (leads == 1) setpgid(0, 0);
+        if (leads == 2) setsid();
+        close(told[0]);
+        write(told[1], &byte, 1);
+        close(told[1]);
+        for (;;) pause();
+    }
+    close(told[1]);
+    read(told[0], &byte, 1);
+    close(told[0]);
+    return pid;
+}
+"#;
+
+#[test]
+fn a_tree_shares_what_it_shared() {
+    let subject = Subject::start(&format!(
+        r#"{CHILD}
+int main(void) {{
+    int pipe_ends[2], pair[2], queue;
+    pipe(pipe_ends);
+    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    queue = epoll_create1(0);
+    struct epoll_event event = {{ .events = EPOLLIN, .data.u64 = 5 }};
+    epoll_ctl(queue, EPOLL_CTL_ADD, pipe_ends[0], &event);
+    write(pipe_ends[1], "on its way", 10);
+    int own = child(1), session = child(2);
+    close(pipe_ends[0]);
+    int late = open("/dev/null", O_RDWR);
+    printf("read=%d\nwrite=%d\npair=%d\nqueue=%d\nown=%d\nsession=%d\nlate=%d\n", pipe_ends[0], pipe_ends[1], pair[0], queue, own, session, late);
+    ready();
+}}
+"#
+    ));
+    subject.captured(|captured| {
+        let tree = &captured.tree;
+        let pid = |name| i32::try_from(subject.said(name)).expect("a pid");
+        let [root, own, session] = &tree.processes[..] else {
+            panic!("three processes: {:?}", tree.processes.len());
+        };
+        assert_eq!(
+            (root.pid, own.pid, session.pid),
+            (subject.pid(), pid("own"), pid("session"))
+        );
+        assert_eq!((own.ppid, own.pgid, own.sid), (root.pid, own.pid, root.sid));
+        assert_eq!(
+            (session.ppid, session.pgid, session.sid),
+            (root.pid, session.pid, session.pid)
+        );
+        let held = |process: &Process, name| {
+            let fd = subject.said(name);
+            let row = process
+                .descriptors
+                .iter()
+                .find(|row| u64::from(row.fd) == fd);
+            row.map(|row| row.file)
+        };
+        for name in ["write", "pair", "queue"] {
+            let file = held(root, name);
+            assert!(file.is_some());
+            assert_eq!(
+                (held(own, name), held(session, name)),
+                (file, file),
+                "{name}"
+            );
+        }
+        assert_eq!(held(own, "read"), held(session, "read"));
+        assert!(held(own, "read").is_some());
+        // The root has closed that end, and has another file under its number.
+        assert_ne!(held(root, "read"), held(own, "read"));
+        assert_eq!(tree.pipes.len(), 1);
+        assert_eq!(tree.pipes[0].content, b"on its way");
+        let epolls: Vec<_> = tree
+            .files
+            .iter()
+            .filter_map(|file| match &file.kind {
+                Some(file::Kind::Epoll(epoll)) => Some(epoll),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(epolls.len(), 1);
+        assert_eq!(epolls[0].holder, own.pid, "who still has what is watched");
+        let pids: Vec<i32> = captured.pages.iter().map(|pages| pages.pid).collect();
+        assert_eq!(pids, [root.pid, own.pid, session.pid]);
+        for (pages, process) in captured.pages.iter().zip(&tree.processes) {
+            assert!(!pages.eager.is_empty() && !pages.lazy.is_empty());
+            assert_eq!(process.threads.len(), 1);
+            assert_eq!(
+                process.threads[0].parent_death_signal,
+                if process.pid == root.pid { 0 } else { 9 }
+            );
+        }
+    });
+}
+
+#[test]
+fn what_of_a_tree_cannot_be_made_again_is_refused() {
+    let leaderless = Subject::start(&format!(
+        r#"{CHILD}
+int main(void) {{
+    int leader = child(1), member = child(0);
+    setpgid(member, leader);
+    kill(leader, SIGKILL);
+    waitpid(leader, 0, 0);
+    ready();
+}}
+"#
+    ));
+    assert_eq!(leaderless.refused(), ["group"]);
+    let zombie = Subject::start(&format!(
+        "{CHILD} int main(void) {{ kill(child(0), SIGKILL); ready(); }}"
+    ));
+    assert_eq!(zombie.refused(), ["zombie"]);
+    // What it started before it left its session stays in that.
+    let left = Subject::start(&format!(
+        "{CHILD} int main(void) {{ child(0); setsid(); ready(); }}"
+    ));
+    assert_eq!(left.refused(), ["session"]);
+}
+
+#[test]
+fn a_child_that_came_after_the_survey_is_refused() {
+    let subject = Subject::start(&format!(
+        "{CHILD} static void late(int signo) {{ child(0); }} int main(void) {{ signal(SIGUSR1, late); ready(); }}"
+    ));
+    let options = SurveyOptions::default();
+    let found = survey(subject.pid(), &options).expect("surveyed");
+    assert!(found.refusals.is_empty());
+    pageferry_tracee::process::kill(subject.pid(), libc::SIGUSR1).expect("sent");
+    std::thread::sleep(Duration::from_millis(100));
+    let mut family = Family::seize(subject.pid(), SeizeOptions::default()).expect("seized");
+    family
+        .freeze(Duration::from_millis(500), 5)
+        .expect("frozen");
+    match capture(&mut family, &found, &options) {
+        Err(Error::Refused(refusals)) => assert_eq!(refusals[0].what, RefusalKind::Newcomer),
+        other => panic!("{other:?}"),
+    }
+    family.thaw().expect("thawed");
 }

@@ -24,6 +24,28 @@ pub(crate) fn until_now(then: host::Clocks) -> Result<Passed> {
     Ok(Passed::between(then.all_ns(), host::clocks()?.all_ns()))
 }
 
+/// Takes from the process' timers what has passed since they were read.
+pub(crate) fn pass(process: &mut Process, passed: &Passed) {
+    pass_itimers(process, passed);
+    pass_posix(process, passed);
+}
+
+/// The same for its interval timers only.
+pub(crate) fn pass_itimers(process: &mut Process, passed: &Passed) {
+    for timer in &mut process.itimers {
+        timer.value_us = passed
+            .left_ns(timer.clock(), timer.value_us.saturating_mul(1000))
+            .div_ceil(1000);
+    }
+}
+
+/// The same for its POSIX timers only.
+pub(crate) fn pass_posix(process: &mut Process, passed: &Passed) {
+    for timer in &mut process.posix_timers {
+        timer.value_ns = passed.left_ns(timer.clock, timer.value_ns);
+    }
+}
+
 /// The armed interval timers.
 pub(crate) fn itimers(injection: &mut Injection<'_>, pid: i32) -> Result<Vec<Itimer>> {
     let at = injection.scratch_address(pid);

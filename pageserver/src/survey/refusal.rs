@@ -118,11 +118,23 @@ refusals! {
     Stopped = "stopped", "is stopped by a signal (send it SIGCONT)";
     /// It is writing a core dump.
     CoreDumping = "core-dumping", "is writing a core dump (it is about to end)";
-    /// It has children.
-    Children {
-        /// Their pids.
-        pids: Pids,
-    } = "children", "has child processes {pids}; process trees are not carried yet (stop them)";
+    /// It came after the survey.
+    Newcomer = "newcomer", "was made while the tree was being looked at (try again)";
+    /// Its parent has ended, and left it to a process outside of the tree.
+    Orphan {
+        /// Who is its parent now.
+        parent: i32,
+    } = "orphan", "lost its parent and belongs to process {parent} now, which stays here (try again)";
+    /// Its session is neither its own nor its parent's.
+    Session {
+        /// The session.
+        session: i32,
+    } = "session", "is in session {session}, which is neither its own nor its parent's and cannot be made again yet (start it in its parent's session)";
+    /// Its group has no leader that can make it again.
+    Group {
+        /// The group.
+        group: i32,
+    } = "group", "is in process group {group}, which has no leader in its session and cannot be made again yet (keep the first process of the group)";
     /// Another process shares its memory, descriptor table or file-system context.
     SharedWith {
         /// The other process.

@@ -32,6 +32,7 @@ use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
 use pageferry_tracee::pagemap::{self, GUARD, PRESENT, SWAPPED, Scan};
 use pageferry_tracee::procfs;
 use pageferry_tracee::uffd::{Copied, Event, Uffd};
+use pageferry_wire::limits::{OBJECTS_MAX, USER_ADDRESS_END};
 use pageferry_wire::message::Fetch;
 use pageferry_wire::pages::{PageBatch, PageKind};
 use tokio::io::Interest;
@@ -40,8 +41,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::engine::{
-    Action, BadPeer, Engine, LostPages, Options, Priority, ReplyId, RequestId, Run, RunKind,
-    SpaceId, Stop,
+    Action, BadPeer, Engine, LostPages, Missing, Options, Priority, ReplyId, RequestId, Run,
+    RunKind, SpaceId, Stop,
 };
 
 /// Actions done before the task looks for faults and lets others run.
@@ -59,10 +60,15 @@ const IDENTIFICATIONS_MAX: u32 = 8;
 const SWEEP_MIN: usize = 16;
 /// The engine's beat: far longer than a fault takes between neighbouring hosts, far shorter than anybody would notice.
 const BEAT: Duration = Duration::from_millis(2);
+/// Bits of an address, and of what names a page within its object.
+const OBJECT_SHIFT: u32 = 48;
+const _: () = assert!(
+    USER_ADDRESS_END < 1 << OBJECT_SHIFT && (OBJECTS_MAX as u64) < 1 << (64 - OBJECT_SHIFT)
+);
 /// Damaged batches after which the link is not believed any more.
 const SPOILED_MAX: u32 = 8;
 
-/// The process to fill.
+/// A process to fill.
 #[derive(Debug)]
 pub struct Memory {
     /// Its number as this process sees it.
@@ -162,7 +168,7 @@ enum Command {
     LostPages(LostPages),
     LinkLost,
     LinkRestored(Connections),
-    RootEnded,
+    Ended(i32),
 }
 
 /// Steers a running driver, from any thread. None of its calls waits; a driver that has ended ignores them.
@@ -175,9 +181,10 @@ pub struct DriverHandle {
 }
 
 impl DriverHandle {
-    /// A piece of the source's page map: the ranges that hold data, ascending over all calls.
-    pub fn map(&self, ranges: Vec<PageRange>) {
-        self.send(Command::Map(ranges));
+    /// A piece of the source's page map: the ranges of `object` that hold data, ascending over all calls, first by object.
+    pub fn map(&self, object: u32, ranges: &[PageRange]) {
+        let source = ranges.iter().map(|&range| source_of(object, range));
+        self.send(Command::Map(source.collect()));
     }
 
     /// The page map is complete.
@@ -205,9 +212,9 @@ impl DriverHandle {
         self.send(Command::LinkRestored(connections));
     }
 
-    /// The restored process has exited: only its children, if any, still need pages.
-    pub fn root_ended(&self) {
-        self.send(Command::RootEnded);
+    /// This restored process has exited: only the others, and children, still need pages.
+    pub fn ended(&self, pid: i32) {
+        self.send(Command::Ended(pid));
     }
 
     /// How far it is.
@@ -240,6 +247,8 @@ impl AsRawFd for Watched {
 #[derive(Debug)]
 struct Process {
     uffd: AsyncFd<Watched>,
+    /// What was registered in it, or in the one it was forked from.
+    lazy: Arc<[PageRange]>,
     /// To look for guards in its memory; `None` while it is not known which process a child's context belongs to.
     pagemap: Option<File>,
     identifications_left: u32,
@@ -256,11 +265,12 @@ enum Turn {
     Idle,
 }
 
-/// Fills a process until it lacks nothing.
+/// Fills a tree of processes until they lack nothing.
 #[derive(Debug)]
 pub struct Driver {
+    /// The root.
     pid: i32,
-    lazy: Vec<PageRange>,
+    restored: BTreeMap<i32, SpaceId>,
     engine: Engine,
     processes: BTreeMap<SpaceId, Process>,
     /// Descendants whose context is known.
@@ -285,35 +295,38 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Takes charge of a process that stands ready, not yet running. Must be called inside a tokio runtime with I/O and
-    /// time enabled.
+    /// Takes charge of processes that stand ready, not yet running: the n-th of them is filled from the source's object n, counted
+    /// from 1. Must be called inside a tokio runtime with I/O and time enabled.
     ///
     /// # Errors
-    /// [`FaultError`]. The context stays open then.
+    /// [`FaultError`]. The contexts stay open then.
     pub fn new(
-        memory: Memory,
+        memories: Vec<Memory>,
         connections: Connections,
         options: Options,
     ) -> Result<(Self, DriverHandle), FaultError> {
-        let Memory {
-            pid,
-            uffd,
-            lazy,
-            resident,
-            wipe_on_fork,
-        } = memory;
-        let here: Vec<PageRange> = resident
-            .iter()
-            .map(|&page| PageRange::page_of(page))
-            .collect();
         let (sender, commands) = mpsc::unbounded_channel();
         let gauges = Arc::new(Gauges::default());
+        let pages = |memory: &Memory| -> Vec<PageRange> {
+            let pages = memory.resident.iter();
+            pages.map(|&page| PageRange::page_of(page)).collect()
+        };
+        let here: Vec<Vec<PageRange>> = memories.iter().map(pages).collect();
+        let missing: Vec<Missing<'_>> = (1..)
+            .zip(memories.iter().zip(&here))
+            .map(|(object, (memory, here))| Missing {
+                registered: &memory.lazy,
+                resident: here,
+                wipe_on_fork: &memory.wipe_on_fork,
+                source_offset: source_offset(object),
+            })
+            .collect();
         let mut driver = Self {
-            pid,
-            engine: Engine::new(&lazy, &here, &wipe_on_fork, options),
-            lazy,
+            pid: memories.first().map_or(0, |root| root.pid),
+            engine: Engine::new(&missing, options),
+            restored: BTreeMap::new(),
             processes: BTreeMap::new(),
-            pids: BTreeSet::from([pid]),
+            pids: memories.iter().map(|memory| memory.pid).collect(),
             unserved: Vec::new(),
             batches: HashMap::new(),
             asked: HashMap::new(),
@@ -323,25 +336,37 @@ impl Driver {
             gauges: Arc::clone(&gauges),
             guards: false,
             map_ended: false,
-            resident_at_start: here.len() as u64,
+            resident_at_start: here.iter().map(|pages| pages.len() as u64).sum(),
             forks: 0,
-            sweep_at: SWEEP_MIN,
+            sweep_at: SWEEP_MIN.max(2 * memories.len()),
             spoiled: 0,
             events: Vec::new(),
         };
         driver
             .beat
             .set_missed_tick_behavior(MissedTickBehavior::Delay);
-        driver.watch(SpaceId::ROOT, uffd)?;
+        let mut failure = None;
+        for (space, memory) in (SpaceId::ROOT.0..).map(SpaceId).zip(memories) {
+            driver.restored.insert(memory.pid, space);
+            // Also after an error: no context may be closed.
+            if let Err(error) = driver.watch(space, memory.uffd, memory.lazy.into()) {
+                failure.get_or_insert(error);
+            }
+        }
+        if let Some(error) = failure {
+            return Err(error);
+        }
         driver.guards = pagemap::knows_guards().unwrap_or_else(|error| {
             tracing::warn!("guard regions cannot be looked for: {error}");
             false
         });
         if driver.guards {
-            let pagemap = pagemap::open(pid)
-                .map_err(|source| driver.failed("opening the page map", source))?;
-            if let Some(root) = driver.processes.get_mut(&SpaceId::ROOT) {
-                root.pagemap = Some(pagemap);
+            for (&pid, space) in &driver.restored {
+                let pagemap = pagemap::open(pid)
+                    .map_err(|source| driver.failed("opening the page map", source))?;
+                if let Some(process) = driver.processes.get_mut(space) {
+                    process.pagemap = Some(pagemap);
+                }
             }
         }
         Ok((
@@ -353,7 +378,7 @@ impl Driver {
         ))
     }
 
-    /// Fills the process and its children until nothing is missing anywhere or all have ended, then takes the
+    /// Fills the processes and their children until nothing is missing anywhere or all have ended, then takes the
     /// userfaultfds away.
     ///
     /// Loss of the source is not an end: threads that touch missing pages wait for [`DriverHandle::link_restored`].
@@ -480,7 +505,11 @@ impl Driver {
                 self.connections = Some(connections);
                 self.engine.handle_link_restored();
             }
-            Command::RootEnded => self.forget(SpaceId::ROOT),
+            Command::Ended(pid) => {
+                if let Some(&space) = self.restored.get(&pid) {
+                    self.forget(space);
+                }
+            }
         }
     }
 
@@ -496,10 +525,11 @@ impl Driver {
                 kind: kind(run.kind),
             })
             .collect();
-        match self
-            .engine
-            .handle_reply(RequestId(batch.request()), batch.range().start, &runs)
-        {
+        match self.engine.handle_reply(
+            RequestId(batch.request()),
+            source_of(batch.object(), batch.range()).start,
+            &runs,
+        ) {
             Ok(reply) => {
                 self.batches.insert(reply, batch);
             }
@@ -567,7 +597,11 @@ impl Driver {
             Event::Fork { child } => match self.engine.handle_fork(space) {
                 Some(id) => {
                     self.forks += 1;
-                    self.watch(id, child)?;
+                    let lazy = self
+                        .processes
+                        .get(&space)
+                        .map(|parent| Arc::clone(&parent.lazy));
+                    self.watch(id, child, lazy.unwrap_or_default())?;
                     self.sweep();
                 }
                 None => self.unserved.push(child),
@@ -576,7 +610,12 @@ impl Driver {
         Ok(())
     }
 
-    fn watch(&mut self, space: SpaceId, uffd: Uffd) -> Result<(), FaultError> {
+    fn watch(
+        &mut self,
+        space: SpaceId,
+        uffd: Uffd,
+        lazy: Arc<[PageRange]>,
+    ) -> Result<(), FaultError> {
         #[allow(
             deprecated,
             reason = "its successor is unsafe, to promise what `Watched` keeps: it owns one descriptor and never changes it"
@@ -588,6 +627,7 @@ impl Driver {
                     space,
                     Process {
                         uffd,
+                        lazy,
                         pagemap: None,
                         identifications_left: IDENTIFICATIONS_MAX,
                     },
@@ -698,10 +738,12 @@ impl Driver {
         };
         let page_count = u32::try_from(source.page_count())
             .expect("the engine's requests are bounded by its options");
+        let (object, address) = object_of(source.start);
         let fetch = Fetch {
             request: request.0,
-            address: source.start,
+            address,
             page_count,
+            object,
         };
         let way = if priority == Priority::Fault {
             self.asked.insert(request, Instant::now());
@@ -910,7 +952,7 @@ impl Driver {
         let processes = std::mem::take(&mut self.processes);
         for process in processes.into_values() {
             let Watched(uffd) = process.uffd.into_inner();
-            for &range in &self.lazy {
+            for &range in process.lazy.iter() {
                 // A range that the program has meanwhile changed is refused; closing the context ends that one too.
                 // Both, because somebody else may hold the descriptor still.
                 if let Err(error) = uffd.unregister(addresses(range)) {
@@ -968,8 +1010,32 @@ fn kind(kind: PageKind) -> RunKind {
     }
 }
 
-/// The bytes of some pages of one data run, each checked against its checksum.
+/// What is added to an address of `object` to tell its pages from those of others: addresses end well below.
+fn source_offset(object: u32) -> u64 {
+    u64::from(object.saturating_sub(1)) << OBJECT_SHIFT
+}
+
+/// A range of an object's pages as the engine names them.
+fn source_of(object: u32, range: PageRange) -> PageRange {
+    PageRange {
+        start: range.start + source_offset(object),
+        end: range.end + source_offset(object),
+    }
+}
+
+/// The reverse of [`source_of`].
+fn object_of(source: u64) -> (u32, u64) {
+    let index = u32::try_from(source >> OBJECT_SHIFT).expect("objects are limited");
+    (index + 1, source & ((1 << OBJECT_SHIFT) - 1))
+}
+
+/// The bytes of some pages of one data run, each checked against its checksum. `wanted` is as the engine names them.
 fn verified(batch: &PageBatch, wanted: PageRange) -> pageferry_wire::Result<Bytes> {
+    let (_, start) = object_of(wanted.start);
+    let wanted = PageRange {
+        start,
+        end: start + wanted.byte_len(),
+    };
     let run = batch
         .runs()
         .iter()

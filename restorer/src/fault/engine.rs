@@ -24,12 +24,12 @@ use super::intervals::{EVERYTHING, PageSet, Stretch, Translation};
 use super::pace::Pace;
 use super::prefetch::Prefetcher;
 
-/// An address space that is being filled: the restored process or a descendant born since.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// An address space that is being filled: that of a restored process, or of a child born since.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpaceId(pub u32);
 
 impl SpaceId {
-    /// The restored process itself.
+    /// The root of the restored tree.
     pub const ROOT: Self = Self(0);
 }
 
@@ -245,8 +245,23 @@ const AHEAD_GUESSES_MAX: usize = 32;
 /// next fault.
 const AHEAD_PAGES_MAX: u64 = 64;
 
+/// A restored address space.
+#[derive(Debug, Clone, Copy)]
+pub struct Missing<'a> {
+    /// What is missing in it.
+    pub registered: &'a [PageRange],
+    /// Except this.
+    pub resident: &'a [PageRange],
+    /// Ranges with MADV_WIPEONFORK: the kernel keeps them registered in a child although they must read as zeros there.
+    pub wipe_on_fork: &'a [PageRange],
+    /// The source page of an address is the address and this, so that no two spaces have a source page in common.
+    pub source_offset: u64,
+}
+
 #[derive(Debug, Default)]
 struct Space {
+    /// The restored space that this one is, or has been forked from.
+    origin: SpaceId,
     /// Address → source page, for every page that may still hold data there and is not here yet.
     pending: Translation,
     /// The same from the source's side. Private memory: a source page has at most one address in a space.
@@ -277,6 +292,7 @@ impl Space {
             pending,
             reverse,
             waiting,
+            ..
         } = self;
         let mut released = Vec::new();
         reverse.remove(source, |stretch| {
@@ -391,35 +407,41 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for a process all of whose `registered` ranges are missing, except what of them is in `resident`.
-    /// `wipe_on_fork` are ranges with MADV_WIPEONFORK: the kernel keeps them registered in a child although they must
-    /// read as zeros there.
-    pub fn new(
-        registered: &[PageRange],
-        resident: &[PageRange],
-        wipe_on_fork: &[PageRange],
-        options: Options,
-    ) -> Self {
-        let mut root = Space::default();
-        let mut all = PageSet::default();
-        for &range in registered {
-            all.insert(range);
-            root.insert(Stretch {
-                range,
-                to: range.start,
-            });
-        }
-        for &range in resident {
-            root.remove(range);
-        }
-        let mut wiped = PageSet::default();
-        for &range in wipe_on_fork {
-            wiped.insert(range);
+    /// An engine for these spaces, which get the ids from [`SpaceId::ROOT`] on.
+    pub fn new(missing: &[Missing<'_>], options: Options) -> Self {
+        let mut spaces = BTreeMap::new();
+        let (mut all, mut wiped) = (PageSet::default(), PageSet::default());
+        let mut spaces_made = 0;
+        for missing in missing {
+            let source = |range: PageRange| PageRange {
+                start: range.start + missing.source_offset,
+                end: range.end + missing.source_offset,
+            };
+            let origin = SpaceId(spaces_made);
+            let mut space = Space {
+                origin,
+                ..Space::default()
+            };
+            for &range in missing.registered {
+                all.insert(source(range));
+                space.insert(Stretch {
+                    range,
+                    to: source(range).start,
+                });
+            }
+            for &range in missing.resident {
+                space.remove(range);
+            }
+            for &range in missing.wipe_on_fork {
+                wiped.insert(source(range));
+            }
+            spaces.insert(origin, space);
+            spaces_made += 1;
         }
         Self {
             options,
-            spaces: BTreeMap::from([(SpaceId::ROOT, root)]),
-            spaces_made: 1,
+            spaces,
+            spaces_made,
             registered: all,
             wipe_on_fork: wiped,
             requests: HashMap::new(),
@@ -471,6 +493,7 @@ impl Engine {
     pub fn handle_fork(&mut self, parent: SpaceId) -> Option<SpaceId> {
         let parent = self.spaces.get(&parent)?;
         let mut child = Space {
+            origin: parent.origin,
             pending: parent.pending.clone(),
             reverse: parent.reverse.clone(),
             waiting: BTreeSet::new(),
@@ -787,13 +810,15 @@ impl Engine {
         self.counters
     }
 
-    /// Pages still pending in the space that lacks most. Before the page map has ended, holes are among them.
+    /// Source pages still pending: of each restored space and those forked from it, what the one lacks that lacks most. Before
+    /// the page map has ended, holes are among them.
     pub fn pages_pending(&self) -> u64 {
-        self.spaces
-            .values()
-            .map(|space| space.pending.page_count())
-            .max()
-            .unwrap_or(0)
+        let mut most: BTreeMap<SpaceId, u64> = BTreeMap::new();
+        for space in self.spaces.values() {
+            let most = most.entry(space.origin).or_default();
+            *most = (*most).max(space.pending.page_count());
+        }
+        most.values().sum()
     }
 
     /// Pages at which threads wait now.

@@ -176,116 +176,156 @@ impl Handover {
     }
 }
 
-/// Fills the descriptor table.
-pub(crate) fn rebuild(
-    injection: &mut Injection<'_>,
-    pid: i32,
-    process: &Process,
-    tree: &Tree,
-    handed: &mut Handover,
-    passed: impl Fn() -> Result<Passed>,
-) -> Result<()> {
-    let mut pipes: BTreeMap<u32, (OwnedFd, OwnedFd)> = BTreeMap::new();
-    for carried in &tree.pipes {
-        let ends = pipe::create(carried.capacity, &carried.content).map_err(|error| {
-            Error::object(
-                format!("pipe {}", carried.id),
-                "pipe2",
-                std::io::Error::other(error),
-            )
-        })?;
-        pipes.insert(carried.id, ends);
-    }
-    let mut made: BTreeMap<u32, OwnedFd> = BTreeMap::new();
-    let mut first_of_pipe = BTreeSet::new();
-    for carried in &tree.files {
-        let first = process
-            .descriptors
-            .iter()
-            .find(|d| d.file == carried.id)
-            .map_or(0, |d| d.fd);
-        if let Some(fd) = make(carried, first, &pipes, &mut first_of_pipe, &passed)? {
-            made.insert(carried.id, fd);
+/// The open file descriptions of a tree, made in our own process, each when the first process that has it is built.
+#[derive(Debug)]
+pub(crate) struct Files {
+    pipes: BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    first_of_pipe: BTreeSet<(u32, bool)>,
+    made: BTreeMap<u32, OwnedFd>,
+    /// Those that a process has by now.
+    handed: BTreeSet<u32>,
+}
+
+impl Files {
+    pub(crate) fn new(tree: &Tree) -> Result<Self> {
+        let mut pipes = BTreeMap::new();
+        for carried in &tree.pipes {
+            let ends = pipe::create(carried.capacity, &carried.content).map_err(|error| {
+                Error::object(
+                    format!("pipe {}", carried.id),
+                    "pipe2",
+                    std::io::Error::other(error),
+                )
+            })?;
+            pipes.insert(carried.id, ends);
         }
-    }
-    drop(pipes);
-    for (id, fd) in sockets::make_pairs(injection, pid, process, tree)? {
-        made.insert(id, fd);
+        Ok(Self {
+            pipes,
+            first_of_pipe: BTreeSet::new(),
+            made: BTreeMap::new(),
+            handed: BTreeSet::new(),
+        })
     }
 
-    let mut work = Work::new(injection, pid);
-    let mut first_of: BTreeMap<u32, u64> = BTreeMap::new();
-    let mut descriptors: Vec<&Descriptor> = process.descriptors.iter().collect();
-    // Ascending, so that the lowest free number is never above the one wanted.
-    descriptors.sort_by_key(|d| d.fd);
-    for descriptor in descriptors {
-        if let Some(&from) = first_of.get(&descriptor.file) {
-            work.room()?;
-            handed.move_to(&mut work, from, descriptor, false);
-            continue;
+    /// Makes what no process before this one has.
+    fn make_new(
+        &mut self,
+        injection: &mut Injection<'_>,
+        process: &Process,
+        tree: &Tree,
+        passed: impl Fn() -> Result<Passed>,
+    ) -> Result<()> {
+        let mut new: BTreeMap<u32, u32> = BTreeMap::new();
+        for descriptor in &process.descriptors {
+            if !self.made.contains_key(&descriptor.file) {
+                new.entry(descriptor.file).or_insert(descriptor.fd);
+            }
         }
-        let ours = made
-            .get(&descriptor.file)
-            .ok_or_else(|| Invalid::new(format!("fd {}", descriptor.fd), "names no open file"))?;
-        handed.put(&mut work, ours, descriptor)?;
-        first_of.insert(descriptor.file, u64::from(descriptor.fd));
+        for carried in &tree.files {
+            let Some(&fd) = new.get(&carried.id) else {
+                continue;
+            };
+            let made = make(carried, fd, &self.pipes, &mut self.first_of_pipe, &passed)?;
+            if let Some(made) = made {
+                self.made.insert(carried.id, made);
+            }
+        }
+        let pairs = sockets::make_pairs(injection, process.pid, &new, tree)?;
+        self.made.extend(pairs);
+        Ok(())
     }
-    for carried in &tree.files {
-        if let (Some(file::Kind::Epoll(epoll)), Some(&number)) =
-            (&carried.kind, first_of.get(&carried.id))
-        {
-            for item in &epoll.items {
+
+    /// Fills the descriptor table of a process.
+    pub(crate) fn rebuild(
+        &mut self,
+        injection: &mut Injection<'_>,
+        process: &Process,
+        tree: &Tree,
+        handed: &mut Handover,
+        passed: impl Fn() -> Result<Passed>,
+    ) -> Result<()> {
+        let pid = process.pid;
+        self.make_new(injection, process, tree, passed)?;
+        let is_root = tree.processes.first().is_some_and(|root| root.pid == pid);
+
+        let mut work = Work::new(injection, pid);
+        let mut first_of: BTreeMap<u32, u64> = BTreeMap::new();
+        let mut descriptors: Vec<&Descriptor> = process.descriptors.iter().collect();
+        // Ascending, so that the lowest free number is never above the one wanted.
+        descriptors.sort_by_key(|d| d.fd);
+        for descriptor in descriptors {
+            if let Some(&from) = first_of.get(&descriptor.file) {
                 work.room()?;
-                // struct epoll_event is packed on x86-64 and naturally aligned elsewhere.
-                let mut event = item.events.to_le_bytes().to_vec();
-                if !cfg!(target_arch = "x86_64") {
-                    event.extend_from_slice(&[0; 4]);
+                handed.move_to(&mut work, from, descriptor, false);
+                continue;
+            }
+            let ours = self.made.get(&descriptor.file).ok_or_else(|| {
+                Invalid::new(format!("fd {}", descriptor.fd), "names no open file")
+            })?;
+            handed.put(&mut work, ours, descriptor)?;
+            first_of.insert(descriptor.file, u64::from(descriptor.fd));
+        }
+        for carried in &tree.files {
+            if let (Some(file::Kind::Epoll(epoll)), Some(&number)) =
+                (&carried.kind, first_of.get(&carried.id))
+            {
+                let is_holder = epoll.holder == pid || (epoll.holder == 0 && is_root);
+                for item in epoll.items.iter().filter(|_| is_holder) {
+                    work.room()?;
+                    // struct epoll_event is packed on x86-64 and naturally aligned elsewhere.
+                    let mut event = item.events.to_le_bytes().to_vec();
+                    if !cfg!(target_arch = "x86_64") {
+                        event.extend_from_slice(&[0; 4]);
+                    }
+                    event.extend_from_slice(&item.data.to_le_bytes());
+                    let at = work.bytes(&event)?;
+                    work.call(
+                        format!("fd {number} (epoll), item fd {}", item.fd),
+                        "epoll_ctl",
+                        libc::SYS_epoll_ctl,
+                        &[
+                            number.into(),
+                            libc::EPOLL_CTL_ADD.into(),
+                            u64::from(item.fd).into(),
+                            at.into(),
+                        ],
+                    );
                 }
-                event.extend_from_slice(&item.data.to_le_bytes());
-                let at = work.bytes(&event)?;
-                work.call(
-                    format!("fd {number} (epoll), item fd {}", item.fd),
-                    "epoll_ctl",
-                    libc::SYS_epoll_ctl,
-                    &[
-                        number.into(),
-                        libc::EPOLL_CTL_ADD.into(),
-                        u64::from(item.fd).into(),
-                        at.into(),
-                    ],
-                );
+            }
+            if !first_of.contains_key(&carried.id) || !self.handed.insert(carried.id) {
+                continue;
+            }
+            if let (Some(owner), Some(&number)) = (&carried.owner, first_of.get(&carried.id)) {
+                if owner.id != 0 {
+                    work.room()?;
+                    let mut bytes = owner.kind.to_le_bytes().to_vec();
+                    bytes.extend_from_slice(&owner.id.to_le_bytes());
+                    let at = work.bytes(&bytes)?;
+                    let object = format!("fd {number}");
+                    // F_SETOWN_EX
+                    work.call(
+                        object,
+                        "fcntl(F_SETOWN_EX)",
+                        libc::SYS_fcntl,
+                        &[number.into(), 15u64.into(), at.into()],
+                    );
+                }
+                if owner.signo != 0 {
+                    work.room()?;
+                    let object = format!("fd {number}");
+                    // F_SETSIG
+                    work.call(
+                        object,
+                        "fcntl(F_SETSIG)",
+                        libc::SYS_fcntl,
+                        &[number.into(), 10u64.into(), u64::from(owner.signo).into()],
+                    );
+                }
             }
         }
-        if let (Some(owner), Some(&number)) = (&carried.owner, first_of.get(&carried.id)) {
-            if owner.id != 0 {
-                work.room()?;
-                let mut bytes = owner.kind.to_le_bytes().to_vec();
-                bytes.extend_from_slice(&owner.id.to_le_bytes());
-                let at = work.bytes(&bytes)?;
-                let object = format!("fd {number}");
-                // F_SETOWN_EX
-                work.call(
-                    object,
-                    "fcntl(F_SETOWN_EX)",
-                    libc::SYS_fcntl,
-                    &[number.into(), 15u64.into(), at.into()],
-                );
-            }
-            if owner.signo != 0 {
-                work.room()?;
-                let object = format!("fd {number}");
-                // F_SETSIG
-                work.call(
-                    object,
-                    "fcntl(F_SETSIG)",
-                    libc::SYS_fcntl,
-                    &[number.into(), 10u64.into(), u64::from(owner.signo).into()],
-                );
-            }
-        }
+        work.run()?;
+        Ok(())
     }
-    work.run()?;
-    Ok(())
 }
 
 /// Longest time between looking at the clock and having armed a timer by it, nanoseconds, and how often that is tried: a host

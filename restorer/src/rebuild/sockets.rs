@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use pageferry_image::model::Invalid;
 use pageferry_image::model::files::file;
 use pageferry_image::model::sockets::{Socket, State};
-use pageferry_image::model::task::{Process, Tree};
+use pageferry_image::model::task::Tree;
 use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::injection::Injection;
 use pageferry_tracee::socket;
@@ -63,12 +63,13 @@ pub(crate) fn make(carried: &Socket, object: &str) -> Result<Option<OwnedFd>> {
     Ok(Some(made))
 }
 
-/// Makes every UNIX socket pair inside the husk, which already has the leader's user and group: the kernel records the
-/// maker as each end's peer. Returns our copies of both ends; the husk's own are closed again.
+/// Makes those UNIX socket pairs inside the husk of which an end is among `new`, the open files that it is the first to have, each
+/// with its lowest descriptor. The husk already has the leader's user and group: the kernel records the maker as each end's peer.
+/// Returns our copies of both ends; the husk's own are closed again.
 pub(crate) fn make_pairs(
     injection: &mut Injection<'_>,
     pid: i32,
-    process: &Process,
+    new: &BTreeMap<u32, u32>,
     tree: &Tree,
 ) -> Result<Vec<(u32, OwnedFd)>> {
     let mut ends: BTreeMap<u32, Vec<(u32, &Socket, u32)>> = BTreeMap::new();
@@ -83,11 +84,9 @@ pub(crate) fn make_pairs(
     }
     let mut made = Vec::new();
     for (pair, carried) in ends {
-        let fd = process
-            .descriptors
-            .iter()
-            .find(|d| d.file == carried[0].0)
-            .map_or(0, |d| d.fd);
+        let Some(fd) = carried.iter().find_map(|(id, ..)| new.get(id)) else {
+            continue;
+        };
         let object = format!("fd {fd} (UNIX socket pair {pair})");
         let (first, second) = make_pair(injection, pid, carried[0].1, &object)?;
         let kernel = |call: &'static str| {

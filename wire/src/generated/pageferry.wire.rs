@@ -150,8 +150,8 @@ pub struct Refused {
     #[prost(string, tag = "1")]
     pub reason: ::prost::alloc::string::String,
 }
-/// Which pages have data, as (gap, length) pairs in pages, ascending: the first gap counts from address 0, the next from the
-/// end of the range before, across the frames of one map too (a frame starts where `from` says).
+/// Which pages of an object have data, as (gap, length) pairs in pages, ascending: the first gap counts from address 0, the
+/// next from the end of the range before, across the frames of one object too (a frame starts where `from` says).
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Map {
     /// page index its first gap counts from
@@ -159,6 +159,9 @@ pub struct Map {
     pub from: u64,
     #[prost(uint64, repeated, tag = "2")]
     pub runs: ::prost::alloc::vec::Vec<u64>,
+    /// the address space of the n-th process of the tree, from 1; ascending over all frames
+    #[prost(uint32, tag = "3")]
+    pub object: u32,
 }
 /// The map is complete: a page that is in none of its ranges reads as zeros.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -176,6 +179,9 @@ pub struct Fetch {
     pub address: u64,
     #[prost(uint32, tag = "3")]
     pub page_count: u32,
+    /// as in Map
+    #[prost(uint32, tag = "4")]
+    pub object: u32,
 }
 /// Every page is here: the source copy may end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -102,10 +102,13 @@ pub struct Eventfd {
     #[prost(bool, tag = "2")]
     pub semaphore: bool,
 }
+/// holder: the process by whose descriptors the items are numbered; 0: the root.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Epoll {
     #[prost(message, repeated, tag = "1")]
     pub items: ::prost::alloc::vec::Vec<EpollItem>,
+    #[prost(int32, tag = "2")]
+    pub holder: i32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EpollItem {

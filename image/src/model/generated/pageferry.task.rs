@@ -193,8 +193,9 @@ pub struct Host {
 /// Everything that is captured in one freeze.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Tree {
-    #[prost(message, optional, tag = "1")]
-    pub root: ::core::option::Option<Process>,
+    /// the root first, parents before their children
+    #[prost(message, repeated, tag = "1")]
+    pub processes: ::prost::alloc::vec::Vec<Process>,
     /// open file descriptions, by File.id
     #[prost(message, repeated, tag = "2")]
     pub files: ::prost::alloc::vec::Vec<super::files::File>,

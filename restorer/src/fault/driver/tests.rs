@@ -173,8 +173,12 @@ impl Source {
 
     fn batch(&self, fetch: &Fetch) -> PageBatch {
         let range = fetch.range();
-        let mut builder =
-            PageBatchBuilder::new(fetch.request, range.start, fetch.page_count as usize);
+        let mut builder = PageBatchBuilder::new(
+            fetch.object,
+            fetch.request,
+            range.start,
+            fetch.page_count as usize,
+        );
         for page in (range.start..range.end).step_by(PAGE_LEN) {
             if self.is_hole(page) {
                 builder.without_data(PageKind::Zero, 1);
@@ -264,7 +268,7 @@ fn fill(body: &str, source: impl FnOnce(u64) -> Source, drain: bool) -> Option<S
         .expect("a runtime");
     let summary = runtime.block_on(async {
         let source = source(subject.base);
-        let (driver, handle) = Driver::new(subject.memory(), source.serve(), Options { drain, ..Options::default() }).expect("a driver");
+        let (driver, handle) = Driver::new(vec![subject.memory()], source.serve(), Options { drain, ..Options::default() }).expect("a driver");
         subject.go();
         let running = driver.run();
         tokio::pin!(running);
@@ -273,7 +277,7 @@ fn fill(body: &str, source: impl FnOnce(u64) -> Source, drain: bool) -> Option<S
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(5)).await;
             for piece in source.map().chunks(100) {
-                told.map(piece.to_vec());
+                told.map(1, piece);
             }
             told.map_end();
         });
@@ -334,8 +338,8 @@ fn without_the_drain_only_what_is_touched_is_fetched() {
         .expect("a runtime");
     runtime.block_on(async {
         let source = Source::new(subject.base);
-        let (driver, handle) = Driver::new(subject.memory(), source.serve(), Options { drain: false, ..Options::default() }).expect("a driver");
-        handle.map(source.map());
+        let (driver, handle) = Driver::new(vec![subject.memory()], source.serve(), Options { drain: false, ..Options::default() }).expect("a driver");
+        handle.map(1, &source.map());
         handle.map_end();
         subject.go();
         let verdict = tokio::task::spawn_blocking(move || (subject.verdict(), subject));
@@ -470,8 +474,8 @@ fn threads_wait_for_a_lost_source_and_go_on_when_it_is_back() {
         .expect("a runtime");
     runtime.block_on(async {
         let source = Source::new(subject.base);
-        let (driver, handle) = Driver::new(subject.memory(), source.serve(), Options { drain: false, ..Options::default() }).expect("a driver");
-        handle.map(source.map());
+        let (driver, handle) = Driver::new(vec![subject.memory()], source.serve(), Options { drain: false, ..Options::default() }).expect("a driver");
+        handle.map(1, &source.map());
         handle.map_end();
         handle.link_lost();
         subject.go();
@@ -519,7 +523,7 @@ for round in range(200):
     runtime.block_on(async {
         let source = Source::new(subject.base);
         let (driver, _handle) = Driver::new(
-            subject.memory(),
+            vec![subject.memory()],
             source.serve(),
             Options {
                 drain: false,

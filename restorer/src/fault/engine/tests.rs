@@ -186,7 +186,7 @@ impl Sim {
             );
         }
         Self {
-            engine: Engine::new(&registered, &resident, &[], options),
+            engine: engine_of(&registered, &resident, &[], options),
             source,
             spaces: vec![root],
             asked: Vec::new(),
@@ -652,9 +652,79 @@ proptest! {
 
 // ---- One hazard at a time ----
 
+/// An engine for one space.
+fn engine_of(
+    registered: &[PageRange],
+    resident: &[PageRange],
+    wipe_on_fork: &[PageRange],
+    options: Options,
+) -> Engine {
+    let missing = Missing {
+        registered,
+        resident,
+        wipe_on_fork,
+        source_offset: 0,
+    };
+    Engine::new(&[missing], options)
+}
+
+#[test]
+fn two_spaces_have_pages_of_their_own_at_the_same_address() {
+    const OFFSET: u64 = 1 << 48;
+    let lazy = [pages(0x100, 0x10)];
+    let missing = |source_offset, resident| Missing {
+        registered: &lazy,
+        resident,
+        wipe_on_fork: &[],
+        source_offset,
+    };
+    let options = Options {
+        drain: false,
+        ..Options::default()
+    };
+    let there = [pages(0x100, 4)];
+    let mut engine = Engine::new(&[missing(0, &[]), missing(OFFSET, &there)], options);
+    let (root, other) = (SpaceId::ROOT, SpaceId(1));
+    assert_eq!(engine.pages_pending(), 0x10 + 0xc);
+    let elsewhere = |range: PageRange| PageRange {
+        start: range.start + OFFSET,
+        end: range.end + OFFSET,
+    };
+    engine.handle_fault(root, address(0x105));
+    engine.handle_fault(other, address(0x105));
+    assert_eq!(fetch(&mut engine).1, pages(0x105, 1));
+    let (request, source, _) = fetch(&mut engine);
+    assert_eq!(source, elsewhere(pages(0x105, 1)));
+    reply(
+        &mut engine,
+        request,
+        source.start / PAGE_SIZE,
+        RunKind::Data,
+        1,
+    );
+    let Some(Action::Install { space, range, .. }) = engine.poll_action() else {
+        panic!("the page is here");
+    };
+    assert_eq!((space, range), (other, pages(0x105, 1)));
+    engine.handle_result(1, None);
+    let child = engine.handle_fork(other).expect("it lives");
+    assert_eq!(child, SpaceId(2));
+    assert_eq!(engine.pages_pending(), 0x10 + 0xb, "a child adds nothing");
+    // The map goes through one space after the other.
+    engine.handle_map(&[pages(0x100, 0x10)]).expect("ascending");
+    engine
+        .handle_map(&[elsewhere(pages(0x106, 1))])
+        .expect("ascending");
+    engine.handle_map_end();
+    assert_eq!(engine.counters().pages_total, 0x11);
+    assert!(engine.is_pending(root, address(0x106)) && engine.is_pending(other, address(0x106)));
+    assert!(engine.is_pending(child, address(0x106)));
+    assert!(engine.is_pending(root, address(0x107)) && !engine.is_pending(other, address(0x107)));
+}
+
 /// Source pages 0x100..0x110 at the same addresses, everything pending, drain off; once on it does not hold back.
 fn engine() -> Engine {
-    Engine::new(
+    engine_of(
         &[pages(0x100, 0x10)],
         &[],
         &[],
@@ -858,7 +928,7 @@ fn a_child_born_between_two_halves_of_a_refused_install_gets_the_page_once() {
 
 #[test]
 fn memory_wiped_on_fork_reads_as_zeros_in_the_child_and_as_itself_in_the_parent() {
-    let mut engine = Engine::new(
+    let mut engine = engine_of(
         &[pages(0x100, 0x10)],
         &[],
         &[pages(0x104, 2)],
@@ -1206,7 +1276,7 @@ fn the_drain_keeps_to_its_bounds() {
         bulk_requests_max: 2,
         ..Options::default()
     };
-    let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], options);
+    let mut engine = engine_of(&[pages(0x100, 0x100)], &[], &[], options);
     engine
         .handle_map(&[pages(0x100, 0x100)])
         .expect("ascending");
@@ -1224,7 +1294,7 @@ fn the_drain_keeps_to_its_bounds() {
 
 #[test]
 fn the_neighbours_of_a_fault_come_before_the_rest_of_the_drain() {
-    let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], Options::default());
+    let mut engine = engine_of(&[pages(0x100, 0x100)], &[], &[], Options::default());
     engine
         .handle_map(&[pages(0x100, 0x100)])
         .expect("ascending");
@@ -1255,7 +1325,7 @@ fn the_drain_is_narrow_while_faults_are_slow() {
         hold_beats_max: 0,
         ..Options::default()
     };
-    let mut engine = Engine::new(&[pages(0x100, 0x100)], &[], &[], options);
+    let mut engine = engine_of(&[pages(0x100, 0x100)], &[], &[], options);
     assert!(!engine.wants_beats(), "there is nothing to drain yet");
     engine
         .handle_map(&[pages(0x100, 0x100)])
