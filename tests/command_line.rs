@@ -7,7 +7,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry, Identity, Running, program};
-use crate::hosts::{Clocks, Pair, skip};
+use crate::hosts::{Clocks, Pair, say_skipped, skip};
 use crate::subject::{ORDINARY, Subject};
 
 #[test]
@@ -322,7 +322,7 @@ fn without_an_option_stderr_tells_what_matters() {
         return;
     }
     if std::env::var_os("PAGEFERRY_TEST_VERBOSE").is_some() {
-        eprintln!("skipped: PAGEFERRY_TEST_VERBOSE asks for more than the default");
+        say_skipped("PAGEFERRY_TEST_VERBOSE asks for more than the default");
         return;
     }
     let pair = Pair::new(Clocks::Behind);

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -44,14 +44,35 @@ pub(crate) fn eventually<T>(expected: &str, mut what: impl FnMut() -> Option<T>)
     }
 }
 
-/// True when whatever cannot be tested here must fail.
-pub(crate) fn strict() -> bool {
+/// True when what is not tested here must be what `tests/skips.txt` expects.
+fn strict() -> bool {
     std::env::var_os("PAGEFERRY_TEST_STRICT").is_some_and(|value| value != "0")
+}
+
+/// Says what is not tested here and why; the same words for the same thing on every run. Also into the file that
+/// `PAGEFERRY_TEST_SKIPS` names, for a comparison with `tests/skips.txt`.
+///
+/// # Panics
+/// With `PAGEFERRY_TEST_STRICT=1`, unless that file expects it: a run in CI never goes quietly green.
+#[track_caller]
+pub(crate) fn say_skipped(what: &str) {
+    let expected = include_str!("skips.txt").lines().any(|line| line == what);
+    assert!(
+        expected || !strict(),
+        "skipped though PAGEFERRY_TEST_STRICT is set and tests/skips.txt does not expect it: {what}"
+    );
+    eprintln!("skipped: {what}");
+    if let Some(path) = std::env::var_os("PAGEFERRY_TEST_SKIPS") {
+        let file = fs::File::options().append(true).create(true).open(path);
+        file.and_then(|mut file| file.write_all(format!("{what}\n").as_bytes()))
+            .expect("it can be appended to");
+    }
 }
 
 /// Why tests that need a test host cannot run here, if they cannot.
 ///
-/// With `PAGEFERRY_TEST_STRICT=1` this panics instead, so that a run in CI never goes quietly green.
+/// Says so, see [`say_skipped`].
+#[track_caller]
 pub(crate) fn skip() -> Option<&'static str> {
     static REASON: OnceLock<Option<&'static str>> = OnceLock::new();
     let reason = *REASON.get_or_init(|| {
@@ -73,11 +94,7 @@ pub(crate) fn skip() -> Option<&'static str> {
         None
     });
     if let Some(reason) = reason {
-        assert!(
-            !strict(),
-            "skipped though PAGEFERRY_TEST_STRICT is set: {reason}"
-        );
-        eprintln!("skipped: {reason}");
+        say_skipped(reason);
     }
     reason
 }

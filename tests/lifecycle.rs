@@ -5,7 +5,7 @@
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Pair, eventually, skip};
+use crate::hosts::{Before, Clocks, Host, Pair, eventually, skip};
 use crate::subject::{ORDINARY, ROOT, Subject};
 
 /// What may happen to a subject.
@@ -53,12 +53,33 @@ pub(crate) fn lifecycle(
         return;
     }
     let pair = Pair::new(clocks);
-    let forth = Ferry::new(&pair);
-    let back = forth.back();
     let before = Before::of(&pair);
     let Some(mut subject) = Subject::start(&pair, &pair.a, name, privileges, arguments) else {
         return;
     };
+    let host = journey(&pair, subject.pid, actions, |host, when| {
+        subject.must_pass(when);
+        assert!(
+            subject.runs_on(host),
+            "{name} does not run on {} {when}",
+            host.name
+        );
+    });
+    subject.end(host);
+    before.assert_nothing_left(&pair);
+}
+
+/// Takes a process that was started on A, with its children, through a list of actions. `verify` is called with the host it is on.
+/// Gives the host it is on in the end.
+#[track_caller]
+pub(crate) fn journey<'a>(
+    pair: &'a Pair,
+    pid: i32,
+    actions: &[Action],
+    mut verify: impl FnMut(&Host, &str),
+) -> &'a Host {
+    let forth = Ferry::new(pair);
+    let back = forth.back();
     let mut at_home = true;
     for (number, action) in actions.iter().enumerate() {
         let ferry = if at_home { &forth } else { &back };
@@ -67,26 +88,26 @@ pub(crate) fn lifecycle(
             ferry.source.name
         );
         match action {
-            Verify => subject.must_pass(&when),
+            Verify => verify(ferry.source, &when),
             Cross => {
-                ferry.cross(subject.pid);
+                ferry.cross(pid);
                 at_home = !at_home;
             }
             CrossWithoutDrain => {
                 let receive = ferry.receive(Drain::Off);
-                let mut migrate = ferry.migrate(subject.pid);
+                let mut migrate = ferry.migrate(pid);
                 migrate.wait_for_phase("drain");
-                subject.must_pass(&format!("with its drain off, {when}"));
+                verify(ferry.target, &format!("with its drain off, {when}"));
                 receive.signal(ferry.target, Signal::SIGTERM);
                 ferry.must_succeed(migrate, receive);
                 at_home = !at_home;
             }
             Rest | RestLazily => {
                 let image = pair.path("image");
-                ferry.dump(subject.pid, &image, &[]).must_exit(0);
+                ferry.dump(pid, &image, &[]).must_exit(0);
                 // Killed, it is its parent's to reap.
                 eventually("it to be gone", || {
-                    ferry.source.process(subject.pid).is_none().then_some(())
+                    ferry.source.process(pid).is_none().then_some(())
                 });
                 let restored = if matches!(action, Rest) {
                     ferry.restore(&image, &["--detach"])
@@ -94,7 +115,7 @@ pub(crate) fn lifecycle(
                     let lazy = &["--detach", "--lazy", "--drain", "off"];
                     let mut restoring = ferry.restore(&image, lazy);
                     restoring.wait_for_phase("drain");
-                    subject.must_pass(&format!("restored lazily, {when}"));
+                    verify(ferry.source, &format!("restored lazily, {when}"));
                     restoring.signal(ferry.source, Signal::SIGTERM);
                     restoring
                 };
@@ -108,18 +129,17 @@ pub(crate) fn lifecycle(
             (&pair.b, &pair.a)
         };
         assert!(
-            subject.runs_on(here),
-            "{name} does not run on {} {when}",
+            here.process(pid).is_some(),
+            "it is not on {} {when}",
             here.name
         );
         assert!(
-            there.process(subject.pid).is_none(),
-            "{name} is still on {} {when}",
+            there.process(pid).is_none(),
+            "it is still on {} {when}",
             there.name
         );
     }
-    subject.end(if at_home { &pair.a } else { &pair.b });
-    before.assert_nothing_left(&pair);
+    if at_home { &pair.a } else { &pair.b }
 }
 
 #[test]

@@ -5,13 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Host, Pair, Process, eventually, find_program, skip, strict};
+use crate::hosts::{
+    Before, Clocks, Host, Pair, Process, eventually, find_program, programs_directory, say_skipped,
+    skip,
+};
+use crate::lifecycle::{THERE_AND_BACK, journey};
 use crate::subject::Subject;
 
 const PAGE: usize = 4096;
@@ -255,8 +259,7 @@ impl Server {
     #[track_caller]
     fn start(&self, pair: &Pair) -> Option<i32> {
         let Some(program) = find_program(self.program) else {
-            assert!(!strict(), "{} is not installed", self.program);
-            eprintln!("skipped: needs {}", self.program);
+            say_skipped(&format!("needs {}", self.program));
             return None;
         };
         let ids = [
@@ -555,6 +558,69 @@ fn threaded_python_crosses_and_comes_back() {
     before.assert_nothing_left(&pair);
 }
 
+/// A program with what it has started goes there and back, and to rest and up again; it checks itself all the way.
+fn program_goes_there_and_back(name: &str, program: &str, arguments: &[&str], clocks: Clocks) {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(clocks);
+    let before = Before::of(&pair);
+    let Ok(program) = fs::canonicalize(program) else {
+        return say_skipped(&format!("needs {program}"));
+    };
+    let state = pair.path(&format!("{name}.state"));
+    let mut command = vec![program.to_str().expect("it is ASCII")];
+    command.extend(arguments);
+    command.extend(["--state", state.to_str().expect("it is ASCII")]);
+    let privileges = [
+        "--reuid=61004",
+        "--regid=61004",
+        "--clear-groups",
+        "--no-new-privs",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+    ];
+    let mut subject = Subject::launch(&pair, &pair.a, name, &program, &privileges, &command)
+        .expect("it needs nothing");
+    let host = journey(&pair, subject.pid, THERE_AND_BACK, |host, when| {
+        subject.must_pass(when);
+        assert!(subject.runs_on(host), "not on {} {when}", host.name);
+    });
+    subject.end(host);
+    eventually("what it has started to end", || {
+        host.processes().is_empty().then_some(())
+    });
+    before.assert_nothing_left(&pair);
+}
+
+#[test]
+fn a_pipeline_of_a_shell_crosses_and_comes_to_rest() {
+    let script = programs("pipeline.sh");
+    let script = script.to_str().expect("it is ASCII");
+    program_goes_there_and_back("pipeline", "/usr/bin/bash", &[script], Clocks::Behind);
+}
+
+#[test]
+#[ignore = "long: installs and starts a Java virtual machine"]
+fn a_java_virtual_machine_crosses_and_comes_to_rest() {
+    let Some(compiler) = find_program("javac") else {
+        return say_skipped("needs javac");
+    };
+    // Both hosts see it; /tmp is each one's own.
+    let classes = programs_directory().join("java");
+    let compiled = Command::new(compiler)
+        .arg("-d")
+        .arg(&classes)
+        .arg(programs("Journey.java"))
+        .status()
+        .expect("it was found");
+    assert!(compiled.success(), "javac: {compiled}");
+    // Its performance data is a file in /tmp, which each host has for itself.
+    let classes = classes.to_str().expect("it is ASCII");
+    let arguments = ["-Xmx96m", "-XX:-UsePerfData", "-cp", classes, "Journey"];
+    program_goes_there_and_back("java", "/usr/bin/java", &arguments, Clocks::FarAhead);
+}
+
 /// Pages of a file that are not on its storage yet: cachestat(2), Linux 6.5.
 #[track_caller]
 fn unwritten_pages(host: &Host, path: &Path) -> u64 {
@@ -587,8 +653,9 @@ fn written_files_are_on_their_storage_before_the_program_runs_elsewhere() {
         processes.find(|process| process.name == "sleep")
     });
     if unwritten_pages(&pair.a, &file) == 0 {
-        assert!(!strict(), "{} has no storage", file.display());
-        eprintln!("skipped: {} has no storage", file.display());
+        say_skipped(
+            "the shared directory has no storage: it is not seen that written files are synced",
+        );
         return;
     }
     let ferry = Ferry::new(&pair);

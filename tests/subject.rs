@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::hosts::{Host, Pair, Process, compile, eventually, patience, strict};
+use crate::hosts::{Host, Pair, Process, compile, eventually, patience, say_skipped};
 
 /// As an ordinary service: no capabilities, none to be had.
 pub(crate) const ORDINARY: &[&str] = &[
@@ -22,10 +22,6 @@ pub(crate) const ORDINARY: &[&str] = &[
 
 /// As root, with all it has.
 pub(crate) const ROOT: &[&str] = &["--reuid=0"];
-
-/// What a machine may truly lack, as the subjects say it; any other skip is a failure under `PAGEFERRY_TEST_STRICT=1`. Empty: every
-/// machine that can run pageferry, with a C library from 2.35 on, has all the subjects are about.
-const SKIPS: &[&str] = &[];
 
 /// A subject that has said READY.
 #[derive(Debug)]
@@ -116,11 +112,7 @@ impl Subject {
         });
         if let Some(what) = first.strip_prefix("SKIP ") {
             // Only a subject that has looked may say so, of what the machine does not have at all.
-            assert!(
-                !strict() || SKIPS.contains(&what),
-                "{name} is skipped though PAGEFERRY_TEST_STRICT is set: {what}"
-            );
-            eprintln!("skipped: {what}");
+            say_skipped(&format!("{name}: {what}"));
             return None;
         }
         let fields: Vec<&str> = first.split(' ').collect();
