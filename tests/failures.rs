@@ -156,6 +156,16 @@ fn read_calls(path: &Path) -> Vec<(String, u64)> {
         .collect()
 }
 
+/// A subject on A that fails its own test when anything about it is touched.
+#[track_caller]
+fn fresh(pair: &Pair, arguments: &[&str]) -> Subject {
+    let mut subject = Subject::start(pair, &pair.a, "steadfast", ORDINARY, arguments)
+        .expect("it needs nothing")
+        .step_aside(&pair.a);
+    subject.must_pass("undisturbed");
+    subject
+}
+
 /// Makes call 1, 2, 3… of one side fail until a run passes; `steps` chooses which of them are tried.
 fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
     if skip().is_some() {
@@ -169,9 +179,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
     };
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let mut subject =
-        Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument).expect("it needs nothing");
-    subject.must_pass("undisturbed");
+    let mut subject = fresh(&pair, argument);
 
     let calls = counted_calls(&pair, &ferry, side);
     let total: u64 = calls.iter().map(|(_, count)| count).sum();
@@ -197,9 +205,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
             assert!(subject.runs_on(&pair.a), "{fault}: it does not come back");
             // It has been elsewhere: what it compares itself with (its own maps) may have merged or split. A fresh one.
             subject.end(&pair.a);
-            subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument)
-                .expect("it needs nothing");
-            subject.must_pass("a fresh one");
+            subject = fresh(&pair, argument);
             before = Before::of(&pair);
             passed = Some(n);
             in_a_row += 1;
@@ -246,9 +252,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
                 );
                 ferry.back().cross(subject.pid);
                 subject.end(&pair.a);
-                subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument)
-                    .expect("it needs nothing");
-                subject.must_pass("a fresh one");
+                subject = fresh(&pair, argument);
                 before = Before::of(&pair);
             }
             // Lost or undecided after COMMIT: the source copy must not run, and the code says so.
@@ -266,9 +270,7 @@ fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
                     (subject.copy_on(&pair.a).is_none() && subject.copy_on(&pair.b).is_none())
                         .then_some(())
                 });
-                subject = Subject::start(&pair, &pair.a, "steadfast", ORDINARY, argument)
-                    .expect("it needs nothing");
-                subject.must_pass("a fresh one");
+                subject = fresh(&pair, argument);
                 before = Before::of(&pair);
             }
             (code, place) => panic!(
