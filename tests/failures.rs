@@ -159,23 +159,31 @@ fn read_calls(path: &Path) -> Vec<(String, u64)> {
 /// A subject on A that fails its own test when anything about it is touched.
 #[track_caller]
 fn fresh(pair: &Pair, arguments: &[&str]) -> Subject {
-    let mut subject = Subject::start(pair, &pair.a, "steadfast", ORDINARY, arguments)
-        .expect("it needs nothing")
-        .step_aside(&pair.a);
+    let mut subject =
+        Subject::start(pair, &pair.a, "steadfast", ORDINARY, arguments).expect("it needs nothing");
     subject.must_pass("undisturbed");
     subject
 }
 
+/// Whether a loop has the machine to itself.
+#[derive(Clone, Copy)]
+enum Beside {
+    Nobody,
+    /// A dozen that never rest would leave nothing for the crossings.
+    Others,
+}
+
 /// Makes call 1, 2, 3… of one side fail until a run passes; `steps` chooses which of them are tried.
-fn anomaly_loop(side: Side, verb: &str, steps: impl Fn(u64) -> Vec<u64>) {
+fn anomaly_loop(side: Side, verb: &str, beside: Beside, steps: impl Fn(u64) -> Vec<u64>) {
     if skip().is_some() {
         return;
     }
     // A killed pageferry leaves the agent's mapping behind until the next attempt, and nothing else.
-    let argument: &[&str] = if verb == "kill" {
-        &["2", "agent-may-stay"]
-    } else {
-        &["2"]
+    let argument: &[&str] = match (verb, beside) {
+        ("kill", Beside::Nobody) => &["2", "agent-may-stay"],
+        ("kill", Beside::Others) => &["2", "agent-may-stay,rests"],
+        (_, Beside::Nobody) => &["2"],
+        (_, Beside::Others) => &["2", "rests"],
     };
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
@@ -390,18 +398,22 @@ fn spread(total: u64, count: u64) -> Vec<u64> {
 
 #[test]
 fn a_failing_call_on_the_source_leaves_the_program_as_it_was() {
-    anomaly_loop(Side::Source, "fail", |total| spread(total, 25));
+    anomaly_loop(Side::Source, "fail", Beside::Nobody, |total| {
+        spread(total, 25)
+    });
 }
 
 #[test]
 fn a_failing_call_on_the_target_leaves_the_program_as_it_was() {
-    anomaly_loop(Side::Target, "fail", |total| spread(total, 25));
+    anomaly_loop(Side::Target, "fail", Beside::Nobody, |total| {
+        spread(total, 25)
+    });
 }
 
 #[test]
 fn a_source_killed_at_any_call_leaves_one_copy_at_most() {
     // More of them where the agent is planted, which is early.
-    anomaly_loop(Side::Source, "kill", |total| {
+    anomaly_loop(Side::Source, "kill", Beside::Nobody, |total| {
         let mut numbers = spread(total, 15);
         numbers.extend((1..=16).map(|i| i * (total / 8) / 16));
         numbers.sort_unstable();
@@ -412,7 +424,9 @@ fn a_source_killed_at_any_call_leaves_one_copy_at_most() {
 
 #[test]
 fn a_target_killed_at_any_call_leaves_one_copy_at_most() {
-    anomaly_loop(Side::Target, "kill", |total| spread(total, 15));
+    anomaly_loop(Side::Target, "kill", Beside::Nobody, |total| {
+        spread(total, 15)
+    });
 }
 
 /// Every number up to well beyond the last call, or, to see a failure again, those of `PAGEFERRY_TEST_CALLS=FIRST-LAST`.
@@ -435,7 +449,7 @@ fn at_every_call(side: Side, verb: &'static str) {
     std::thread::scope(|scope| {
         for first in 0..LOOPS {
             scope.spawn(move || {
-                anomaly_loop(side, verb, |total| {
+                anomaly_loop(side, verb, Beside::Others, |total| {
                     let mut numbers = every_one(total);
                     numbers.retain(|n| n % LOOPS == first);
                     numbers

@@ -128,16 +128,6 @@ impl Subject {
         })
     }
 
-    /// Gives it and its threads hardly any of the processors that others want (`autogroup` in proc(5); it leads a session of its
-    /// own): one that never rests must not slow down a hundred crossings of others.
-    pub(crate) fn step_aside(self, host: &Host) -> Self {
-        if let Some(process) = host.process(self.pid) {
-            // A kernel without automatic groups has no such file.
-            let _ = fs::write(process.proc("autogroup"), "19");
-        }
-        self
-    }
-
     /// Asks it to look at itself; waits for the answer.
     #[track_caller]
     pub(crate) fn ask(&mut self) -> Answer {

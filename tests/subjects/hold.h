@@ -73,6 +73,7 @@ static void hold(uint64_t seed, _Atomic int *stop) {
 struct holding {
     _Atomic int stop, held, released; /* held: it is (about to be) in the spin; released counts the spins that ended */
     uint64_t seed;
+    long rest_ms; /* between two spins */
 };
 
 static void *hold_for_ever(void *argument) {
@@ -82,15 +83,18 @@ static void *hold_for_ever(void *argument) {
         atomic_store(&mine->held, 1);
         hold(mine->seed, &mine->stop);
         atomic_fetch_add(&mine->released, 1);
+        if (mine->rest_ms) doze(mine->rest_ms);
     }
     return NULL;
 }
 
-/* Ends the current spin (which checks the registers) and waits until the next one has begun. */
+/* Ends the current spin, or the next of one that rests (which checks the registers), and waits until one that never rests is in
+ * another. */
 static void let_go(struct holding *one) {
     int before = atomic_load(&one->released);
     atomic_store(&one->held, 0);
-    atomic_store(&one->stop, 1);
-    CHECK(EVENTUALLY(atomic_load(&one->released) > before && atomic_load(&one->held)), "a register holder does not move");
+    /* Again and again: at the beginning of a spin the flag is taken back. */
+    CHECK(EVENTUALLY((atomic_store(&one->stop, 1), atomic_load(&one->released) > before)), "a register holder does not move");
+    CHECK(one->rest_ms || EVENTUALLY(atomic_load(&one->held)), "a register holder does not begin again");
 }
 #endif

@@ -1,8 +1,8 @@
 /* A program that notices when anything about it was touched: registers held in a spin, memory, the layout of its address
  * space, signal state, descriptors. For crossings that fail: afterwards the source must be exactly what it was.
  * Arguments: megabytes of memory (default 8); "agent-may-stay": a tracer may be killed while its agent is planted, and the
- * mapping of that is left; "mdwe": it denies itself executable memory that was writable;
- * "dispatch": its system calls would come back to it, if it asked for that. */
+ * mapping of that is left; "rests": the spins are short, for where many of these run (both in one word, with a comma);
+ * "mdwe": it denies itself executable memory that was writable; "dispatch": its system calls would come back to it, if it asked for that. */
 #include <sys/utsname.h>
 
 #include "hold.h"
@@ -11,6 +11,7 @@ enum { SET_MDWE = 65, REFUSE_EXEC_GAIN = 1 }; /* linux/prctl.h of 6.3 */
 
 enum { HOLDERS = 2 };
 static struct holding holders[HOLDERS];
+static bool rests;
 static char *block;
 static size_t size;
 static struct utsname home;
@@ -60,8 +61,10 @@ static void setup(void) {
     signal(SIGTRAP, SIG_IGN);
     signal(SIGURG, on_signal);
     signal(SIGCHLD, on_signal);
+    rests = argument_count > 1 && strstr(arguments[1], "rests");
     for (uint64_t i = 0; i < HOLDERS; i++) {
         holders[i].seed = 50 * i + 7;
+        holders[i].rest_ms = rests ? 200 : 0;
         thread(hold_for_ever, &holders[i]);
     }
     for (int i = 0; i < HOLDERS; i++) MUST(EVENTUALLY(atomic_load(&holders[i].held)));
@@ -89,7 +92,10 @@ static void setup(void) {
     read_file("/proc/self/maps", maps_before, sizeof maps_now);
 }
 
-static void step(void) { doze(5); }
+static void step(void) {
+    doze(5);
+    for (int i = 0; rests && i < HOLDERS; i++) atomic_store(&holders[i].stop, 1);
+}
 
 static void verify(int round) {
     (void)round;
@@ -98,7 +104,7 @@ static void verify(int round) {
     struct utsname here;
     MUST(uname(&here) == 0);
     int at_home = !strcmp(here.nodename, home.nodename);
-    bool agent_may_stay = argument_count > 1 && !strcmp(arguments[1], "agent-may-stay");
+    bool agent_may_stay = argument_count > 1 && strstr(arguments[1], "agent-may-stay");
     for (char *old = maps_before, *now = maps_now; at_home && (*old || *now);) {
         size_t old_length = strcspn(old, "\n"), now_length = strcspn(now, "\n");
         if (agent_may_stay && now_length > 19 && !memcmp(now + now_length - 19, "/dev/zero (deleted)", 19)) {
