@@ -174,10 +174,9 @@ enum Beside {
 }
 
 /// Makes call 1, 2, 3… of one side fail until a run passes; `steps` chooses which of them are tried.
-fn anomaly_loop(side: Side, verb: &str, beside: Beside, steps: impl Fn(u64) -> Vec<u64>) {
-    if skip().is_some() {
-        return;
-    }
+/// There are `total` calls in an undisturbed crossing.
+#[track_caller]
+fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64]) {
     // A killed pageferry leaves the agent's mapping behind until the next attempt, and nothing else.
     let argument: &[&str] = match (verb, beside) {
         ("kill", Beside::Nobody) => &["2", "agent-may-stay"],
@@ -188,16 +187,12 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, steps: impl Fn(u64) -> V
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
     let mut subject = fresh(&pair, argument);
-
-    let calls = counted_calls(&pair, &ferry, side);
-    let total: u64 = calls.iter().map(|(_, count)| count).sum();
-
     let mut before = Before::of(&pair);
     let mut passed = None;
     let mut in_a_row = 0;
     let mut tried = 0;
     let mut left = 0;
-    for n in steps(total * 2) {
+    for &n in steps {
         let fault = format!("{verb}:{n}");
         println!("{side:?}: {fault}");
         let ended = crossing_with(&ferry, subject.pid, side, &fault, None);
@@ -217,7 +212,7 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, steps: impl Fn(u64) -> V
             before = Before::of(&pair);
             passed = Some(n);
             in_a_row += 1;
-            if n > total || (verb == "kill" && in_a_row == UNDISTURBED) {
+            if n > total || in_a_row == UNDISTURBED {
                 break;
             }
             continue;
@@ -304,13 +299,15 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, steps: impl Fn(u64) -> V
 /// touched before it came. So the fewest of all say what there are, and the most of a few cannot be below that.
 const COUNTED_CROSSINGS: usize = 6;
 
-/// How many calls of each kind one undisturbed crossing makes, from a twin of the subject, so that this one stays untouched.
+/// How many calls one undisturbed crossing makes.
 ///
 /// `tests/choke-floor.txt` holds what passed the choke point when it was last looked at: code that goes round the choke
 /// point would no longer be tested here, so fewer calls are a failure. More are welcome; write them down with
 /// `PAGEFERRY_CHOKE_FLOOR=write`.
 #[track_caller]
-fn counted_calls(pair: &Pair, ferry: &Ferry<'_>, side: Side) -> Vec<(String, u64)> {
+fn counted_calls(side: Side) -> u64 {
+    let pair = &Pair::new(Clocks::Behind);
+    let ferry = &Ferry::new(pair);
     let count = || {
         let twin =
             Subject::start(pair, &pair.a, "threads", ORDINARY, &[]).expect("it needs nothing");
@@ -329,6 +326,7 @@ fn counted_calls(pair: &Pair, ferry: &Ferry<'_>, side: Side) -> Vec<(String, u64
         println!("{side:?}: calls through the choke point: {calls:?}");
         calls
     };
+    let sum = |calls: &[(String, u64)]| calls.iter().map(|(_, count)| count).sum();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/choke-floor.txt");
     let mine = format!("{side:?} ").to_lowercase();
     let text = fs::read_to_string(&path).expect("the project holds it");
@@ -351,7 +349,7 @@ fn counted_calls(pair: &Pair, ferry: &Ferry<'_>, side: Side) -> Vec<(String, u64
                 .map(|(kind, count)| format!("{mine}{kind} {count}")),
         );
         fs::write(&path, lines.join("\n") + "\n").expect("the project can be written");
-        return fewest;
+        return sum(&fewest);
     }
     let floors: Vec<(&str, u64)> = text
         .lines()
@@ -381,7 +379,7 @@ fn counted_calls(pair: &Pair, ferry: &Ferry<'_>, side: Side) -> Vec<(String, u64
             "{side:?}: of {kind} calls {floor} passed the choke point before, and now fewer: {most:?}"
         );
     }
-    most
+    sum(&most)
 }
 
 /// A spread of about `count` numbers over 1..=total, dense at the beginning, and one beyond the end.
@@ -398,35 +396,39 @@ fn spread(total: u64, count: u64) -> Vec<u64> {
 
 #[test]
 fn a_failing_call_on_the_source_leaves_the_program_as_it_was() {
-    anomaly_loop(Side::Source, "fail", Beside::Nobody, |total| {
-        spread(total, 25)
-    });
+    at_some_calls(Side::Source, "fail", 25);
 }
 
 #[test]
 fn a_failing_call_on_the_target_leaves_the_program_as_it_was() {
-    anomaly_loop(Side::Target, "fail", Beside::Nobody, |total| {
-        spread(total, 25)
-    });
+    at_some_calls(Side::Target, "fail", 25);
 }
 
 #[test]
 fn a_source_killed_at_any_call_leaves_one_copy_at_most() {
-    // More of them where the agent is planted, which is early.
-    anomaly_loop(Side::Source, "kill", Beside::Nobody, |total| {
-        let mut numbers = spread(total, 15);
-        numbers.extend((1..=16).map(|i| i * (total / 8) / 16));
-        numbers.sort_unstable();
-        numbers.dedup();
-        numbers
-    });
+    at_some_calls(Side::Source, "kill", 15);
 }
 
 #[test]
 fn a_target_killed_at_any_call_leaves_one_copy_at_most() {
-    anomaly_loop(Side::Target, "kill", Beside::Nobody, |total| {
-        spread(total, 15)
-    });
+    at_some_calls(Side::Target, "kill", 15);
+}
+
+/// One loop over a selection: few more than `count`.
+#[track_caller]
+fn at_some_calls(side: Side, verb: &str, count: u64) {
+    if skip().is_some() {
+        return;
+    }
+    let total = counted_calls(side);
+    let mut numbers = spread(total * 2, count);
+    if (side, verb) == (Side::Source, "kill") {
+        // More of them where the agent is planted, which is early.
+        numbers.extend((1..=16).map(|i| i * (total / 4) / 16));
+        numbers.sort_unstable();
+        numbers.dedup();
+    }
+    anomaly_loop(side, verb, Beside::Nobody, total, &numbers);
 }
 
 /// Every number up to well beyond the last call, or, to see a failure again, those of `PAGEFERRY_TEST_CALLS=FIRST-LAST`.
@@ -437,29 +439,30 @@ fn every_one(total: u64) -> Vec<u64> {
     let (first, last) = range.split_once('-').expect("FIRST-LAST");
     let number = |text: &str| text.parse().expect("a number");
     // Beyond the last there is one for each loop, which none disturbs.
-    let beyond = total * 2..total * 2 + LOOPS;
+    let beyond = total + 1..=total + LOOPS;
     (number(first)..=number(last)).chain(beyond).collect()
 }
 
 /// Loops over every call, each with hosts and a program of its own, that share the numbers among them: they wait more than they
 /// work.
-const LOOPS: u64 = 3;
+const LOOPS: u64 = 6;
 
 fn at_every_call(side: Side, verb: &'static str) {
+    if skip().is_some() {
+        return;
+    }
+    let total = counted_calls(side);
+    let numbers = every_one(total);
     std::thread::scope(|scope| {
         for first in 0..LOOPS {
-            scope.spawn(move || {
-                anomaly_loop(side, verb, Beside::Others, |total| {
-                    let mut numbers = every_one(total);
-                    numbers.retain(|n| n % LOOPS == first);
-                    numbers
-                });
-            });
+            let mut mine = numbers.clone();
+            mine.retain(|n| n % LOOPS == first);
+            scope.spawn(move || anomaly_loop(side, verb, Beside::Others, total, &mine));
         }
     });
 }
 
-/// So many runs in a row that no kill disturbed say that there are no more calls at which one could.
+/// So many runs in a row that were not disturbed say that there are no more calls at which one could be.
 const UNDISTURBED: u32 = 20;
 
 #[test]
