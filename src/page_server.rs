@@ -23,6 +23,9 @@ use crate::{exit, migrate, page_service, report};
 /// Longest wait for a peer that was turned away to have read why.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
 
+/// Threads that read images, at most: more would only make a disk busier.
+const READERS_MAX: usize = 8;
+
 /// The images by the names they are asked for by.
 type Shelf = BTreeMap<String, ImagePages>;
 
@@ -45,6 +48,7 @@ pub fn run(args: &PageServerArgs, _: &Common) -> u8 {
     };
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .max_blocking_threads(READERS_MAX)
         .build()
     {
         Ok(runtime) => runtime,
@@ -53,7 +57,7 @@ pub fn run(args: &PageServerArgs, _: &Common) -> u8 {
             return exit::FAILED;
         }
     };
-    runtime.block_on(async {
+    let code = runtime.block_on(async {
         let bound = Listener::bind(args.listen, &identity, &trust);
         let (mut listener, mut stop) = match (bound, Stop::new()) {
             (Ok(listener), Ok(stop)) => (listener, stop),
@@ -90,7 +94,10 @@ pub fn run(args: &PageServerArgs, _: &Common) -> u8 {
         listener.close();
         let _ = timeout(Duration::from_secs(1), listener.wait_idle()).await;
         exit::signalled(signal)
-    })
+    });
+    // A disk that does not answer must not keep us.
+    runtime.shutdown_background();
+    code
 }
 
 /// Opens each image: one that is damaged is better told now than to the first who needs it.

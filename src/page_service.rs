@@ -14,6 +14,9 @@ use crate::transport::{FramedRecv, FramedSend, Link};
 
 /// What has pages. Every stream that asks has its own.
 pub trait Pages: Send + 'static {
+    /// Whether a disk may hold up the answer: it is then waited for beside the thread that keeps the links alive.
+    const READS_DISK: bool;
+
     /// The first pages of a range of `object`, which is not empty, as many as one batch takes.
     ///
     /// # Errors
@@ -55,6 +58,8 @@ impl Processes {
 }
 
 impl Pages for Processes {
+    const READS_DISK: bool = false;
+
     fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
         // The tree runs elsewhere and waits for this: a call that fails now and then must not end it.
         twice(|| self.reader(object)?.batch(request, range))
@@ -62,6 +67,8 @@ impl Pages for Processes {
 }
 
 impl Pages for ImagePages {
+    const READS_DISK: bool = true;
+
     fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
         Self::batch(self, object, request, range)
     }
@@ -102,7 +109,17 @@ async fn serve_stream<P: Pages>(
         };
         let mut left = fetch.range();
         while !left.is_empty() {
-            let batch = pages.batch(fetch.object, fetch.request, left)?;
+            let batch;
+            if P::READS_DISK {
+                (pages, batch) = tokio::task::spawn_blocking(move || {
+                    let batch = pages.batch(fetch.object, fetch.request, left);
+                    (pages, batch)
+                })
+                .await?;
+            } else {
+                batch = pages.batch(fetch.object, fetch.request, left);
+            }
+            let batch = batch?;
             left.start = batch.range().end;
             sender.send(batch).await?;
         }
