@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use pageferry_image::model::task::Tree;
 use pageferry_pageserver::capture::{self, Captured};
 use pageferry_pageserver::survey::{Survey, SurveyOptions};
-use pageferry_restorer::rebuild::{self, EagerPage, Rebuilt};
+use pageferry_restorer::rebuild::{self, Eager, Rebuilt};
 use pageferry_tracee::family::Family;
 use pageferry_tracee::host;
 use pageferry_tracee::tree::{Held, Pumped, SeizeOptions};
@@ -236,7 +236,7 @@ fn roll_back(held: Option<Family>, parked: bool) -> Result<(), Error> {
 }
 
 enum TargetCommand {
-    Rebuild(Box<(Tree, Vec<EagerPage>, i64, i64)>, Reply<Vec<Rebuilt>>),
+    Rebuild(Box<(Tree, Eager, i64, i64)>, Reply<Vec<Rebuilt>>),
     ClearExitKill(Reply<()>),
     Release(Reply<()>),
     LetGo(Reply<()>),
@@ -275,7 +275,7 @@ impl TargetTree {
     pub async fn rebuild(
         &self,
         tree: Tree,
-        eager: Vec<EagerPage>,
+        eager: Eager,
         monotonic_offset_ns: i64,
         boottime_offset_ns: i64,
     ) -> Result<Vec<Rebuilt>, Error> {
@@ -366,7 +366,7 @@ fn hold_target(
             TargetCommand::Rebuild(work, reply) => {
                 let (tree, eager, monotonic, boottime) = *work;
                 let outcome =
-                    seize_and_rebuild(pid, seize, &tree, &eager, monotonic, boottime, &mut husks);
+                    seize_and_rebuild(pid, seize, &tree, eager, monotonic, boottime, &mut husks);
                 let _ = reply.send(outcome);
             }
             TargetCommand::ClearExitKill(reply) => {
@@ -406,7 +406,7 @@ fn seize_and_rebuild(
     pid: i32,
     seize: SeizeOptions,
     tree: &Tree,
-    eager: &[EagerPage],
+    eager: Eager,
     monotonic_offset_ns: i64,
     boottime_offset_ns: i64,
     husks: &mut Option<Family>,

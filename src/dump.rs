@@ -12,7 +12,11 @@ use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::task::Tree;
 use pageferry_image::store::{self, Compression, Header, ImageWriter, ObjectId, Origin};
+use pageferry_image::page::PageRange;
+use pageferry_pageserver::capture::Captured;
+use pageferry_pageserver::capture::shared::SharedPages;
 use pageferry_pageserver::serve::{PageReader, Piece};
+use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::{Error as SourceError, at_rest, identity, survey};
 use pageferry_tracee::{host, procfs};
 use pageferry_wire::Phase;
@@ -215,7 +219,8 @@ async fn dump(
         let (image, compression) = (args.image.clone(), compression(args.compress));
         let cancelled = Arc::clone(&cancel);
         let writing = tokio::task::spawn_blocking(move || {
-            write(&image, captured.tree, origin, compression, &cancelled)
+            let Captured { tree, shared, .. } = captured;
+            write(&image, tree, shared, origin, compression, &cancelled)
         });
         writing.await.map_err(|_| Unwritten::Thread)?
     }
@@ -421,6 +426,7 @@ fn refresh_written(tree: &mut Tree) {
 fn write(
     path: &Path,
     tree: Tree,
+    shared: Vec<SharedPages>,
     origin: Origin,
     compression: Compression,
     cancel: &AtomicBool,
@@ -429,23 +435,30 @@ fn write(
     let work = at_rest::all_mapped(&tree);
     let began = Instant::now();
     let mut writer = ImageWriter::create(path, tree, origin, compression)?;
+    let mut put = |object, range: PageRange, piece: Piece<'_>| {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(Unwritten::Cancelled);
+        }
+        match piece {
+            Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
+            Piece::Without(kind) => writer.without_data(object, kind, range)?,
+        }
+        Ok(())
+    };
     for (pid, (object, ranges)) in pids.into_iter().zip(work) {
         let mut reader = PageReader::open(object, pid).map_err(Unwritten::Memory)?;
-        let object = ObjectId(object);
         for range in ranges {
             reader
-                .read_all(range, |range, piece| {
-                    if cancel.load(Ordering::Relaxed) {
-                        return Err(Unwritten::Cancelled);
-                    }
-                    match piece {
-                        Piece::Bytes(bytes) => writer.pages(object, range.start, bytes)?,
-                        Piece::Without(kind) => writer.without_data(object, kind, range)?,
-                    }
-                    Ok(())
-                })
+                .read_all(range, |range, piece| put(ObjectId(object), range, piece))
                 .map_err(Unwritten::Memory)??;
         }
+    }
+    for pages in shared {
+        let object = ObjectId(pages.object);
+        let mut reader = SharedReader::open(pages).map_err(Unwritten::Memory)?;
+        reader
+            .read_all(|range, piece| put(object, range, piece))
+            .map_err(Unwritten::Memory)??;
     }
     tracing::debug!("its pages were read in {:.0} ms", ms(began.elapsed()));
     if cancel.load(Ordering::Relaxed) {

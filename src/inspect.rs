@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use pageferry_image::model::files::{self, File, file};
 use pageferry_image::model::memory::{Kind, Mapping};
+use pageferry_image::model::shared::{Shared, shared};
 use pageferry_image::model::sockets;
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::store::{FORMAT_VERSION, Image, PageKind, Stored};
@@ -48,6 +49,8 @@ enum Line<'a> {
         prot: String,
         kind: &'static str,
         file: Option<&'a str>,
+        /// The shared object that is mapped; 0: none.
+        shared: u32,
         offset: u64,
         name: &'a str,
         guards: usize,
@@ -72,7 +75,14 @@ enum Line<'a> {
         capacity_bytes: u32,
         queued_bytes: usize,
     },
-    /// The pages of one object: 1 is the address space of the root.
+    /// A shared object; its pages are those of object number process count + id.
+    Shared {
+        id: u32,
+        kind: &'static str,
+        size_bytes: u64,
+        what: String,
+    },
+    /// The pages of one object: 1 is the address space of the root. Behind the address spaces are the shared objects.
     Pages {
         object: u32,
         data: u64,
@@ -136,6 +146,7 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
                 prot: protection(mapping),
                 kind: kind_of(mapping),
                 file: mapping.file.as_ref().map(|file| file.path.as_str()),
+                shared: mapping.shared,
                 offset: mapping.offset,
                 name: &mapping.name,
                 guards: mapping.guards.len(),
@@ -151,7 +162,7 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
         }
     }
     for file in &tree.files {
-        let (kind, what) = described(file);
+        let (kind, what) = described(file, &tree.shared);
         say_json(&Line::File {
             id: file.id,
             kind,
@@ -164,6 +175,14 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
             id: pipe.id,
             capacity_bytes: pipe.capacity,
             queued_bytes: pipe.content.len(),
+        })?;
+    }
+    for shared in &tree.shared {
+        say_json(&Line::Shared {
+            id: shared.id,
+            kind: kind_of_shared(shared),
+            size_bytes: shared.size,
+            what: shared.name(),
         })?;
     }
     for stored in stored {
@@ -204,6 +223,10 @@ fn text(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
     for process in &tree.processes {
         text_of_process(process, tree)?;
     }
+    for shared in &tree.shared {
+        let name = plain(&shared.name());
+        say(&format!("{name}: {}", size(shared.size)))?;
+    }
     Ok(())
 }
 
@@ -239,7 +262,7 @@ fn text_of_process(process: &Process, tree: &Tree) -> std::io::Result<()> {
     say(&format!("  descriptors: {}", process.descriptors.len()))?;
     for descriptor in &process.descriptors {
         let (kind, what) = File::find(&tree.files, descriptor.file)
-            .map(described)
+            .map(|file| described(file, &tree.shared))
             .unwrap_or_default();
         say(&format!("    {:>7} {kind} {}", descriptor.fd, plain(&what)))?;
     }
@@ -260,7 +283,7 @@ fn mappings(process: &Process) -> &[Mapping] {
 /// As in `/proc/PID/maps`.
 fn protection(mapping: &Mapping) -> String {
     let letter = |bit, letter| if mapping.prot & bit != 0 { letter } else { '-' };
-    let shared = mapping.kind() == Kind::FileShared;
+    let shared = matches!(mapping.kind(), Kind::FileShared | Kind::Shared);
     [
         letter(1, 'r'),
         letter(2, 'w'),
@@ -277,19 +300,32 @@ fn kind_of(mapping: &Mapping) -> &'static str {
         Kind::Anon => "anonymous",
         Kind::FilePrivate => "private file",
         Kind::FileShared => "shared file",
+        Kind::Shared => "shared object",
         Kind::Vvar => "vvar",
         Kind::Vdso => "vdso",
     }
 }
 
+fn kind_of_shared(shared: &Shared) -> &'static str {
+    match &shared.kind {
+        None => "unknown",
+        Some(shared::Kind::Anonymous(_)) => "anonymous",
+        Some(shared::Kind::Memfd(_)) => "memfd",
+    }
+}
+
 /// What an open file description is: its kind, and which.
-fn described(file: &File) -> (&'static str, String) {
+fn described(file: &File, objects: &[Shared]) -> (&'static str, String) {
     match &file.kind {
         None => ("unknown", String::new()),
         Some(file::Kind::Regular(regular)) => {
             let path = regular.identity.as_ref().map(|identity| &identity.path);
             ("file", path.cloned().unwrap_or_default())
         }
+        Some(file::Kind::Shared(shared)) => {
+            let object = Shared::find(objects, shared.object);
+            ("shared object", object.map(Shared::name).unwrap_or_default())
+        },
         Some(file::Kind::Directory(directory)) => ("directory", directory.path.clone()),
         Some(file::Kind::Device(device)) => ("device", device.path.clone()),
         Some(file::Kind::Pipe(files::PipeEnd { pipe, write_end })) => {

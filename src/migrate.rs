@@ -17,6 +17,8 @@ use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_image::store::ObjectId;
 use pageferry_pageserver::capture::Pages;
+use pageferry_pageserver::capture::shared::SharedPages;
+use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
 use pageferry_wire::message::{BoundSocket, Done, Hello, MapEnd, Plan, Role, State};
@@ -304,6 +306,7 @@ async fn crossing(
         tree: None,
         surveyed: Some((survey, options)),
         pages: Vec::new(),
+        shared: Vec::new(),
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
@@ -387,6 +390,8 @@ struct Shell<'a> {
     surveyed: Option<(Survey, SurveyOptions)>,
     /// Of each process, once they are captured.
     pages: Vec<Pages>,
+    /// Of each shared object.
+    shared: Vec<SharedPages>,
     clock: Clock,
     /// What the capture found that cannot be carried.
     refused: Vec<survey::Refusal>,
@@ -609,6 +614,7 @@ impl Shell<'_> {
             Err(error) => return Err(report::chain(&error)),
         };
         self.pages = captured.pages;
+        self.shared = captured.shared;
         Ok(State::new(&captured.tree))
     }
 
@@ -669,6 +675,16 @@ impl Shell<'_> {
                     page_count += batch.data_page_count() as u64;
                     self.send(batch).await?;
                 }
+            }
+        }
+        for pages in std::mem::take(&mut self.shared) {
+            let mut left = pages.range();
+            let mut reader = SharedReader::open(pages)?;
+            while !left.is_empty() {
+                let batch = reader.batch(left)?;
+                left.start = batch.range().end;
+                page_count += batch.data_page_count() as u64;
+                self.send(batch).await?;
             }
         }
         Ok(page_count)

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use pageferry_image::model::task::Tree;
-use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
+use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_image::store::{self, Image};
 use pageferry_pageserver::at_rest::{self, ImagePages};
 use pageferry_restorer::fault::driver::Connections;
-use pageferry_restorer::rebuild::EagerPage;
+use pageferry_restorer::rebuild::{self, Eager};
 use pageferry_tracee::host;
 use pageferry_wire::limits::{FETCH_PAGES_MAX, MAP_RANGES_MAX};
 use pageferry_wire::message::{Fetch, Hello, Open, Role};
@@ -68,6 +68,9 @@ pub enum Error {
     /// The name cannot be resolved.
     #[error("{0}")]
     Name(String),
+    /// What came cannot be put where it belongs.
+    #[error(transparent)]
+    Place(#[from] rebuild::Error),
 }
 
 impl Error {
@@ -195,12 +198,11 @@ impl Origin {
         found
     }
 
-    /// The pages with data in these ranges of each object.
+    /// Brings the pages with data in these ranges of each object.
     ///
     /// # Errors
-    /// [`Error`]: one of them cannot be had.
-    pub async fn read(&self, ranges: &[(u32, Vec<PageRange>)]) -> Result<Vec<EagerPage>> {
-        let mut found = Vec::new();
+    /// [`Error`]: one of them cannot be had, or has no place.
+    pub async fn read(&self, ranges: &[(u32, Vec<PageRange>)], eager: &mut Eager) -> Result<()> {
         let each = ranges
             .iter()
             .flat_map(|(object, ranges)| ranges.iter().map(|range| (*object, *range)));
@@ -210,7 +212,7 @@ impl Origin {
                     while !left.is_empty() {
                         let batch = pages.batch(object, 0, left)?;
                         left.start = batch.range().end;
-                        keep(&batch, &mut found)?;
+                        keep(&batch, eager)?;
                     }
                 }
             }
@@ -242,13 +244,13 @@ impl Origin {
                             });
                         }
                         left.start = came.end;
-                        keep(&batch, &mut found)?;
+                        keep(&batch, eager)?;
                     }
                 }
                 drop(sender);
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// What the fault driver asks, and by which it learns once that nothing comes any more. Must be called inside a tokio runtime.
@@ -358,19 +360,13 @@ async fn fetch(
 }
 
 /// Keeps the pages with data, each verified.
-fn keep(batch: &PageBatch, found: &mut Vec<EagerPage>) -> Result<()> {
+fn keep(batch: &PageBatch, eager: &mut Eager) -> Result<()> {
     for run in batch.runs() {
         match run.kind {
             PageKind::Data => {
-                for address in (run.range.start..run.range.end).step_by(PAGE_LEN) {
-                    let content = batch.verify_page(address).ok().flatten();
-                    let content = content.ok_or(Error::Gone { address })?;
-                    found.push(EagerPage {
-                        object: batch.object(),
-                        address,
-                        content,
-                    });
-                }
+                let address = run.range.start;
+                let bytes = batch.verify_run(run).map_err(|_| Error::Gone { address })?;
+                eager.take(batch.object(), address, &bytes)?;
             }
             PageKind::Zero | PageKind::Guard => {}
             PageKind::Gone => {

@@ -6,9 +6,9 @@
 use std::time::{Duration, Instant};
 
 use pageferry_image::model::task::Tree;
-use pageferry_image::page::{PAGE_LEN, PAGE_SIZE};
+use pageferry_image::page::PAGE_SIZE;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
-use pageferry_restorer::rebuild::{EagerPage, Rebuilt};
+use pageferry_restorer::rebuild::{Eager, Rebuilt};
 use pageferry_tracee::host;
 use pageferry_wire::message::{
     Abort, AbortCode, Done, Hello, Plan, Progress, Ready, Refusal, Resident, Role, Running, State,
@@ -343,7 +343,6 @@ async fn crossing(
         bad_data: false,
         plan: None,
         state: None,
-        eager: Vec::new(),
         rebuilt: Vec::new(),
         resident_at_run: 0,
         committed: None,
@@ -386,8 +385,8 @@ struct Shell<'a> {
     bad_data: bool,
     /// What the verdict was about.
     plan: Option<Plan>,
-    state: Option<State>,
-    eager: Vec<EagerPage>,
+    /// What is to be built, and the pages that came with it.
+    state: Option<(Tree, Eager)>,
     rebuilt: Vec<Rebuilt>,
     resident_at_run: u64,
     committed: Option<Instant>,
@@ -445,7 +444,12 @@ impl Shell<'_> {
             tokio::select! {
                 frame = self.links.receiver.expect(), if !closed => match frame {
                     Ok(Frame::Pages(batch)) => {
-                        if let Err(text) = keep_eager(&batch, &mut self.eager) {
+                        let kept = match &mut self.state {
+                            Some((_, eager)) => keep_eager(&batch, eager),
+                            // It could not be decoded or made, which has been said.
+                            None => Ok(()),
+                        };
+                        if let Err(text) = kept {
                             // A page that the source cannot read is said honestly; all else is not.
                             self.bad_data |= batch.runs().iter().all(|run| run.kind != PageKind::Gone);
                             session.handle_failed(&text);
@@ -543,7 +547,10 @@ impl Shell<'_> {
                 }
             },
             // Built when its eager pages are here too.
-            TargetAction::Rebuild(state) => self.state = Some(state),
+            TargetAction::Rebuild(state) => match self.take_state(&state) {
+                Ok(state) => self.state = Some(state),
+                Err(text) => session.handle_failed(&text),
+            },
             TargetAction::EagerPages(end) => match self.rebuild(end.page_count).await {
                 Ok(ready) => session.handle_rebuilt(ready),
                 Err(text) => session.handle_failed(&text),
@@ -642,20 +649,25 @@ impl Shell<'_> {
         Ok(verdict)
     }
 
-    async fn rebuild(&mut self, eager_page_count: u64) -> Result<Ready, String> {
-        let began = Instant::now();
-        let eager = std::mem::take(&mut self.eager);
-        if eager.len() as u64 != eager_page_count {
-            return Err(format!(
-                "{} of {eager_page_count} pages came with the state",
-                eager.len()
-            ));
-        }
-        let state = self.state.take().ok_or("no state came")?;
+    /// Decodes the tree, and makes its shared objects: they are filled by the pages that come next.
+    fn take_state(&mut self, state: &State) -> Result<(Tree, Eager), String> {
         let tree = state.decode().map_err(|error| {
             self.bad_data |= report::is_bad_data(&error);
             report::chain(&error)
         })?;
+        let eager = Eager::new(&tree).map_err(|error| report::chain(&error))?;
+        Ok((tree, eager))
+    }
+
+    async fn rebuild(&mut self, eager_page_count: u64) -> Result<Ready, String> {
+        let began = Instant::now();
+        let (tree, eager) = self.state.take().ok_or("no state came")?;
+        if eager.page_count() != eager_page_count {
+            return Err(format!(
+                "{} of {eager_page_count} pages came with the state",
+                eager.page_count()
+            ));
+        }
         let plan = self.plan.take().ok_or("no plan came")?;
         let looked_at = tokio::task::spawn_blocking(move || (plan::late_files(&tree, &plan), tree));
         let (late, mut tree) = looked_at.await.map_err(|error| error.to_string())?;
@@ -842,23 +854,16 @@ fn nanoseconds(since: Instant) -> u64 {
 }
 
 /// Keeps the pages that travel with the state, each verified.
-fn keep_eager(batch: &PageBatch, eager: &mut Vec<EagerPage>) -> Result<(), String> {
+fn keep_eager(batch: &PageBatch, eager: &mut Eager) -> Result<(), String> {
     for run in batch.runs() {
         match run.kind {
             PageKind::Data => {
                 let bytes = batch
                     .verify_run(run)
                     .map_err(|error| report::chain(&error))?;
-                for (index, address) in (run.range.start..run.range.end)
-                    .step_by(PAGE_LEN)
-                    .enumerate()
-                {
-                    eager.push(EagerPage {
-                        object: batch.object(),
-                        address,
-                        content: bytes.slice(index * PAGE_LEN..(index + 1) * PAGE_LEN),
-                    });
-                }
+                eager
+                    .take(batch.object(), run.range.start, &bytes)
+                    .map_err(|error| report::chain(&error))?;
             }
             // Untouched pages are so here too, and guard regions are part of the mapping.
             PageKind::Zero | PageKind::Guard => {}

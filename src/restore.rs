@@ -13,7 +13,7 @@ use pageferry_image::model::task::Process;
 use pageferry_image::page::PageRange;
 use pageferry_pageserver::at_rest;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
-use pageferry_restorer::rebuild::Rebuilt;
+use pageferry_restorer::rebuild::{Eager, Rebuilt};
 use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::{host, process, procfs};
 use pageferry_wire::Phase;
@@ -242,10 +242,14 @@ async fn restore(
         let wanted = at_rest::mapped(process, Kind::Anon);
         (object, origin.data_in(object, &wanted))
     };
-    let eager: Vec<_> = (1..).zip(&tree.processes).map(at_first).collect();
+    let mut at_once: Vec<_> = (1..).zip(&tree.processes).map(at_first).collect();
+    at_once.extend(
+        at_rest::shared(&tree).map(|(object, pages)| (object, origin.data_in(object, &[pages]))),
+    );
     let lazy: Vec<_> = (1..).zip(&tree.processes).map(later).collect();
-    let eager = origin
-        .read(&eager)
+    let mut eager = Eager::new(&tree).map_err(|error| before(report::chain(&error)))?;
+    origin
+        .read(&at_once, &mut eager)
         .await
         .map_err(|error| bad_pages(&error))?;
     made.pids = tree.processes.iter().map(|process| process.pid).collect();

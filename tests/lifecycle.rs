@@ -240,6 +240,8 @@ objects! {
     private_memory_crosses: "memory_chain", ORDINARY, Behind;
     copied_pages_of_private_files_cross: "private_file", ORDINARY, FarAhead;
     shared_file_mappings_cross: "shared_file", ORDINARY, Behind;
+    shared_memory_crosses_and_is_shared: "shared_memory", ORDINARY, FarAhead;
+    memfds_cross_with_their_seals: "memfds", ORDINARY, Behind;
     guard_pages_cross_and_are_followed: "guard_pages", ORDINARY, FarAhead;
     locked_memory_crosses: "locked_memory", ORDINARY, Behind;
     advice_and_names_of_mappings_cross: "advice", ORDINARY, FarAhead;

@@ -7,7 +7,7 @@
 use prost::Message as _;
 
 use crate::model::{Invalid, task::Tree};
-use crate::model::{files, limits, memory, signals, sockets, task, timers};
+use crate::model::{files, limits, memory, shared, signals, sockets, task, timers};
 
 /// Why bytes are no tree.
 #[derive(Debug, thiserror::Error)]
@@ -107,9 +107,15 @@ const FILE: Shape = of::<files::File>(fields! {
     5 "directory": of::<files::Directory>(&[]), 6 "device": of::<files::Device>(&[]),
     7 "pipe": of::<files::PipeEnd>(&[]), 8 "eventfd": of::<files::Eventfd>(&[]),
     9 "epoll": of::<files::Epoll>(fields! {1 "items": of::<files::EpollItem>(&[])}),
-    10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET,
+    10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET, 13 "shared": of::<files::SharedFile>(&[]),
 });
-const TREE: &[Field] = fields! {1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[])};
+const SHARED: Shape = of::<shared::Shared>(
+    fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[])},
+);
+const TREE: &[Field] = fields! {
+    1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[]),
+    8 "shared": SHARED,
+};
 
 /// Memory of a byte string beside its bytes: the string itself, and what an allocation costs.
 const STRING_LEN: usize = size_of::<String>() + 16;

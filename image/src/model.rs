@@ -5,6 +5,7 @@ use std::fmt;
 
 pub mod files;
 pub mod memory;
+pub mod shared;
 pub mod signals;
 pub mod sockets;
 pub mod task;
@@ -45,6 +46,12 @@ pub mod limits {
     pub const TREE_MEMORY: usize = 512 << 20;
     /// Processes of a tree.
     pub const PROCESSES: usize = 32_768;
+    /// Objects that mappings and open files share. With the address spaces they are numbered within 16 bits.
+    pub const SHARED: usize = 32_767;
+    /// Everything that has pages: the address spaces, and behind them the shared objects.
+    pub const OBJECTS: usize = PROCESSES + SHARED;
+    /// Bytes of a memfd's name: what is left of NAME_MAX beside `memfd:`.
+    pub const MEMFD_NAME_LEN: usize = 249;
     /// Threads of a process.
     pub const THREADS: usize = 65_536;
     /// Ranges of pages that a process touches first: a few for each thread.

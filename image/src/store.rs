@@ -79,6 +79,12 @@ impl ObjectId {
     pub fn space(index: usize) -> Self {
         Self(u32::try_from(index).map_or(u32::MAX, |index| index.saturating_add(1)))
     }
+
+    /// The shared object that stands at `index` in a tree of `process_count` processes. There are at most
+    /// [`SHARED`](crate::model::limits::SHARED).
+    pub fn shared(process_count: usize, index: usize) -> Self {
+        Self::space(process_count.saturating_add(index))
+    }
 }
 
 /// What a page of an image is.

@@ -16,7 +16,7 @@ pub struct ImagePages {
 }
 
 /// The ranges of every process of `tree` that an image has pages of, or has none because they are zeros: the number of its address
-/// space, and what is mapped there, ascending.
+/// space, and what is mapped there, ascending; behind them the same of every shared object.
 pub fn all_mapped(tree: &Tree) -> Vec<(u32, Vec<PageRange>)> {
     let mapped = |process| {
         let mut ranges = mapped(process, Kind::Anon);
@@ -24,7 +24,16 @@ pub fn all_mapped(tree: &Tree) -> Vec<(u32, Vec<PageRange>)> {
         ranges.sort_unstable();
         ranges
     };
-    (1..).zip(tree.processes.iter().map(mapped)).collect()
+    let spaces = tree.processes.iter().map(mapped);
+    let objects = shared(tree).map(|(_, pages)| vec![pages]);
+    (1..).zip(spaces.chain(objects)).collect()
+}
+
+/// The number of every shared object of `tree`, and all its pages.
+pub fn shared(tree: &Tree) -> impl Iterator<Item = (u32, PageRange)> + '_ {
+    let process_count = tree.processes.len();
+    let each = tree.shared.iter().enumerate();
+    each.map(move |(index, shared)| (ObjectId::shared(process_count, index).0, shared.pages()))
 }
 
 /// The ranges of the process' mappings of this kind, ascending; neighbours are one.

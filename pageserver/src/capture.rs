@@ -7,6 +7,7 @@
 
 pub(crate) mod files;
 pub(crate) mod memory;
+pub mod shared;
 pub(crate) mod signals;
 pub(crate) mod sockets;
 pub(crate) mod task;
@@ -28,6 +29,7 @@ use pageferry_tracee::{Family, Injection, Tracee};
 
 use self::files::{Depth, Look};
 use self::memory::FirstTouch;
+use self::shared::{Objects, SharedPages};
 use self::task::{Answered, Cpus};
 use crate::survey::{
     Member, Object, Refusal, RefusalKind, Survey, SurveyOptions, executable, relations,
@@ -45,6 +47,8 @@ pub struct Captured {
     pub tree: Tree,
     /// The pages of each process, in the order of the model.
     pub pages: Vec<Pages>,
+    /// Where the pages of each shared object are, in the order of the model: all travel before the tree runs.
+    pub shared: Vec<SharedPages>,
 }
 
 /// Which pages of a process are carried, and when.
@@ -101,6 +105,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         pid: survey.pid,
         options,
         known: survey.known.clone(),
+        shared: Objects::default(),
     };
     let (stats, mut refusals) = ordered(survey.pid, &family.pids(), survey)?;
     if !refusals.is_empty() {
@@ -129,6 +134,13 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
             &mut refusals,
         )?);
     }
+    let unknown: BTreeSet<_> = look
+        .shared
+        .keys()
+        .difference(&survey.shared)
+        .copied()
+        .collect();
+    refusals.extend(look.shared.held_outside(&family.pids(), &unknown)?);
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
     }
@@ -157,7 +169,13 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     [tree.monotonic_ns, tree.boottime_ns, tree.realtime_ns] = now;
     (tree.files, tree.pipes) = (table.files, table.pipes);
     look.known.sync_written(SYNC_WAIT_FROZEN)?;
-    Ok(Captured { tree, pages })
+    let (objects, shared) = look.shared.into_models(tree.processes.len());
+    tree.shared = objects;
+    Ok(Captured {
+        tree,
+        pages,
+        shared,
+    })
 }
 
 /// A process and its row in the process table.

@@ -19,11 +19,12 @@ use pageferry_image::model::sockets::State;
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::PageRange;
 use pageferry_tracee::choke::{self, Kind as Call};
-use pageferry_tracee::procfs::{self, DescriptorEntry, Namespaces, Vma};
+use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey, Namespaces, Vma};
 use pageferry_tracee::{Error as ProcessError, descriptor, leftover, socket};
 use pageferry_wire::message::{BoundSocket, Plan};
 
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
+use crate::capture::shared::Objects;
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
 use crate::capture::{memory, task, timers};
 use crate::identity::FileCheck;
@@ -72,7 +73,7 @@ pub struct Survey {
     pub sockets: Vec<BoundSocket>,
     /// Threads of all processes, the root's first.
     pub tids: Vec<i32>,
-    /// Private anonymous memory in use, swapped included.
+    /// Private anonymous memory in use, swapped included, and that of the shared objects.
     pub resident_bytes: u64,
     /// Locked memory.
     pub locked_bytes: u64,
@@ -84,6 +85,8 @@ pub struct Survey {
     leftovers: usize,
     pub(crate) members: BTreeMap<i32, Member>,
     pub(crate) inodes: BTreeSet<u64>,
+    /// Shared objects.
+    pub(crate) shared: BTreeSet<FileKey>,
     pub(crate) known: KnownFiles,
 }
 
@@ -149,6 +152,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
         pid: root,
         options,
         known: KnownFiles::default(),
+        shared: Objects::default(),
     };
     let stat = procfs::stat(root, root)?;
     // Nothing else can be asked about these.
@@ -186,6 +190,11 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found
         .refusals
         .extend(files::held_outside(&tables, &table.inodes)?);
+    let pids: Vec<i32> = tables.iter().map(|(pid, _)| *pid).collect();
+    found.shared = look.shared.keys();
+    let outside = look.shared.held_outside(&pids, &found.shared)?;
+    found.refusals.extend(outside);
+    found.resident_bytes += look.shared.bytes();
     found
         .refusals
         .sort_by_key(|refusal| (refusal.pid != root, refusal.pid, refusal.object));
@@ -325,6 +334,7 @@ fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
         leftovers: 0,
         members: BTreeMap::new(),
         inodes: BTreeSet::new(),
+        shared: BTreeSet::new(),
         known: KnownFiles::default(),
     }
 }

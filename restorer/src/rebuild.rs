@@ -6,7 +6,8 @@
 //!
 //! First the husk of the root makes those of its children, and they of theirs, so that parenthood is real; each leads its
 //! session or group before it has children. Then each process is built, parents first. An open file that several have is made
-//! once, when the first of them is built, and handed to each.
+//! once, when the first of them is built, and handed to each. Shared objects are made and filled before the husks are touched, and
+//! sealed when the last process is built.
 //!
 //! Order within a process, and why:
 //! 1. plant the agent in a hole that both the husk and the final layout leave free;
@@ -25,7 +26,7 @@ use std::collections::BTreeMap;
 use pageferry_image::model;
 use pageferry_image::model::memory::{Kind, Space};
 use pageferry_image::model::task::{Process, Tree};
-use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
 use pageferry_tracee::Error as TraceeError;
 use pageferry_tracee::family::Family;
 use pageferry_tracee::host::Clocks;
@@ -35,6 +36,7 @@ use pageferry_tracee::uffd::Uffd;
 
 pub mod files;
 pub mod memory;
+pub mod shared;
 pub mod signals;
 pub mod sockets;
 pub mod task;
@@ -90,12 +92,62 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A page that travels with the state: its address and its 4096 bytes.
 #[derive(Debug, Clone)]
 pub struct EagerPage {
-    /// Whose page: the n-th process of the tree, from 1.
-    pub object: u32,
     /// Page-aligned address.
     pub address: u64,
     /// Exactly one page.
     pub content: bytes::Bytes,
+}
+
+/// What comes before the tree runs: pages of its processes, which are kept, and all those of its shared objects, which are made
+/// before and filled as they come.
+#[derive(Debug)]
+pub struct Eager {
+    objects: shared::Objects,
+    pages: BTreeMap<u32, Vec<EagerPage>>,
+    count: u64,
+}
+
+impl Eager {
+    /// Nothing yet, for `tree`, which is valid.
+    ///
+    /// # Errors
+    /// As [`shared::Objects::create`].
+    pub fn new(tree: &Tree) -> Result<Self> {
+        Ok(Self {
+            objects: shared::Objects::create(tree)?,
+            pages: BTreeMap::new(),
+            count: 0,
+        })
+    }
+
+    /// Takes neighbouring pages of an object that begin at `start`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if `object` is a shared one that has no such pages; [`Error::Object`] if it cannot be filled. Pages of a
+    /// process are looked at when it is built.
+    pub fn take(&mut self, object: u32, start: u64, bytes: &bytes::Bytes) -> Result<()> {
+        self.count += (bytes.len() / PAGE_LEN) as u64;
+        if self.objects.has(object) {
+            return self.objects.write(object, start, bytes);
+        }
+        let pages = self.pages.entry(object).or_default();
+        for (index, address) in (start..).step_by(PAGE_LEN).enumerate() {
+            let at = index * PAGE_LEN;
+            if at == bytes.len() {
+                break;
+            }
+            pages.push(EagerPage {
+                address,
+                content: bytes.slice(at..at + PAGE_LEN),
+            });
+        }
+        Ok(())
+    }
+
+    /// How many pages have come.
+    pub fn page_count(&self) -> u64 {
+        self.count
+    }
 }
 
 /// A rebuilt process: every thread stopped with its final registers, memory registered with the run userfaultfd.
@@ -264,7 +316,7 @@ impl<'w, 'i> Work<'w, 'i> {
 pub fn rebuild(
     family: &mut Family,
     tree: &Tree,
-    eager: &[EagerPage],
+    eager: Eager,
     clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
 ) -> Result<Vec<Rebuilt>> {
     tree.validate()?;
@@ -280,11 +332,10 @@ pub fn rebuild(
     }
     make_husks(family, tree)?;
 
-    let mut pages: BTreeMap<u32, Vec<EagerPage>> = BTreeMap::new();
-    for page in eager {
-        pages.entry(page.object).or_default().push(page.clone());
-    }
-    let mut files = files::Files::new(tree)?;
+    let Eager {
+        objects, mut pages, ..
+    } = eager;
+    let mut files = files::Files::new(tree, objects)?;
     let mut rebuilt = Vec::with_capacity(tree.processes.len());
     for (object, (process, leader)) in (1..).zip(tree.processes.iter().zip(tree.group_leaders())) {
         let eager = pages.remove(&object).unwrap_or_default();
@@ -293,6 +344,7 @@ pub fn rebuild(
             member, process, leader, tree, &mut files, &eager, &clock,
         )?);
     }
+    files.objects.seal()?;
     match pages.keys().next() {
         None => Ok(rebuilt),
         Some(object) => Err(model::Invalid::new(
@@ -378,7 +430,7 @@ fn build(
 
     let mut handed = files::Handover::new(pid)?;
     handed.begin(injection, process)?;
-    memory::map(injection, pid, space, &mut handed)?;
+    memory::map(injection, pid, space, &mut handed, &files.objects)?;
     memory::set_mm(injection, pid, space, &mut handed)?;
     let uffd = memory::register(injection, pid, space)?;
     let resident = memory::install(pid, space, &uffd, eager)?;

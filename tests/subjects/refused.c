@@ -50,6 +50,10 @@ static void setup(void) {
     holds("tcp", client);
     holds("tcp", accept(listener, NULL, NULL));
 
+    maps_object("shared-outside", mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    int given = memfd_create("given", 0);
+    MUST(ftruncate(given, PAGE) == 0);
+    holds("memfd-outside", given);
     int ends[2];
     MUST(pipe(ends) == 0);
     /* No child, which would go with us, but a sibling. */
@@ -65,7 +69,8 @@ static void setup(void) {
 
     holds("tty", open("/dev/ptmx", O_RDWR | O_NOCTTY));
     holds("inotify", inotify_init1(0));
-    holds("memfd", memfd_create("kept", 0));
+    holds("memfd-hugetlb", memfd_create("huge", MFD_HUGETLB));
+    holds("secret-memory", (int)syscall(SYS_memfd_secret, 0));
     holds("netlink", socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
     struct sockaddr_un name = {.sun_family = AF_UNIX};
     snprintf(name.sun_path, sizeof name.sun_path, "/tmp/refused.%d", getpid());
@@ -96,8 +101,6 @@ static void setup(void) {
     holds("io-uring", (int)syscall(SYS_io_uring_setup, 4, &parameters));
     holds("userfaultfd", (int)syscall(SYS_userfaultfd, 1 /* UFFD_USER_MODE_ONLY */));
 
-    maps_object("shared-memory", mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
-    pages(PAGE, PROT_NONE);
     int segment = shmget(IPC_PRIVATE, PAGE, 0600);
     maps_object("sysv-memory", shmat(segment, NULL, 0));
     shmctl(segment, IPC_RMID, NULL);

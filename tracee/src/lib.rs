@@ -29,6 +29,7 @@ pub mod process;
 pub mod procfs;
 mod ptrace;
 pub mod registers;
+pub mod shared;
 pub mod socket;
 pub mod timer;
 pub mod tree;

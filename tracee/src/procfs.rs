@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -968,6 +969,78 @@ pub fn pipe_or_socket_holders(inodes: &BTreeSet<u64>) -> Result<BTreeMap<u64, BT
         }
     }
     Ok(holders)
+}
+
+/// What tells a file from all others of this host: device as `makedev(3)` encodes it, and inode.
+pub type FileKey = (u64, u64);
+
+/// Which processes of this pid namespace map the files with these keys, or have a descriptor of one. As [`pipe_or_socket_holders`],
+/// over `/proc/*/maps` and `/proc/*/fdinfo`.
+///
+/// # Errors
+/// [`Error::Path`] when `/proc` cannot be listed, or when a process may not be looked at.
+pub fn file_holders(keys: &BTreeSet<FileKey>) -> Result<BTreeMap<FileKey, BTreeSet<i32>>> {
+    choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
+    let mut holders: BTreeMap<FileKey, BTreeSet<i32>> = BTreeMap::new();
+    if keys.is_empty() {
+        return Ok(holders);
+    }
+    let pids: Vec<i32> =
+        list_numbers("/proc").map_err(|error| failed("list", 0, "/proc", &error))?;
+    for pid in pids {
+        let path = format!("/proc/{pid}/maps");
+        match std::fs::read(&path) {
+            Ok(text) => {
+                for key in String::from_utf8_lossy(&text).lines().filter_map(mapped_key) {
+                    if keys.contains(&key) {
+                        holders.entry(key).or_default().insert(pid);
+                    }
+                }
+            }
+            Err(error) => match failed("read", pid, &path, &error) {
+                Error::Gone { .. } => continue,
+                error => return Err(error),
+            },
+        }
+        let table = format!("/proc/{pid}/fd");
+        let entries = match std::fs::read_dir(&table) {
+            Ok(entries) => entries,
+            Err(error) => match failed("list", pid, &table, &error) {
+                Error::Gone { .. } => continue,
+                error => return Err(error),
+            },
+        };
+        for entry in entries {
+            let Ok(entry) = entry else { break };
+            let fd = entry.file_name();
+            let info = format!("/proc/{pid}/fdinfo/{}", fd.to_string_lossy());
+            let inode = std::fs::read_to_string(info).ok().and_then(|text| {
+                let line = text.lines().find_map(|line| line.strip_prefix("ino:"));
+                line?.trim().parse::<u64>().ok()
+            });
+            // Only those are looked at: to look at a file of a network file system may take for ever.
+            if !inode.is_some_and(|inode| keys.iter().any(|key| key.1 == inode)) {
+                continue;
+            }
+            if let Ok(found) = std::fs::metadata(entry.path()) {
+                let key = (found.dev(), found.ino());
+                if keys.contains(&key) {
+                    holders.entry(key).or_default().insert(pid);
+                }
+            }
+        }
+    }
+    Ok(holders)
+}
+
+/// Device and inode of a line of `maps`: `7f00-7f01 rw-s 00000000 00:01 1036  /dev/zero (deleted)`.
+fn mapped_key(line: &str) -> Option<FileKey> {
+    let mut fields = line.split_ascii_whitespace().skip(3);
+    let (device, inode) = (fields.next()?, fields.next()?);
+    let (major, minor) = device.split_once(':')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    let device = nix::sys::stat::makedev(number(major)?, number(minor)?);
+    Some((device, inode.parse().ok()?))
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

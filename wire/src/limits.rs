@@ -56,8 +56,8 @@ pub const REFUSALS_MAX: usize = 65_536;
 
 /// One past the largest page-aligned user address.
 pub const USER_ADDRESS_END: u64 = pageferry_image::model::limits::ADDRESS_END;
-/// The highest object number: that of the last process of the largest tree.
-pub const OBJECTS_MAX: u32 = pageferry_image::model::limits::PROCESSES as u32;
+/// The highest object number: that of the last shared object of the largest tree.
+pub const OBJECTS_MAX: u32 = pageferry_image::model::limits::OBJECTS as u32;
 
 /// Bytes that the decoder reserves ahead of what has arrived: a peer that only claims a length gets no more.
 pub const RESERVE_AHEAD_MAX: usize = 2 << 20;

@@ -90,6 +90,9 @@ impl File {
                 at_most(epoll.items.len(), limits::EPOLL_ITEMS, object)
             }
             Some(file::Kind::Socket(socket)) => socket.validate(),
+            Some(file::Kind::Shared(shared)) => {
+                ensure(shared.object != 0, object, "names no shared object")
+            }
             Some(file::Kind::Timerfd(_) | file::Kind::Signalfd(_)) => Ok(()),
         }
     }

@@ -55,10 +55,16 @@ impl Mapping {
             "has unknown protection bits",
         )?;
         let is_file = matches!(kind, Kind::FilePrivate | Kind::FileShared);
+        let is_of_object = kind == Kind::Shared || kind == Kind::FilePrivate && self.shared != 0;
         ensure(
-            is_file == self.file.is_some(),
+            (is_file && !is_of_object) == self.file.is_some(),
             object,
             "has a file it must not have, or none it must have",
+        )?;
+        ensure(
+            is_of_object == (self.shared != 0),
+            object,
+            "has a shared object it must not have, or none it must have",
         )?;
         if let Some(file) = &self.file {
             file.validate()?;
@@ -68,12 +74,12 @@ impl Mapping {
             .checked_add(self.end - self.start)
             .is_some_and(|last| i64::try_from(last).is_ok());
         ensure(
-            self.offset % PAGE_SIZE == 0 && last && (is_file || self.offset == 0),
+            self.offset % PAGE_SIZE == 0 && last && (is_file || is_of_object || self.offset == 0),
             object,
             "has an impossible offset",
         )?;
         ensure(
-            !self.file_writable || kind == Kind::FileShared,
+            !self.file_writable || matches!(kind, Kind::FileShared | Kind::Shared),
             object,
             "is no shared mapping but writes its file",
         )?;
@@ -111,7 +117,7 @@ impl Mapping {
             format!("{} guard list", object())
         })?;
         ensure(
-            self.guards.is_empty() || matches!(kind, Kind::Anon | Kind::FilePrivate),
+            self.guards.is_empty() || matches!(kind, Kind::Anon | Kind::FilePrivate | Kind::Shared),
             object,
             "cannot have guard regions",
         )?;
@@ -239,6 +245,20 @@ mod tests {
             ..good.clone()
         };
         assert_eq!(shared.validate(), Ok(()));
+        let of_object = Mapping {
+            kind: Kind::Shared.into(),
+            shared: 1,
+            file_writable: true,
+            offset: 0x2000,
+            ..good.clone()
+        };
+        assert_eq!(of_object.validate(), Ok(()));
+        let private_of_object = Mapping {
+            kind: Kind::FilePrivate.into(),
+            file_writable: false,
+            ..of_object.clone()
+        };
+        assert_eq!(private_of_object.validate(), Ok(()));
         for (why, bad) in [
             ("empty", anonymous(0x1000, 0x1000)),
             ("backwards", anonymous(0x2000, 0x1000)),
@@ -273,6 +293,34 @@ mod tests {
                 Mapping {
                     file: Some(file()),
                     ..good.clone()
+                },
+            ),
+            (
+                "an object",
+                Mapping {
+                    shared: 1,
+                    ..good.clone()
+                },
+            ),
+            (
+                "an object beside the file",
+                Mapping {
+                    shared: 1,
+                    ..shared.clone()
+                },
+            ),
+            (
+                "a file beside the object",
+                Mapping {
+                    file: Some(file()),
+                    ..of_object.clone()
+                },
+            ),
+            (
+                "no object",
+                Mapping {
+                    shared: 0,
+                    ..of_object.clone()
                 },
             ),
             (

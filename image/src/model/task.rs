@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::files::File;
+use super::shared::Shared;
 use super::signals::{Action, Pending};
 use super::timers::{Itimer, Posix};
 use super::{Invalid, absolute, at_most, ensure, limits};
@@ -284,7 +285,13 @@ impl Tree {
             .iter()
             .map(|process| (process.pid, process.descriptors.as_slice()))
             .collect();
-        File::validate_all(&self.files, &self.pipes, &tables)
+        File::validate_all(&self.files, &self.pipes, &tables)?;
+        let mappings = self
+            .processes
+            .iter()
+            .filter_map(|process| process.space.as_ref())
+            .flat_map(|space| &space.mappings);
+        Shared::validate_all(&self.shared, mappings, &self.files)
     }
 
     /// For each process, who leads its group when the tree has been made again; `None` if nobody can. The root then leads

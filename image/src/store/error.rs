@@ -163,6 +163,13 @@ pub enum Damage {
         /// Which.
         range: PageRange,
     },
+    /// The map has a guard region where there can be none.
+    Guarded {
+        /// In what.
+        object: ObjectId,
+        /// Where.
+        range: PageRange,
+    },
     /// The record of a block cannot be.
     Block {
         /// Where the record begins in `blocks`.
@@ -219,6 +226,7 @@ impl Damage {
             | Self::Uncovered { .. }
             | Self::Unasked { .. }
             | Self::Unguarded { .. }
+            | Self::Guarded { .. }
             | Self::Block { .. }
             | Self::BlockContent { .. }
             | Self::NoData { .. } => {
@@ -282,6 +290,12 @@ impl fmt::Display for Damage {
             Self::Unguarded { object, range } => write!(
                 f,
                 "`map` has memory in the guard region {} of object {}",
+                pages(range),
+                object.0
+            ),
+            Self::Guarded { object, range } => write!(
+                f,
+                "`map` has the guard region {} in object {}, which can have none",
                 pages(range),
                 object.0
             ),

@@ -12,9 +12,10 @@ use prost::Message as _;
 
 use super::*;
 use crate::model::files::{
-    Descriptor, Device, Epoll, EpollItem, Eventfd, File, Pipe, PipeEnd, Regular, file,
+    Descriptor, Device, Epoll, EpollItem, Eventfd, File, Pipe, PipeEnd, Regular, SharedFile, file,
 };
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
+use crate::model::shared::{Anonymous, Memfd, Shared, shared};
 use crate::model::signals::Action;
 use crate::model::sockets::{Socket, State};
 use crate::model::task::{Credentials, Host, Limit, Process, Scheduling, Thread};
@@ -198,6 +199,7 @@ fn tree() -> Tree {
         monotonic_ns: 1_000,
         boottime_ns: 2_000,
         realtime_ns: 3_000,
+        shared: Vec::new(),
         host: Some(Host {
             cpu_flags: vec!["fpu".into(), "sse2".into()],
             xsave_size: 2696,
@@ -471,6 +473,38 @@ enum Change {
 }
 
 use Change::{Built, Damaged};
+
+fn anonymous(id: u32) -> Shared {
+    Shared {
+        id,
+        size: PAGE_SIZE,
+        kind: Some(shared::Kind::Anonymous(Anonymous::default())),
+    }
+}
+
+fn memfd(seals: u32) -> Shared {
+    let memfd = Memfd {
+        name: "kept".into(),
+        mode: 0o600,
+        seals,
+        ..Memfd::default()
+    };
+    Shared {
+        id: 1,
+        size: 100,
+        kind: Some(shared::Kind::Memfd(memfd)),
+    }
+}
+
+/// Has an open file whose content is carried, but not its pages.
+fn shared_file(parts: &mut Parts) {
+    parts.tree(|tree| tree.shared = vec![memfd(0)]);
+    let object = SharedFile {
+        object: 1,
+        position: 0,
+    };
+    parts.file(1, file::Kind::Shared(object));
+}
 
 /// Name, what is done to the image, and the sentence that tells it.
 fn cases() -> Vec<(&'static str, Change, &'static str)> {
@@ -754,6 +788,119 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "registers-short",
             Built(|parts| parts.root(|root| root.threads[1].registers.truncate(8))),
             "`tree`: thread 4712 has not the registers of x86-64",
+        ),
+        // Shared objects.
+        (
+            "mapping-of-no-object",
+            Built(|parts| {
+                parts.space(|space| {
+                    let mapping = &mut space.mappings[0];
+                    (mapping.file, mapping.shared) = (None, 1);
+                })
+            }),
+            "`tree`: mapping 555555558000-55555555a000 names no shared object",
+        ),
+        (
+            "mapping-of-object-and-file",
+            Built(|parts| parts.space(|space| space.mappings[0].shared = 1)),
+            "`tree`: mapping 555555558000-55555555a000 has a file it must not have",
+        ),
+        (
+            "shared-unreached",
+            Built(|parts| parts.tree(|tree| tree.shared = vec![anonymous(1)])),
+            "`tree`: list of shared objects has one that nothing reaches",
+        ),
+        (
+            "shared-out-of-order",
+            Built(|parts| parts.tree(|tree| tree.shared = vec![anonymous(2), anonymous(1)])),
+            "`tree`: shared objects are not numbered from 1 on",
+        ),
+        (
+            "shared-half-page",
+            Built(|parts| {
+                parts.tree(|tree| {
+                    tree.shared = vec![Shared {
+                        size: 100,
+                        ..anonymous(1)
+                    }]
+                })
+            }),
+            "`tree`: shared memory 1 is not made of whole pages",
+        ),
+        (
+            "shared-without-end",
+            Built(|parts| {
+                parts.tree(|tree| {
+                    tree.shared = vec![Shared {
+                        size: 1 << 60,
+                        ..anonymous(1)
+                    }]
+                })
+            }),
+            "`tree`: shared memory 1 is larger than an address space",
+        ),
+        (
+            "memfd-of-unknown-seals",
+            Built(|parts| parts.tree(|tree| tree.shared = vec![memfd(0x100)])),
+            "`tree`: memfd kept has unknown seals",
+        ),
+        (
+            "memfd-sealed-and-written",
+            Built(|parts| {
+                parts.space(|space| {
+                    let mapping = &mut space.mappings[0];
+                    (mapping.file, mapping.shared) = (None, 1);
+                    mapping.kind = Kind::Shared.into();
+                    mapping.file_writable = true;
+                });
+                parts.tree(|tree| tree.shared = vec![memfd(8)]);
+            }),
+            "`tree`: mapping 555555558000-55555555a000 may write an object that is sealed against it",
+        ),
+        (
+            "file-of-no-object",
+            Built(|parts| {
+                parts.file(
+                    1,
+                    file::Kind::Shared(SharedFile {
+                        object: 9,
+                        position: 0,
+                    }),
+                )
+            }),
+            "`tree`: open file 1 names no shared object that can be opened",
+        ),
+        (
+            "shared-uncovered",
+            Built(|parts| shared_file(parts)),
+            "page 0 of object 2",
+        ),
+        (
+            "shared-beyond-its-end",
+            Built(|parts| {
+                shared_file(parts);
+                let mut range = parts.ranges[0];
+                range[..4].copy_from_slice(&2_u32.to_le_bytes());
+                range[8..16].fill(0);
+                range[16] = 2;
+                range[24] = 17;
+                parts.ranges.push(range);
+            }),
+            "pages 0 to 2000 of object 2",
+        ),
+        (
+            "shared-with-guard",
+            Built(|parts| {
+                shared_file(parts);
+                let mut range = parts.ranges[0];
+                range[..4].copy_from_slice(&2_u32.to_le_bytes());
+                range[4] = PageKind::Guard as u8;
+                range[8..16].fill(0);
+                range[16] = 1;
+                range[24] = 17;
+                parts.ranges.push(range);
+            }),
+            "in object 2, which can have none",
         ),
         (
             "parent-unknown",

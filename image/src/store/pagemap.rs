@@ -112,11 +112,13 @@ pub(super) struct Coverage {
     at: u64,
     /// The guard regions of the model, ascending.
     guards: Vec<(ObjectId, PageRange)>,
+    /// The last address space; behind it are shared objects, which have no guard regions.
+    last_space: ObjectId,
     counts: Counts,
 }
 
 impl Coverage {
-    /// The pages of `tree` that an image holds: all of every private mapping.
+    /// The pages of `tree` that an image holds: all of every private mapping, then all of every shared object.
     pub(super) fn of(tree: &Tree) -> Self {
         let mut wanted: Vec<(ObjectId, PageRange)> = Vec::new();
         let mut guards = Vec::new();
@@ -153,11 +155,18 @@ impl Coverage {
                 }));
             }
         }
+        for (index, shared) in tree.shared.iter().enumerate() {
+            if !shared.pages().is_empty() {
+                let object = ObjectId::shared(tree.processes.len(), index);
+                wanted.push((object, shared.pages()));
+            }
+        }
         Self {
             at: wanted.first().map_or(0, |(_, range)| range.start),
             wanted,
             current: 0,
             guards,
+            last_space: ObjectId(ObjectId::shared(tree.processes.len(), 0).0 - 1),
             counts: Counts::default(),
         }
     }
@@ -196,7 +205,11 @@ impl Coverage {
         if (wanted_object, self.at) != (object, range.start) || range.end > wanted.end {
             return Err(Damage::Unasked { object, range });
         }
-        if kind != PageKind::Guard {
+        if kind == PageKind::Guard {
+            if object > self.last_space {
+                return Err(Damage::Guarded { object, range });
+            }
+        } else {
             let first = self
                 .guards
                 .partition_point(|(guarded, guard)| (*guarded, guard.end) <= (object, range.start));

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
+use crate::model::shared::{Anonymous, Shared, shared};
 use crate::model::task::{Credentials, Host, Process, Scheduling, Thread};
 use crate::page::{PAGE_LEN, PAGE_SIZE};
 
@@ -170,6 +171,77 @@ fn read_back(image: &Image, pages: PageRange, piece: u64) -> Vec<PageKind> {
 
 fn kind() -> impl Strategy<Value = PageKind> {
     prop::sample::select(PageKind::ALL.to_vec())
+}
+
+/// The pages of shared objects stand behind those of the address spaces, each object's from 0 on.
+#[test]
+fn shared_objects_come_back_behind_the_address_spaces() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("image");
+    let mut tree = tree(&[(0, 1, false)]);
+    let anonymous = shared::Kind::Anonymous(Anonymous::default());
+    for id in 1..=2 {
+        tree.shared.push(Shared {
+            id,
+            size: 3 * PAGE_SIZE,
+            kind: Some(anonymous.clone()),
+        });
+        tree.processes[0]
+            .space
+            .as_mut()
+            .expect("it has one")
+            .mappings
+            .push(Mapping {
+                kind: Kind::Shared.into(),
+                shared: id,
+                ..anonymous_at(u64::from(id))
+            });
+    }
+    let mut writer =
+        ImageWriter::create(&path, tree, origin(1), Compression::Raw).expect("a good tree");
+    let pages = |from, to| PageRange {
+        start: from * PAGE_SIZE,
+        end: to * PAGE_SIZE,
+    };
+    writer
+        .without_data(ROOT, PageKind::Hole, range(0, 1))
+        .expect("the next");
+    for (index, at) in [(0, 0), (1, 2)] {
+        let object = ObjectId::shared(1, index);
+        writer
+            .without_data(object, PageKind::Hole, pages(0, at))
+            .expect("the next");
+        writer
+            .pages(object, at * PAGE_SIZE, &content(at))
+            .expect("the next");
+        writer
+            .without_data(object, PageKind::Hole, pages(at + 1, 3))
+            .expect("the next");
+    }
+    writer.finish().expect("all pages");
+    let image = Image::open(&path).expect("what was written");
+    image.verify().expect("what was written");
+    let objects: Vec<_> = image.stored().expect("a good image");
+    let objects: Vec<u32> = objects.iter().map(|stored| stored.object.0).collect();
+    assert_eq!(objects, [1, 2, 3]);
+    for (index, at) in [(0, 0), (1, 2)] {
+        let mut bytes = vec![0; PAGE_LEN];
+        let object = ObjectId::shared(1, index);
+        image
+            .read(object, pages(at, at + 1), &mut bytes)
+            .expect("a good image");
+        assert!(bytes == content(at), "page {at}");
+    }
+}
+
+fn anonymous_at(number: u64) -> Mapping {
+    let start = AT + (number << 30);
+    Mapping {
+        start,
+        end: start + PAGE_SIZE,
+        prot: 3,
+        ..Mapping::default()
+    }
 }
 
 proptest! {

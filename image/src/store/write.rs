@@ -23,7 +23,8 @@ pub(super) const UNFINISHED: &str = ".unfinished-";
 
 /// Writes one image as it comes. Holds one block of pages and one leaf of each table in memory, and the tree.
 ///
-/// The pages of all objects come in ascending order, each once: every page of each private mapping. Dropped unfinished, it
+/// The pages of all objects come in ascending order, each once: every page of each private mapping, then of each
+/// shared object. Dropped unfinished, it
 /// leaves nothing.
 #[derive(Debug)]
 pub struct ImageWriter {

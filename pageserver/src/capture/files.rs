@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::statfs::statfs;
 use pageferry_image::model::files::{
     Descriptor, Device, Directory, Epoll, EpollItem, Eventfd, File, Owner, Pipe, PipeEnd, Regular,
-    Signalfd, Timerfd, file,
+    SharedFile, Signalfd, Timerfd, file,
 };
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_tracee::choke::{self, Kind as Call};
@@ -24,6 +24,7 @@ use pageferry_tracee::descriptor::{self, PidFd};
 use pageferry_tracee::procfs::{self, DescriptorEntry};
 use pageferry_tracee::{Error as ProcessError, pipe};
 
+use super::shared::Objects;
 use super::sockets;
 use crate::identity;
 use crate::survey::{Object, Pids, Refusal, RefusalKind, SurveyOptions};
@@ -85,6 +86,7 @@ pub(crate) struct Look<'a> {
     pub pid: i32,
     pub options: &'a SurveyOptions,
     pub known: KnownFiles,
+    pub shared: Objects,
 }
 
 /// Identities already read, by path and whether the file must be the same one; with the device and inode they were read for.
@@ -209,7 +211,7 @@ impl Look<'_> {
 }
 
 /// The file system `path` is on.
-fn storage(path: &str) -> Result<i64> {
+pub(crate) fn storage(path: &str) -> Result<i64> {
     // Magic numbers above 2^31 come sign-extended from some architectures' statfs.
     statfs(path)
         .map(|answer| answer.filesystem_type().0 & 0xffff_ffff)
@@ -227,6 +229,7 @@ pub(crate) fn same_inode(a: &Metadata, b: &Metadata) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Shape {
     Regular(FileIdentity),
+    Shared { object: u32 },
     Directory(String),
     Device { path: &'static str, rdev: u64 },
     Pipe { inode: u64, write_end: bool },
@@ -261,9 +264,10 @@ pub(crate) fn shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verd
         return Ok(anonymous_shape(name));
     }
     if link.starts_with("/memfd:") {
-        return Ok(Err(RefusalKind::Memfd {
-            path: link.to_owned(),
-        }));
+        return memfd_shape(look, entry);
+    }
+    if link == "/secretmem (deleted)" {
+        return Ok(Err(RefusalKind::SecretMemory));
     }
     if link.starts_with("pidfd:") {
         return Ok(Err(RefusalKind::Pidfd));
@@ -282,6 +286,26 @@ pub(crate) fn shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verd
         }));
     }
     named_shape(look, entry)
+}
+
+fn memfd_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<Shape>> {
+    let path = entry.link.clone();
+    if (entry.info.flags as i32) & libc::O_PATH != 0 {
+        return Ok(Err(RefusalKind::PathOnly { path }));
+    }
+    if let Some(kind) = lock_kind(entry) {
+        return Ok(Err(RefusalKind::FileLock { path, kind }));
+    }
+    let object = look.shared.opened(look.pid, entry)?;
+    Ok(object.map(|object| Shape::Shared { object }))
+}
+
+/// The kernel's word for the first lock that is held by a descriptor.
+fn lock_kind(entry: &DescriptorEntry) -> Option<String> {
+    let lock = entry.info.locks.first()?;
+    // `1: POSIX  ADVISORY  WRITE 4711 08:01:99 0 EOF`
+    let kind = lock.split_ascii_whitespace().nth(1).unwrap_or("file");
+    Some(kind.to_owned())
 }
 
 fn anonymous_shape(name: &str) -> Verdict<Shape> {
@@ -326,13 +350,7 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     if KERNEL_STORAGE.contains(&storage(&through)?) {
         return Ok(Err(RefusalKind::KernelFile { path }));
     }
-    if let Some(lock) = entry.info.locks.first() {
-        // `1: POSIX  ADVISORY  WRITE 4711 08:01:99 0 EOF`
-        let kind = lock
-            .split_ascii_whitespace()
-            .nth(1)
-            .unwrap_or("file")
-            .to_owned();
+    if let Some(kind) = lock_kind(entry) {
         return Ok(Err(RefusalKind::FileLock { path, kind }));
     }
     let named = std::fs::metadata(&path);
@@ -627,6 +645,10 @@ impl Sight<'_> {
         let kind = match shape {
             Shape::Regular(identity) => file::Kind::Regular(Regular {
                 identity: Some(identity),
+                position: info.position,
+            }),
+            Shape::Shared { object } => file::Kind::Shared(SharedFile {
+                object,
                 position: info.position,
             }),
             Shape::Directory(path) => file::Kind::Directory(Directory {

@@ -4,6 +4,7 @@
 //! memory. Flags (`smaps`) are those of the survey; a mapping that is new since makes them be read again.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 
 use pageferry_image::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
@@ -11,7 +12,8 @@ use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::pagemap::{self, Scan};
 use pageferry_tracee::procfs::{self, Stat, VmFlags, Vma};
 
-use super::files::Look;
+use super::files::{Look, Verdict};
+use super::shared;
 use crate::survey::{Object, Refusal, RefusalKind};
 use crate::{Error, Result};
 
@@ -69,16 +71,19 @@ pub(crate) fn classify(vma: &Vma) -> std::result::Result<Option<Kind>, RefusalKi
         return Ok(Some(Kind::Anon));
     }
     let deleted = vma.path.strip_suffix(" (deleted)");
+    if shared::is_object(&vma.path) {
+        return Ok(Some(if vma.shared {
+            Kind::Shared
+        } else {
+            Kind::FilePrivate
+        }));
+    }
     match deleted {
-        Some("/dev/zero") if vma.shared => return Err(RefusalKind::SharedAnonymous),
         Some("/anon_hugepage") => return Err(RefusalKind::HugePages),
         Some("/[aio]") => return Err(RefusalKind::AioRing),
         Some("/secretmem") => return Err(RefusalKind::SecretMemory),
         Some(name) if name.starts_with("/SYSV") => {
             return Err(RefusalKind::SysvMemory { path: path() });
-        }
-        Some(name) if name.starts_with("/memfd:") => {
-            return Err(RefusalKind::MemfdMapping { path: path() });
         }
         _ => {}
     }
@@ -101,6 +106,29 @@ pub(crate) fn classify(vma: &Vma) -> std::result::Result<Option<Kind>, RefusalKi
 /// True if the program can write the file through this mapping, now or after mprotect(2).
 fn writes_file(vma: &Vma) -> bool {
     vma.shared && (vma.write || vma.flags.has("mw"))
+}
+
+/// What is behind a mapping.
+enum Backing {
+    /// Memory of its own, or the kernel's.
+    Nothing,
+    /// A file that the target has.
+    File(FileIdentity),
+    /// An object that is carried, by its id.
+    Object(u32),
+}
+
+fn backing(look: &mut Look<'_>, vma: &Vma, kind: Kind) -> Result<Verdict<Backing>> {
+    let is_file = matches!(kind, Kind::FilePrivate | Kind::FileShared);
+    Ok(
+        if kind == Kind::Shared || is_file && shared::is_object(&vma.path) {
+            look.shared.mapped(look.pid, vma)?.map(Backing::Object)
+        } else if is_file {
+            mapped_file(look, vma)?.map(Backing::File)
+        } else {
+            Ok(Backing::Nothing)
+        },
+    )
 }
 
 /// The file behind a mapping, or why it cannot be mapped from its path again.
@@ -155,8 +183,12 @@ pub(crate) fn refusals(look: &mut Look<'_>, vmas: &[Vma]) -> Result<Vec<Refusal>
     let mut found = Vec::new();
     for vma in vmas {
         let kind = match classify(vma) {
-            Ok(Some(Kind::FilePrivate | Kind::FileShared)) => mapped_file(look, vma)?.err(),
-            Ok(_) => None,
+            Ok(Some(kind)) => match backing(look, vma, kind) {
+                // Unmapped meanwhile, as only a running process can do.
+                Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+                backing => backing?.err(),
+            },
+            Ok(None) => None,
             Err(kind) => Some(kind),
         };
         if let Some(what) = kind {
@@ -178,9 +210,9 @@ pub(crate) fn is_lazy(kind: Option<Kind>) -> bool {
     kind == Some(Kind::Anon)
 }
 
-/// Whether a private mapping of this kind can hold guard regions.
+/// Whether a mapping of this kind can hold guard regions.
 fn can_hold_guards(kind: Option<Kind>) -> bool {
-    matches!(kind, Some(Kind::Anon | Kind::FilePrivate))
+    matches!(kind, Some(Kind::Anon | Kind::FilePrivate | Kind::Shared))
 }
 
 /// Guard regions of the mappings that `chosen` names, ascending. Walks their page tables.
@@ -367,14 +399,17 @@ pub(crate) fn space(
 }
 
 fn mapping(look: &mut Look<'_>, vma: &Vma, kind: Kind, guards: &[PageRange]) -> Result<Mapping> {
-    let is_file = matches!(kind, Kind::FilePrivate | Kind::FileShared);
-    let file = match is_file {
-        true => Some(mapped_file(look, vma)?.map_err(|_| Error::Changed {
-            pid: look.pid,
-            what: "a mapped file",
-        })?),
-        false => None,
+    let pid = look.pid;
+    let changed = |_| Error::Changed {
+        pid,
+        what: "a mapped file",
     };
+    let (file, shared) = match backing(look, vma, kind)?.map_err(changed)? {
+        Backing::Nothing => (None, 0),
+        Backing::File(file) => (Some(file), 0),
+        Backing::Object(id) => (None, id),
+    };
+    let has_offset = file.is_some() || shared != 0;
     let mut prot = 0;
     for (allowed, bit) in [
         (vma.read, libc::PROT_READ),
@@ -398,9 +433,10 @@ fn mapping(look: &mut Look<'_>, vma: &Vma, kind: Kind, guards: &[PageRange]) -> 
         end: vma.end,
         prot,
         kind: kind.into(),
-        offset: if is_file { vma.offset } else { 0 },
+        offset: if has_offset { vma.offset } else { 0 },
         file,
-        file_writable: kind == Kind::FileShared && writes_file(vma),
+        shared,
+        file_writable: matches!(kind, Kind::FileShared | Kind::Shared) && writes_file(vma),
         grows_down: has("gd"),
         locked: has("lo"),
         lock_on_fault: has("lf"),
@@ -575,10 +611,7 @@ mod tests {
             kind("/SYSV00000000 (deleted)"),
             Err(RefusalKind::SysvMemory { .. })
         ));
-        assert!(matches!(
-            kind("/memfd:x (deleted)"),
-            Err(RefusalKind::MemfdMapping { .. })
-        ));
+        assert_eq!(kind("/memfd:x (deleted)"), Ok(Some(Kind::FilePrivate)));
         assert!(matches!(
             kind("anon_inode:[io_uring]"),
             Err(RefusalKind::DeviceMapping { .. })
@@ -587,7 +620,7 @@ mod tests {
             shared: true,
             ..vma(0x1000, 0x2000, "/dev/zero (deleted)")
         };
-        assert_eq!(classify(&shared), Err(RefusalKind::SharedAnonymous));
+        assert_eq!(classify(&shared), Ok(Some(Kind::Shared)));
         assert_eq!(
             classify(&vma(1 << 47, (1 << 47) + 4096, "")),
             Err(RefusalKind::HighMapping)

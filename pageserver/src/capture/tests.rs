@@ -293,7 +293,7 @@ fn everything_refused_is_listed_at_once() {
         r#"
 int main(void) {
     inotify_init();
-    memfd_create("x", 0);
+    memfd_create("x", MFD_HUGETLB);
     socket(AF_NETLINK, SOCK_RAW, 0);
     open("/proc/self/status", O_RDONLY);
     open("/etc/passwd", O_PATH);
@@ -301,7 +301,6 @@ int main(void) {
     int gone = mkstemp(path);
     unlink(path);
     signal(SIGPIPE, SIG_IGN);
-    mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, gone, 0);
     int segment = shmget(IPC_PRIVATE, 4096, 0600);
     shmat(segment, NULL, 0);
@@ -347,11 +346,10 @@ int main(void) {
         "file-lock",
         "inotify",
         "kernel-file",
-        "memfd",
+        "memfd-hugetlb",
         "other-socket",
         "path-only",
         "pidfd",
-        "shared-anonymous",
         "sysv-memory",
         "tcp",
         "terminal",

@@ -211,13 +211,21 @@ refusals! {
 
     // Mappings.
 
-    /// Shared anonymous memory.
-    SharedAnonymous = "shared-anonymous", "is shared anonymous memory, which is not carried yet (use private memory)";
-    /// A mapped memfd.
-    MemfdMapping {
-        /// Its name.
-        path: String,
-    } = "memfd-mapping", "maps the memfd {path}, which is not carried yet (unmap it)";
+    /// Shared memory that a process outside of the tree reaches too.
+    SharedOutside {
+        /// The other processes.
+        holders: Pids,
+    } = "shared-outside", "is shared with process {holders}, which stays here (stop that process)";
+    /// A shared object that is too large.
+    SharedSize {
+        /// Its size.
+        bytes: u64,
+    } = "shared-size", "is shared memory of {bytes} bytes, more than an address space has (make it smaller)";
+    /// Too many shared objects.
+    SharedCount {
+        /// The limit.
+        limit: usize,
+    } = "shared-count", "is one more shared object than the {limit} that are carried (use fewer, larger ones)";
     /// System V shared memory.
     SysvMemory {
         /// The kernel's name of it.
@@ -398,11 +406,16 @@ refusals! {
         /// The path.
         path: String,
     } = "kernel-file", "{path} is a file of the kernel and means this host (close it)";
-    /// A memfd.
+    /// A memfd whose name cannot be told again.
     Memfd {
         /// Its name.
         path: String,
-    } = "memfd", "memfd {path}, which is not carried yet (close it)";
+    } = "memfd", "memfd {path}, whose name is no UTF-8 text (give it another)";
+    /// `MFD_HUGETLB`.
+    MemfdHuge {
+        /// Its name.
+        path: String,
+    } = "memfd-hugetlb", "memfd {path} of hugetlb pages, which are not carried yet (use transparent huge pages)";
     /// inotify.
     Inotify = "inotify", "inotify instance, which is not carried yet (close it)";
     /// fanotify.

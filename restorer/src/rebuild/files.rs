@@ -15,6 +15,7 @@ use pageferry_tracee::injection::Injection;
 use pageferry_tracee::procfs::TimerfdInfo;
 use pageferry_tracee::{descriptor, pipe, timer};
 
+use super::shared::Objects;
 use super::{Error, Result, Work, sockets};
 
 /// Status flags that fcntl(F_SETFL) or open(2) can set again.
@@ -184,10 +185,12 @@ pub(crate) struct Files {
     made: BTreeMap<u32, OwnedFd>,
     /// Those that a process has by now.
     handed: BTreeSet<u32>,
+    /// What is mapped and open in several.
+    pub(super) objects: Objects,
 }
 
 impl Files {
-    pub(crate) fn new(tree: &Tree) -> Result<Self> {
+    pub(crate) fn new(tree: &Tree, objects: Objects) -> Result<Self> {
         let mut pipes = BTreeMap::new();
         for carried in &tree.pipes {
             let ends = pipe::create(carried.capacity, &carried.content).map_err(|error| {
@@ -204,6 +207,7 @@ impl Files {
             first_of_pipe: BTreeSet::new(),
             made: BTreeMap::new(),
             handed: BTreeSet::new(),
+            objects,
         })
     }
 
@@ -225,7 +229,7 @@ impl Files {
             let Some(&fd) = new.get(&carried.id) else {
                 continue;
             };
-            let made = make(carried, fd, &self.pipes, &mut self.first_of_pipe, &passed)?;
+            let made = self.make(carried, fd, &passed)?;
             if let Some(made) = made {
                 self.made.insert(carried.id, made);
             }
@@ -326,6 +330,112 @@ impl Files {
         work.run()?;
         Ok(())
     }
+
+    /// Makes one open file description in our process; `None` for those made in the husk.
+    fn make(
+        &mut self,
+        carried: &File,
+        fd: u32,
+        passed: impl Fn() -> Result<Passed>,
+    ) -> Result<Option<OwnedFd>> {
+        let object = || format!("fd {fd}");
+        let kernel = |call: &'static str| {
+            move |error: pageferry_tracee::Error| {
+                Error::object(object(), call, std::io::Error::other(error))
+            }
+        };
+        let kind = carried
+            .kind
+            .as_ref()
+            .ok_or_else(|| Invalid::new(object(), "is of no known kind"))?;
+        let made: OwnedFd = match kind {
+            file::Kind::Regular(regular) => {
+                let identity = regular
+                    .identity
+                    .as_ref()
+                    .ok_or_else(|| Invalid::new(object(), "names no file"))?;
+                open(&identity.path, carried.flags, Some(regular.position)).map_err(|error| {
+                    Error::object(format!("fd {fd} ({})", identity.path), "open", error)
+                })?
+            }
+            file::Kind::Shared(shared) => {
+                let mut opened = self.objects.open(shared.object, carried.flags)?;
+                if shared.position != 0 {
+                    opened
+                        .seek(SeekFrom::Start(shared.position))
+                        .map_err(|error| Error::object(object(), "lseek", error))?;
+                }
+                opened.into()
+            }
+            file::Kind::Directory(directory) => {
+                open(&directory.path, carried.flags, Some(directory.position)).map_err(|error| {
+                    Error::object(format!("fd {fd} ({})", directory.path), "open", error)
+                })?
+            }
+            file::Kind::Device(device) => {
+                let opened = open(&device.path, carried.flags, None).map_err(|error| {
+                    Error::object(format!("fd {fd} ({})", device.path), "open", error)
+                })?;
+                let rdev = nix::sys::stat::fstat(&opened)
+                    .map_err(|e| Error::object(object(), "fstat", e))?
+                    .st_rdev;
+                if rdev != device.rdev {
+                    return Err(Error::Mismatch {
+                        object: object(),
+                        what: format!("{} is another device here", device.path),
+                    });
+                }
+                opened
+            }
+            file::Kind::Pipe(end) => {
+                let (read, write) = self.pipes.get(&end.pipe).ok_or_else(|| {
+                    Invalid::new(
+                        object(),
+                        format!("names pipe {}, which is not there", end.pipe),
+                    )
+                })?;
+                let ours = if end.write_end { write } else { read };
+                if self.first_of_pipe.insert((end.pipe, end.write_end)) {
+                    // As pipe(2) made it: opening it anew would show in its flags.
+                    ours.try_clone()
+                        .map_err(|error| Error::object(object(), "dup", error))?
+                } else {
+                    // A second description of the same end, which only an open can have made.
+                    let path = format!("/proc/self/fd/{}", ours.as_raw_fd());
+                    open(&path, carried.flags, None)
+                        .map_err(|error| Error::object(object(), "open of a pipe end", error))?
+                }
+            }
+            file::Kind::Eventfd(eventfd) => {
+                descriptor::create_eventfd(eventfd.count, eventfd.semaphore)
+                    .map_err(kernel("eventfd2"))?
+            }
+            file::Kind::Epoll(_) => {
+                nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC)
+                    .map_err(|e| Error::object(object(), "epoll_create1", e))?
+                    .0
+            }
+            file::Kind::Timerfd(carried) => timerfd(carried, passed, kernel("timerfd"))?,
+            file::Kind::Signalfd(carried) => {
+                descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?
+            }
+            file::Kind::Socket(socket) => match sockets::make(socket, &object())? {
+                Some(fd) => fd,
+                None => return Ok(None),
+            },
+        };
+        if !matches!(
+            kind,
+            file::Kind::Regular(_)
+                | file::Kind::Shared(_)
+                | file::Kind::Directory(_)
+                | file::Kind::Device(_)
+        ) {
+            set_status(&made, carried.flags)
+                .map_err(|errno| Error::object(object(), "fcntl(F_SETFL)", errno))?;
+        }
+        Ok(Some(made))
+    }
 }
 
 /// Longest time between looking at the clock and having armed a timer by it, nanoseconds, and how often that is tried: a host
@@ -358,108 +468,13 @@ fn timerfd(
     }
 }
 
-/// Makes one open file description in our process; `None` for those made in the husk.
-fn make(
-    carried: &File,
-    fd: u32,
-    pipes: &BTreeMap<u32, (OwnedFd, OwnedFd)>,
-    first_of_pipe: &mut BTreeSet<(u32, bool)>,
-    passed: impl Fn() -> Result<Passed>,
-) -> Result<Option<OwnedFd>> {
-    let object = || format!("fd {fd}");
-    let kernel = |call: &'static str| {
-        move |error: pageferry_tracee::Error| {
-            Error::object(object(), call, std::io::Error::other(error))
-        }
-    };
-    let kind = carried
-        .kind
-        .as_ref()
-        .ok_or_else(|| Invalid::new(object(), "is of no known kind"))?;
-    let made: OwnedFd = match kind {
-        file::Kind::Regular(regular) => {
-            let identity = regular
-                .identity
-                .as_ref()
-                .ok_or_else(|| Invalid::new(object(), "names no file"))?;
-            open(&identity.path, carried.flags, Some(regular.position)).map_err(|error| {
-                Error::object(format!("fd {fd} ({})", identity.path), "open", error)
-            })?
-        }
-        file::Kind::Directory(directory) => {
-            open(&directory.path, carried.flags, Some(directory.position)).map_err(|error| {
-                Error::object(format!("fd {fd} ({})", directory.path), "open", error)
-            })?
-        }
-        file::Kind::Device(device) => {
-            let opened = open(&device.path, carried.flags, None).map_err(|error| {
-                Error::object(format!("fd {fd} ({})", device.path), "open", error)
-            })?;
-            let rdev = nix::sys::stat::fstat(&opened)
-                .map_err(|e| Error::object(object(), "fstat", e))?
-                .st_rdev;
-            if rdev != device.rdev {
-                return Err(Error::Mismatch {
-                    object: object(),
-                    what: format!("{} is another device here", device.path),
-                });
-            }
-            opened
-        }
-        file::Kind::Pipe(end) => {
-            let (read, write) = pipes.get(&end.pipe).ok_or_else(|| {
-                Invalid::new(
-                    object(),
-                    format!("names pipe {}, which is not there", end.pipe),
-                )
-            })?;
-            let ours = if end.write_end { write } else { read };
-            if first_of_pipe.insert((end.pipe, end.write_end)) {
-                // As pipe(2) made it: opening it anew would show in its flags.
-                ours.try_clone()
-                    .map_err(|error| Error::object(object(), "dup", error))?
-            } else {
-                // A second description of the same end, which only an open can have made.
-                let path = format!("/proc/self/fd/{}", ours.as_raw_fd());
-                open(&path, carried.flags, None)
-                    .map_err(|error| Error::object(object(), "open of a pipe end", error))?
-            }
-        }
-        file::Kind::Eventfd(eventfd) => {
-            descriptor::create_eventfd(eventfd.count, eventfd.semaphore)
-                .map_err(kernel("eventfd2"))?
-        }
-        file::Kind::Epoll(_) => {
-            nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC)
-                .map_err(|e| Error::object(object(), "epoll_create1", e))?
-                .0
-        }
-        file::Kind::Timerfd(carried) => timerfd(carried, passed, kernel("timerfd"))?,
-        file::Kind::Signalfd(carried) => {
-            descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?
-        }
-        file::Kind::Socket(socket) => match sockets::make(socket, &object())? {
-            Some(fd) => fd,
-            None => return Ok(None),
-        },
-    };
-    if !matches!(
-        kind,
-        file::Kind::Regular(_) | file::Kind::Directory(_) | file::Kind::Device(_)
-    ) {
-        set_status(&made, carried.flags)
-            .map_err(|errno| Error::object(object(), "fcntl(F_SETFL)", errno))?;
-    }
-    Ok(Some(made))
-}
-
 pub(crate) fn set_status(fd: &OwnedFd, flags: u32) -> nix::Result<()> {
     let wanted = nix::fcntl::OFlag::from_bits_retain(as_c_int(flags & STATUS_FLAGS));
     nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(wanted))?;
     Ok(())
 }
 
-fn open(path: &str, flags: u32, position: Option<u64>) -> std::io::Result<OwnedFd> {
+pub(super) fn open(path: &str, flags: u32, position: Option<u64>) -> std::io::Result<OwnedFd> {
     let mode = as_c_int(flags) & libc::O_ACCMODE;
     let custom = as_c_int(flags & STATUS_FLAGS)
         | (as_c_int(flags) & (libc::O_DIRECTORY | libc::O_LARGEFILE));

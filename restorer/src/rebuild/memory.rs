@@ -15,6 +15,7 @@ use pageferry_tracee::procfs::{self, Vma};
 use pageferry_tracee::uffd::{Copied, Features, Uffd};
 
 use super::files::Handover;
+use super::shared::Objects;
 use super::{EagerPage, Error, Result, Work, mapping_name, runs};
 
 /// Lowest address the agent is put at; below lie programs linked at fixed addresses and mmap_min_addr.
@@ -125,7 +126,7 @@ pub(crate) fn map_vdso(injection: &mut Injection<'_>, pid: i32, space: &Space) -
 
 fn mmap_flags(mapping: &Mapping) -> u64 {
     let mut flags = libc::MAP_FIXED_NOREPLACE;
-    flags |= if mapping.kind() == Kind::FileShared {
+    flags |= if matches!(mapping.kind(), Kind::FileShared | Kind::Shared) {
         libc::MAP_SHARED
     } else {
         libc::MAP_PRIVATE
@@ -162,13 +163,19 @@ pub(crate) fn map(
     pid: i32,
     space: &Space,
     handed: &mut Handover,
+    objects: &Objects,
 ) -> Result<()> {
     // Mappings of one file share one descriptor; (path, writable) keeps a shared writable one apart.
     let mut by_file: BTreeMap<(String, bool), Vec<&Mapping>> = BTreeMap::new();
+    let mut by_object: BTreeMap<(u32, bool), Vec<&Mapping>> = BTreeMap::new();
     let mut anon: Vec<&Mapping> = Vec::new();
     for mapping in &space.mappings {
         match mapping.kind() {
             Kind::Anon => anon.push(mapping),
+            Kind::FilePrivate | Kind::Shared if mapping.shared != 0 => by_object
+                .entry((mapping.shared, mapping.file_writable))
+                .or_default()
+                .push(mapping),
             Kind::FilePrivate | Kind::FileShared => {
                 let Some(file) = &mapping.file else {
                     return Err(Invalid::new(
@@ -184,7 +191,7 @@ pub(crate) fn map(
                     .push(mapping);
             }
             Kind::Vvar | Kind::Vdso => {}
-            Kind::Invalid => {
+            Kind::Shared | Kind::Invalid => {
                 return Err(Invalid::new(
                     mapping_name(mapping.start, mapping.end),
                     "is of no known kind",
@@ -202,6 +209,15 @@ pub(crate) fn map(
     for ((path, writable), mappings) in by_file {
         let file = files_open(&path, writable)?;
         let fd = handed.lend(&mut work, &file)?;
+        for mapping in mappings {
+            work.room()?;
+            map_one(&mut work, mapping, fd);
+        }
+        handed.take_back(&mut work, fd)?;
+    }
+    for ((id, writable), mappings) in by_object {
+        let object = objects.to_map(id, writable)?;
+        let fd = handed.lend(&mut work, &object)?;
         for mapping in mappings {
             work.room()?;
             map_one(&mut work, mapping, fd);
@@ -484,7 +500,11 @@ pub(crate) fn install(
                     );
                 }
                 Kind::FilePrivate => memory.write(address, piece)?,
-                Kind::FileShared | Kind::Vvar | Kind::Vdso | Kind::Invalid => {
+                Kind::FileShared
+                | Kind::Shared
+                | Kind::Vvar
+                | Kind::Vdso
+                | Kind::Invalid => {
                     return Err(Invalid::new(
                         format!("page {address:x}"),
                         "lies in a mapping that takes no pages",

@@ -20,7 +20,7 @@ pub struct File {
     pub flags: u32,
     #[prost(message, optional, tag = "3")]
     pub owner: ::core::option::Option<Owner>,
-    #[prost(oneof = "file::Kind", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "file::Kind", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub kind: ::core::option::Option<file::Kind>,
 }
 /// Nested message and enum types in `File`.
@@ -45,6 +45,8 @@ pub mod file {
         Signalfd(super::Signalfd),
         #[prost(message, tag = "12")]
         Socket(super::super::sockets::Socket),
+        #[prost(message, tag = "13")]
+        Shared(super::SharedFile),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -60,6 +62,14 @@ pub struct Owner {
 pub struct Regular {
     #[prost(message, optional, tag = "1")]
     pub identity: ::core::option::Option<super::memory::FileIdentity>,
+    #[prost(uint64, tag = "2")]
+    pub position: u64,
+}
+/// A file whose content is carried: Shared.id of the object.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SharedFile {
+    #[prost(uint32, tag = "1")]
+    pub object: u32,
     #[prost(uint64, tag = "2")]
     pub position: u64,
 }

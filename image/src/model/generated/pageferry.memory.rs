@@ -11,13 +11,13 @@ pub struct Mapping {
     pub prot: u32,
     #[prost(enumeration = "Kind", tag = "4")]
     pub kind: i32,
-    /// bytes into the file
+    /// bytes into the file or object
     #[prost(uint64, tag = "5")]
     pub offset: u64,
-    /// for the two file kinds
+    /// for the two file kinds, unless it is an object of the tree that is mapped
     #[prost(message, optional, tag = "6")]
     pub file: ::core::option::Option<FileIdentity>,
-    /// KIND_FILE_SHARED: the descriptor it was made from allowed writing (mprotect may ask for it: VmFlags mw)
+    /// KIND_FILE_SHARED, KIND_SHARED: the descriptor it was made from allowed writing (mprotect may ask for it: VmFlags mw)
     #[prost(bool, tag = "7")]
     pub file_writable: bool,
     /// VmFlags gd
@@ -41,6 +41,9 @@ pub struct Mapping {
     /// MADV_GUARD_INSTALL
     #[prost(message, repeated, tag = "14")]
     pub guards: ::prost::alloc::vec::Vec<Range>,
+    /// KIND_SHARED: Shared.id of what is mapped. KIND_FILE_PRIVATE: the same, in the place of a file
+    #[prost(uint32, tag = "16")]
+    pub shared: u32,
     /// MAP_DROPPABLE (vgetrandom state): made with that flag, private anonymous
     #[prost(bool, tag = "15")]
     pub droppable: bool,
@@ -127,6 +130,8 @@ pub enum Kind {
     /// vvar, vvar_vclock: mapped by the kernel with the vdso
     Vvar = 4,
     Vdso = 5,
+    /// shared mapping of an object of the tree, which is complete before the tree runs
+    Shared = 6,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -141,6 +146,7 @@ impl Kind {
             Self::FileShared => "KIND_FILE_SHARED",
             Self::Vvar => "KIND_VVAR",
             Self::Vdso => "KIND_VDSO",
+            Self::Shared => "KIND_SHARED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -152,6 +158,7 @@ impl Kind {
             "KIND_FILE_SHARED" => Some(Self::FileShared),
             "KIND_VVAR" => Some(Self::Vvar),
             "KIND_VDSO" => Some(Self::Vdso),
+            "KIND_SHARED" => Some(Self::Shared),
             _ => None,
         }
     }

@@ -208,6 +208,8 @@ pub struct Tree {
     pub boottime_ns: u64,
     #[prost(uint64, tag = "6")]
     pub realtime_ns: u64,
+    #[prost(message, repeated, tag = "8")]
+    pub shared: ::prost::alloc::vec::Vec<super::shared::Shared>,
     /// where it was captured; not in a state that travels, where the plan has told it
     #[prost(message, optional, tag = "7")]
     pub host: ::core::option::Option<Host>,

@@ -1,0 +1,230 @@
+//! Shared objects: which there are, each once however many mappings and descriptors reach it, and who else does.
+//!
+//! An object is known by its device and inode. What it holds is not read here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt as _;
+
+use pageferry_image::model::limits;
+use pageferry_image::model::shared::{Anonymous, Memfd, Shared, shared};
+use pageferry_image::page::PageRange;
+use pageferry_image::store::ObjectId;
+use pageferry_tracee::choke::{self, Kind as Call};
+use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey, Vma};
+use pageferry_tracee::{Error as ProcessError, shared as kernel};
+
+use super::files::Verdict;
+use crate::survey::{Object, Pids, Refusal, RefusalKind};
+use crate::{Error, Result};
+
+/// What the kernel calls shared anonymous memory.
+const ANONYMOUS: &str = "/dev/zero (deleted)";
+const MEMFD: &str = "/memfd:";
+
+/// Whether a mapping or descriptor of this name reaches an object that is carried.
+pub(crate) fn is_object(name: &str) -> bool {
+    name == ANONYMOUS || name.starts_with(MEMFD)
+}
+
+/// Where the pages of an object of the frozen tree are had from.
+#[derive(Debug, Clone)]
+pub struct SharedPages {
+    /// Its number.
+    pub object: u32,
+    /// Its size, bytes.
+    pub size: u64,
+    /// Leads to it for as long as the tree is frozen.
+    pub path: String,
+}
+
+impl SharedPages {
+    /// All of them; the last may reach beyond the size.
+    pub fn range(&self) -> PageRange {
+        PageRange {
+            start: 0,
+            end: self.size.next_multiple_of(pageferry_image::page::PAGE_SIZE),
+        }
+    }
+}
+
+/// The objects of a tree, as they are met.
+#[derive(Debug, Default)]
+pub(crate) struct Objects {
+    known: BTreeMap<FileKey, usize>,
+    found: Vec<Found>,
+}
+
+#[derive(Debug)]
+struct Found {
+    key: FileKey,
+    model: Shared,
+    /// Leads to it.
+    path: String,
+    /// Where it was met first.
+    at: (i32, Object),
+    /// Memory it takes.
+    bytes: u64,
+}
+
+impl Objects {
+    /// The object behind a mapping of `pid`.
+    pub(crate) fn mapped(&mut self, pid: i32, vma: &Vma) -> Result<Verdict<u32>> {
+        let (start, end) = (vma.start, vma.end);
+        let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+        let at = (pid, Object::Mapping { start, end });
+        let id = match self.met((vma.device, vma.inode)) {
+            Some(id) => Ok(id),
+            None => self.meet(at, path, &vma.path)?,
+        };
+        if let (Ok(id), true) = (&id, vma.flags.has("nr")) {
+            self.no_reserve(*id);
+        }
+        Ok(id)
+    }
+
+    /// The object that a descriptor of `pid` refers to.
+    pub(crate) fn opened(&mut self, pid: i32, entry: &DescriptorEntry) -> Result<Verdict<u32>> {
+        let path = format!("/proc/{pid}/fd/{}", entry.fd);
+        self.meet((pid, Object::Fd(entry.fd)), path, &entry.link)
+    }
+
+    fn met(&self, key: FileKey) -> Option<u32> {
+        self.known.get(&key).map(|&index| number(index))
+    }
+
+    fn meet(&mut self, at: (i32, Object), path: String, name: &str) -> Result<Verdict<u32>> {
+        let metadata = look_at(&path)?;
+        let key = (metadata.dev(), metadata.ino());
+        if let Some(id) = self.met(key) {
+            return Ok(Ok(id));
+        }
+        if metadata.len() > limits::ADDRESS_END {
+            let bytes = metadata.len();
+            return Ok(Err(RefusalKind::SharedSize { bytes }));
+        }
+        if self.found.len() == limits::SHARED {
+            let limit = limits::SHARED;
+            return Ok(Err(RefusalKind::SharedCount { limit }));
+        }
+        let kind = if name == ANONYMOUS {
+            shared::Kind::Anonymous(Anonymous::default())
+        } else {
+            match memfd(&path, name, &metadata)? {
+                Ok(memfd) => shared::Kind::Memfd(memfd),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        };
+        let id = number(self.found.len());
+        self.known.insert(key, self.found.len());
+        self.found.push(Found {
+            key,
+            model: Shared {
+                id,
+                size: metadata.len(),
+                kind: Some(kind),
+            },
+            path,
+            at,
+            bytes: metadata.blocks().saturating_mul(512),
+        });
+        Ok(Ok(id))
+    }
+
+    fn no_reserve(&mut self, id: u32) {
+        let model = id.checked_sub(1).and_then(|index| {
+            let found = self.found.get_mut(usize::try_from(index).ok()?)?;
+            found.model.kind.as_mut()
+        });
+        if let Some(shared::Kind::Anonymous(anonymous)) = model {
+            anonymous.no_reserve = true;
+        }
+    }
+
+    /// Memory that all of them take, bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.found.iter().map(|found| found.bytes).sum()
+    }
+
+    /// What tells them from all other files.
+    pub(crate) fn keys(&self) -> BTreeSet<FileKey> {
+        self.known.keys().copied().collect()
+    }
+
+    /// Those of `keys` that a process outside of the tree, whose processes are `pids`, reaches too.
+    pub(crate) fn held_outside(
+        &self,
+        pids: &[i32],
+        keys: &BTreeSet<FileKey>,
+    ) -> Result<Vec<Refusal>> {
+        let own = std::process::id() as i32;
+        let mut holders = procfs::file_holders(keys)?;
+        let mut refusals = Vec::new();
+        for found in &self.found {
+            let mut others = holders.remove(&found.key).unwrap_or_default();
+            others.retain(|holder| *holder != own && !pids.contains(holder));
+            if !others.is_empty() {
+                let (pid, object) = found.at;
+                let holders = Pids(others.into_iter().collect());
+                refusals.push(Refusal {
+                    pid,
+                    object,
+                    what: RefusalKind::SharedOutside { holders },
+                });
+            }
+        }
+        Ok(refusals)
+    }
+
+    /// What is carried of them, and where the pages of each are, in a tree of `process_count` processes.
+    pub(crate) fn into_models(self, process_count: usize) -> (Vec<Shared>, Vec<SharedPages>) {
+        let each = self.found.into_iter().enumerate().map(|(index, found)| {
+            let pages = SharedPages {
+                object: ObjectId::shared(process_count, index).0,
+                size: found.model.size,
+                path: found.path,
+            };
+            (found.model, pages)
+        });
+        each.unzip()
+    }
+}
+
+/// The id of the object at `index`; there are few.
+fn number(index: usize) -> u32 {
+    u32::try_from(index).map_or(u32::MAX, |index| index.saturating_add(1))
+}
+
+fn look_at(path: &str) -> Result<Metadata> {
+    choke::pass(Call::Memory).map_err(|errno| ProcessError::path("stat", path, errno))?;
+    std::fs::metadata(path).map_err(|source| Error::File {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn memfd(path: &str, name: &str, metadata: &Metadata) -> Result<Verdict<Memfd>> {
+    /// What `statfs(2)` says of tmpfs, and of hugetlbfs, where memfds of huge pages are.
+    const TMPFS: i64 = 0x0102_1994;
+    const HUGETLBFS: i64 = 0x9584_58f6;
+    match super::files::storage(path)? {
+        TMPFS => {}
+        HUGETLBFS => return Ok(Err(RefusalKind::MemfdHuge { path: name.into() })),
+        _ => return Ok(Err(RefusalKind::Memfd { path: name.into() })),
+    }
+    let own = name
+        .strip_prefix(MEMFD)
+        .and_then(|name| name.strip_suffix(" (deleted)"))
+        // What is no text is shown with this in its place, and could not be told again.
+        .filter(|name| !name.contains('\u{fffd}'));
+    let Some(own) = own else {
+        return Ok(Err(RefusalKind::Memfd { path: name.into() }));
+    };
+    Ok(Ok(Memfd {
+        name: own.to_owned(),
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        seals: kernel::seals(&kernel::open(path)?)?,
+    }))
+}
