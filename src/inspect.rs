@@ -324,8 +324,11 @@ fn described(file: &File, objects: &[Shared]) -> (&'static str, String) {
         }
         Some(file::Kind::Shared(shared)) => {
             let object = Shared::find(objects, shared.object);
-            ("shared object", object.map(Shared::name).unwrap_or_default())
-        },
+            (
+                "shared object",
+                object.map(Shared::name).unwrap_or_default(),
+            )
+        }
         Some(file::Kind::Directory(directory)) => ("directory", directory.path.clone()),
         Some(file::Kind::Device(device)) => ("device", device.path.clone()),
         Some(file::Kind::Pipe(files::PipeEnd { pipe, write_end })) => {

@@ -24,8 +24,8 @@ use pageferry_tracee::{Error as ProcessError, descriptor, leftover, socket};
 use pageferry_wire::message::{BoundSocket, Plan};
 
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
-use crate::capture::shared::Objects;
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
+use crate::capture::shared::Objects;
 use crate::capture::{memory, task, timers};
 use crate::identity::FileCheck;
 use crate::{Error, Result};

@@ -975,10 +975,10 @@ pub fn pipe_or_socket_holders(inodes: &BTreeSet<u64>) -> Result<BTreeMap<u64, BT
 pub type FileKey = (u64, u64);
 
 /// Which processes of this pid namespace map the files with these keys, or have a descriptor of one. As [`pipe_or_socket_holders`],
-/// over `/proc/*/maps` and `/proc/*/fdinfo`.
+/// over `/proc/*/maps` and `/proc/*/fdinfo`; processes that may not be looked at are left out.
 ///
 /// # Errors
-/// [`Error::Path`] when `/proc` cannot be listed, or when a process may not be looked at.
+/// [`Error::Path`] when `/proc` cannot be listed.
 pub fn file_holders(keys: &BTreeSet<FileKey>) -> Result<BTreeMap<FileKey, BTreeSet<i32>>> {
     choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
     let mut holders: BTreeMap<FileKey, BTreeSet<i32>> = BTreeMap::new();
@@ -988,27 +988,20 @@ pub fn file_holders(keys: &BTreeSet<FileKey>) -> Result<BTreeMap<FileKey, BTreeS
     let pids: Vec<i32> =
         list_numbers("/proc").map_err(|error| failed("list", 0, "/proc", &error))?;
     for pid in pids {
-        let path = format!("/proc/{pid}/maps");
-        match std::fs::read(&path) {
-            Ok(text) => {
-                for key in String::from_utf8_lossy(&text).lines().filter_map(mapped_key) {
-                    if keys.contains(&key) {
-                        holders.entry(key).or_default().insert(pid);
-                    }
-                }
+        // One that has ended, or that nobody may look at, such as process 1 of some containers.
+        let Ok(text) = std::fs::read(format!("/proc/{pid}/maps")) else {
+            continue;
+        };
+        for key in String::from_utf8_lossy(&text)
+            .lines()
+            .filter_map(mapped_key)
+        {
+            if keys.contains(&key) {
+                holders.entry(key).or_default().insert(pid);
             }
-            Err(error) => match failed("read", pid, &path, &error) {
-                Error::Gone { .. } => continue,
-                error => return Err(error),
-            },
         }
-        let table = format!("/proc/{pid}/fd");
-        let entries = match std::fs::read_dir(&table) {
-            Ok(entries) => entries,
-            Err(error) => match failed("list", pid, &table, &error) {
-                Error::Gone { .. } => continue,
-                error => return Err(error),
-            },
+        let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+            continue;
         };
         for entry in entries {
             let Ok(entry) = entry else { break };

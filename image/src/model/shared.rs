@@ -58,8 +58,8 @@ impl Shared {
                 ensure(is_whole, object, "is not made of whole pages")
             }
             Some(shared::Kind::Memfd(memfd)) => {
-                let is_name = memfd.name.len() <= limits::MEMFD_NAME_LEN
-                    && !memfd.name.contains('\0');
+                let is_name =
+                    memfd.name.len() <= limits::MEMFD_NAME_LEN && !memfd.name.contains('\0');
                 ensure(is_name, object, "has an impossible name")?;
                 ensure(memfd.mode & !MODES == 0, object, "has an impossible mode")?;
                 ensure(memfd.seals & !SEALS == 0, object, "has unknown seals")
@@ -110,9 +110,8 @@ impl Shared {
             if let Some(files::file::Kind::Shared(open)) = &file.kind {
                 let name = || format!("open file {}", file.id);
                 let object = Self::find(shared, open.object);
-                let is_file = object.is_some_and(|object| {
-                    !matches!(object.kind, Some(shared::Kind::Anonymous(_)))
-                });
+                let is_file = object
+                    .is_some_and(|object| !matches!(object.kind, Some(shared::Kind::Anonymous(_))));
                 ensure(is_file, name, "names no shared object that can be opened")?;
                 reached.insert(open.object);
             }

@@ -500,11 +500,7 @@ pub(crate) fn install(
                     );
                 }
                 Kind::FilePrivate => memory.write(address, piece)?,
-                Kind::FileShared
-                | Kind::Shared
-                | Kind::Vvar
-                | Kind::Vdso
-                | Kind::Invalid => {
+                Kind::FileShared | Kind::Shared | Kind::Vvar | Kind::Vdso | Kind::Invalid => {
                     return Err(Invalid::new(
                         format!("page {address:x}"),
                         "lies in a mapping that takes no pages",
