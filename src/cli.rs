@@ -222,6 +222,9 @@ pub struct CarryArgs {
     /// Go on although a service manager or container runtime may start the process again here
     #[arg(long)]
     pub unmanaged: bool,
+    /// Deleted files that the process still has are carried with their content up to this size (on a tmpfs: any)
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 20)]
+    pub ghost_limit: u64,
 }
 
 /// Options of `dump`.

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use pageferry_image::model::task::Tree;
 use pageferry_pageserver::capture::{self, Captured};
 use pageferry_pageserver::survey::{Survey, SurveyOptions};
+use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{self, Eager, Rebuilt};
 use pageferry_tracee::family::Family;
 use pageferry_tracee::host;
@@ -236,7 +237,10 @@ fn roll_back(held: Option<Family>, parked: bool) -> Result<(), Error> {
 }
 
 enum TargetCommand {
-    Rebuild(Box<(Tree, Eager, i64, i64)>, Reply<Vec<Rebuilt>>),
+    Rebuild(
+        Box<(Tree, Eager, i64, i64)>,
+        Reply<(Vec<Rebuilt>, NewFiles)>,
+    ),
     ClearExitKill(Reply<()>),
     Release(Reply<()>),
     LetGo(Reply<()>),
@@ -271,14 +275,14 @@ impl TargetTree {
         })
     }
 
-    /// Rebuilds `tree` in the husk. The tree's clocks are this host's plus the two offsets, nanoseconds.
+    /// Rebuilds `tree` in the husk; the files that were made go again unless they are kept. The tree's clocks are this host's plus the two offsets, nanoseconds.
     pub async fn rebuild(
         &self,
         tree: Tree,
         eager: Eager,
         monotonic_offset_ns: i64,
         boottime_offset_ns: i64,
-    ) -> Result<Vec<Rebuilt>, Error> {
+    ) -> Result<(Vec<Rebuilt>, NewFiles), Error> {
         let work = Box::new((tree, eager, monotonic_offset_ns, boottime_offset_ns));
         ask(&self.commands, |reply| TargetCommand::Rebuild(work, reply)).await
     }
@@ -410,7 +414,7 @@ fn seize_and_rebuild(
     monotonic_offset_ns: i64,
     boottime_offset_ns: i64,
     husks: &mut Option<Family>,
-) -> Result<Vec<Rebuilt>, Error> {
+) -> Result<(Vec<Rebuilt>, NewFiles), Error> {
     let family = husks.insert(Family::seize(pid, seize).map_err(|e| Error::Rebuild(e.into()))?);
     family
         .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)

@@ -311,6 +311,7 @@ fn kind_of_shared(shared: &Shared) -> &'static str {
         None => "unknown",
         Some(shared::Kind::Anonymous(_)) => "anonymous",
         Some(shared::Kind::Memfd(_)) => "memfd",
+        Some(shared::Kind::Carried(_)) => "file",
     }
 }
 

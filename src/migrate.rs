@@ -17,7 +17,7 @@ use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_image::store::ObjectId;
 use pageferry_pageserver::capture::Pages;
-use pageferry_pageserver::capture::shared::SharedPages;
+use pageferry_pageserver::capture::shared::{MovedFile, SharedPages};
 use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
@@ -307,6 +307,7 @@ async fn crossing(
         surveyed: Some((survey, options)),
         pages: Vec::new(),
         shared: Vec::new(),
+        moved: Vec::new(),
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
@@ -392,6 +393,8 @@ struct Shell<'a> {
     pages: Vec<Pages>,
     /// Of each shared object.
     shared: Vec<SharedPages>,
+    /// Files that are the target's once the process is.
+    moved: Vec<MovedFile>,
     clock: Clock,
     /// What the capture found that cannot be carried.
     refused: Vec<survey::Refusal>,
@@ -589,6 +592,14 @@ impl Shell<'_> {
                         tracing::error!("{}: kill -KILL {}", report::chain(&error), self.pid);
                     }
                 }
+                for file in std::mem::take(&mut self.moved) {
+                    if let Err(error) = file.remove() {
+                        tracing::warn!(
+                            "{} went along and could not be removed here: {error}",
+                            file.path()
+                        );
+                    }
+                }
                 self.account();
                 session.handle_figures(self.done());
                 session.handle_killed();
@@ -615,6 +626,7 @@ impl Shell<'_> {
         };
         self.pages = captured.pages;
         self.shared = captured.shared;
+        self.moved = captured.moved;
         Ok(State::new(&captured.tree))
     }
 
@@ -983,6 +995,7 @@ fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_trac
         comm: survey.comm.clone(),
         tids: survey.tids.clone(),
         files: survey.files.clone(),
+        carried: survey.carried.clone(),
         resident_bytes: survey.resident_bytes,
         locked_bytes: survey.locked_bytes,
         user_address_end: survey.user_address_end,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::libc;
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::shared::{Shared, shared};
 use pageferry_image::model::sockets::State;
 use pageferry_image::model::task::{Host, Process, Tree};
 use pageferry_image::page::PAGE_SIZE;
@@ -58,6 +59,11 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
     for file in &plan.files {
         if let Some(text) = judge_file(file, plan) {
             refusals.push(refusal(format!("{process} file {}", file.path), text));
+        }
+    }
+    for file in &plan.carried {
+        if let Some(text) = judge_carried(file) {
+            refusals.push(refusal(format!("{process} {}", file.name()), text));
         }
     }
     for bound in &plan.sockets {
@@ -144,6 +150,7 @@ pub fn survey_options(args: &CarryArgs, same_file: Vec<PathBuf>) -> SurveyOption
         file_check: identity_check(file_check(args.file_check)),
         same_file,
         unmanaged: args.unmanaged,
+        ghost_limit: args.ghost_limit,
     }
 }
 
@@ -238,6 +245,12 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
             .map_or_else(String::new, |leader| leader.comm.clone()),
         tids: tree.processes.iter().flat_map(Process::tids).collect(),
         files: files_of(tree).into_values().cloned().collect(),
+        carried: tree
+            .shared
+            .iter()
+            .filter(|shared| matches!(shared.kind, Some(shared::Kind::Carried(_))))
+            .cloned()
+            .collect(),
         sockets: bound.collect(),
         host: tree.host.clone(),
         monotonic_ns: tree.monotonic_ns,
@@ -299,6 +312,21 @@ fn judge_cpu(
 /// Whether the file at the same path here is the one the process means.
 fn judge_file(file: &FileIdentity, plan: &Plan) -> Option<String> {
     identity::difference(file, identity_check(plan.file_check()))
+}
+
+/// Whether a file can be made here, with its name or without.
+fn judge_carried(file: &Shared) -> Option<String> {
+    let Some(shared::Kind::Carried(carried)) = &file.kind else {
+        return None;
+    };
+    if file.new_path().is_some() && Path::new(&carried.path).symlink_metadata().is_ok() {
+        return Some("is there on the target already, and may be another's (remove it there, or --same-file if it is the same)".into());
+    }
+    let folder = Path::new(&carried.path).parent()?;
+    (!folder.is_dir()).then(|| {
+        let folder = folder.display();
+        format!("cannot be made: there is no folder {folder} on the target (make it)")
+    })
 }
 
 /// Whether the address can be bound here: tried, and given back at once.

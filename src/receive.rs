@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry_image::model::task::Tree;
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
+use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{Eager, Rebuilt};
 use pageferry_tracee::host;
 use pageferry_wire::message::{
@@ -344,6 +345,7 @@ async fn crossing(
         plan: None,
         state: None,
         rebuilt: Vec::new(),
+        new_files: NewFiles::default(),
         resident_at_run: 0,
         committed: None,
         running: None,
@@ -388,6 +390,7 @@ struct Shell<'a> {
     /// What is to be built, and the pages that came with it.
     state: Option<(Tree, Eager)>,
     rebuilt: Vec<Rebuilt>,
+    new_files: NewFiles,
     resident_at_run: u64,
     committed: Option<Instant>,
     running: Option<Instant>,
@@ -680,7 +683,7 @@ impl Shell<'_> {
         self.offsets.adjust(&mut tree)?;
         let frozen_at = (tree.monotonic_ns, tree.boottime_ns);
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
-        let rebuilt = target
+        let (rebuilt, new_files) = target
             .rebuild(
                 tree,
                 eager,
@@ -701,6 +704,7 @@ impl Shell<'_> {
         tokio::time::sleep(behind).await;
         self.resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
         self.rebuilt = rebuilt;
+        self.new_files = new_files;
         Ok(Ready {
             rebuild_ns: nanoseconds(began),
             pages_resident: self.resident_at_run,
@@ -736,6 +740,7 @@ impl Shell<'_> {
             .await
             .map_err(|error| report::chain(&error))?;
         self.running = Some(Instant::now());
+        self.new_files.keep();
         tracing::info!(id = %self.report.id(), "pid {} runs here; its pages follow", self.pid);
         let commit_ns = self.committed.map_or(0, nanoseconds);
         Ok(Running {

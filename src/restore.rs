@@ -13,6 +13,7 @@ use pageferry_image::model::task::Process;
 use pageferry_image::page::PageRange;
 use pageferry_pageserver::at_rest;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
+use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{Eager, Rebuilt};
 use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::{host, process, procfs};
@@ -140,6 +141,8 @@ struct Made {
     pids: Vec<i32>,
     cradle: Option<Cradle>,
     tree: Option<TargetTree>,
+    /// Removed behind it.
+    new_files: NewFiles,
 }
 
 impl Made {
@@ -226,6 +229,7 @@ async fn restore(
         pids: Vec::new(),
         cradle: Some(cradle),
         tree: Some(held),
+        new_files: NewFiles::default(),
     };
     offsets.adjust(&mut tree).map_err(before)?;
     // What its threads touch on their way to their first instruction, and copied pages of files, which cannot be filled later.
@@ -253,7 +257,7 @@ async fn restore(
         .await
         .map_err(|error| bad_pages(&error))?;
     made.pids = tree.processes.iter().map(|process| process.pid).collect();
-    let rebuilt = made
+    let (rebuilt, new_files) = made
         .tree()?
         .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
         .await
@@ -279,6 +283,7 @@ async fn restore(
     ledger.rebuild_ms = ms(began.elapsed());
     report.phase(Phase::Commit);
     let ended = made.tree()?.ended();
+    made.new_files = new_files;
     release(&mut made, args.stopped).await?;
     ledger.downtime_ms = ms(began.elapsed());
     ledger.commit_ms = ledger.downtime_ms - ledger.rebuild_ms;
@@ -352,7 +357,9 @@ async fn release(made: &mut Made, stopped: bool) -> Result<(), Failure> {
             }
         }
     }
-    tree.release().await.map_err(failed)
+    tree.release().await.map_err(failed)?;
+    made.new_files.keep();
+    Ok(())
 }
 
 /// Opens the image, here or there.

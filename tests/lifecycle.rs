@@ -242,6 +242,7 @@ objects! {
     shared_file_mappings_cross: "shared_file", ORDINARY, Behind;
     shared_memory_crosses_and_is_shared: "shared_memory", ORDINARY, FarAhead;
     memfds_cross_with_their_seals: "memfds", ORDINARY, Behind;
+    files_on_a_tmpfs_and_deleted_ones_go_along: "tmpfs_files", ORDINARY, FarAhead;
     guard_pages_cross_and_are_followed: "guard_pages", ORDINARY, FarAhead;
     locked_memory_crosses: "locked_memory", ORDINARY, Behind;
     advice_and_names_of_mappings_cross: "advice", ORDINARY, FarAhead;

@@ -110,7 +110,7 @@ const FILE: Shape = of::<files::File>(fields! {
     10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET, 13 "shared": of::<files::SharedFile>(&[]),
 });
 const SHARED: Shape = of::<shared::Shared>(
-    fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[])},
+    fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[]), 5 "carried": of::<shared::Carried>(&[])},
 );
 const TREE: &[Field] = fields! {
     1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[]),

@@ -29,7 +29,7 @@ use pageferry_tracee::{Family, Injection, Tracee};
 
 use self::files::{Depth, Look};
 use self::memory::FirstTouch;
-use self::shared::{Objects, SharedPages};
+use self::shared::{MovedFile, Objects, SharedPages};
 use self::task::{Answered, Cpus};
 use crate::survey::{
     Member, Object, Refusal, RefusalKind, Survey, SurveyOptions, executable, relations,
@@ -49,6 +49,8 @@ pub struct Captured {
     pub pages: Vec<Pages>,
     /// Where the pages of each shared object are, in the order of the model: all travel before the tree runs.
     pub shared: Vec<SharedPages>,
+    /// Files that are in the way here once the tree runs elsewhere.
+    pub moved: Vec<MovedFile>,
 }
 
 /// Which pages of a process are carried, and when.
@@ -101,13 +103,15 @@ impl Answers {
 /// [`Error::Refused`] lists what cannot be carried and was not there, or could not be seen, before the freeze. After any error
 /// the processes are as they were, still frozen.
 pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) -> Result<Captured> {
+    let pids = family.pids();
     let mut look = Look {
         pid: survey.pid,
+        pids: &pids,
         options,
         known: survey.known.clone(),
         shared: Objects::default(),
     };
-    let (stats, mut refusals) = ordered(survey.pid, &family.pids(), survey)?;
+    let (stats, mut refusals) = ordered(survey.pid, &pids, survey)?;
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
     }
@@ -140,7 +144,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         .difference(&survey.shared)
         .copied()
         .collect();
-    refusals.extend(look.shared.held_outside(&family.pids(), &unknown)?);
+    refusals.extend(look.shared.held_outside(&pids, &unknown)?);
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
     }
@@ -169,12 +173,14 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     [tree.monotonic_ns, tree.boottime_ns, tree.realtime_ns] = now;
     (tree.files, tree.pipes) = (table.files, table.pipes);
     look.known.sync_written(SYNC_WAIT_FROZEN)?;
+    let moved = look.shared.moved();
     let (objects, shared) = look.shared.into_models(tree.processes.len());
     tree.shared = objects;
     Ok(Captured {
         tree,
         pages,
         shared,
+        moved,
     })
 }
 

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::shared::Shared;
 use pageferry_image::model::sockets::State;
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::PageRange;
@@ -54,6 +55,8 @@ pub struct SurveyOptions {
     pub same_file: Vec<PathBuf>,
     /// Go on although a service manager or container runtime may start the process again here.
     pub unmanaged: bool,
+    /// Bytes of a deleted file, not on a tmpfs, that is carried with its content.
+    pub ghost_limit: u64,
 }
 
 /// What was found.
@@ -71,6 +74,8 @@ pub struct Survey {
     pub files: Vec<FileIdentity>,
     /// Addresses the target must be able to bind.
     pub sockets: Vec<BoundSocket>,
+    /// Files that will be made on the target.
+    pub carried: Vec<Shared>,
     /// Threads of all processes, the root's first.
     pub tids: Vec<i32>,
     /// Private anonymous memory in use, swapped included, and that of the shared objects.
@@ -105,6 +110,7 @@ impl Survey {
             pid: self.pid,
             tids: self.tids.clone(),
             files: self.files.clone(),
+            carried: self.carried.clone(),
             resident_bytes: self.resident_bytes,
             sockets: self.sockets.clone(),
             comm: self.comm.clone(),
@@ -148,8 +154,10 @@ pub fn survey(pid: i32, options: &SurveyOptions) -> Result<Survey> {
 }
 
 fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
+    let pids = procfs::descendants(root)?;
     let mut look = Look {
         pid: root,
+        pids: &pids,
         options,
         known: KnownFiles::default(),
         shared: Objects::default(),
@@ -170,7 +178,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found.notes.extend(identity_notes(root, &stat));
     let mut tables = Vec::new();
     let mut stats = Vec::new();
-    for pid in procfs::descendants(root)? {
+    for &pid in &pids {
         look.pid = pid;
         match member(&mut look, root, &mut found) {
             Ok(Some((stat, entries))) => {
@@ -190,11 +198,17 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found
         .refusals
         .extend(files::held_outside(&tables, &table.inodes)?);
-    let pids: Vec<i32> = tables.iter().map(|(pid, _)| *pid).collect();
     found.shared = look.shared.keys();
     let outside = look.shared.held_outside(&pids, &found.shared)?;
     found.refusals.extend(outside);
     found.resident_bytes += look.shared.bytes();
+    found.carried = look.shared.carried();
+    for file in look.shared.moved() {
+        let path = file.path();
+        found
+            .notes
+            .push(format!("file {path} goes along and is removed here"));
+    }
     found
         .refusals
         .sort_by_key(|refusal| (refusal.pid != root, refusal.pid, refusal.object));
@@ -325,6 +339,7 @@ fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
         refusals,
         notes: Vec::new(),
         files: Vec::new(),
+        carried: Vec::new(),
         sockets: Vec::new(),
         tids: Vec::new(),
         resident_bytes: 0,

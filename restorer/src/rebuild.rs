@@ -309,7 +309,7 @@ impl<'w, 'i> Work<'w, 'i> {
 }
 
 /// Rebuilds `tree` in the husk that `family` consists of, frozen, and in those it makes, and leaves all stopped, ready for their
-/// first instruction. What is returned is in the order of the tree.
+/// first instruction. What is returned is in the order of the tree; the files that were made go again unless they are kept.
 ///
 /// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
 /// On `Err` the husks are of no further use: kill them.
@@ -318,7 +318,7 @@ pub fn rebuild(
     tree: &Tree,
     eager: Eager,
     clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
-) -> Result<Vec<Rebuilt>> {
+) -> Result<(Vec<Rebuilt>, shared::NewFiles)> {
     tree.validate()?;
     let root = tree
         .processes
@@ -344,9 +344,9 @@ pub fn rebuild(
             member, process, leader, tree, &mut files, &eager, &clock,
         )?);
     }
-    files.objects.seal()?;
+    let new_files = files.objects.finish()?;
     match pages.keys().next() {
-        None => Ok(rebuilt),
+        None => Ok((rebuilt, new_files)),
         Some(object) => Err(model::Invalid::new(
             format!("object {object}"),
             "has pages that came with the state, and is not in the tree",

@@ -86,8 +86,10 @@ static void setup(void) {
     snprintf(path, sizeof path, "%s.deleted", state_path);
     int deleted = open(path, O_RDWR | O_CREAT, 0600);
     unlink(path);
+    MUST(posix_fallocate(deleted, 0, 2 << 20) == 0);
     holds("deleted-file", deleted);
-    snprintf(local_path, sizeof local_path, "/tmp/local.%d", getpid());
+    /* On a disk: what lies on a tmpfs goes along. */
+    snprintf(local_path, sizeof local_path, "/var/tmp/pageferry-local.%d", getpid());
     int local = open(local_path, O_RDWR | O_CREAT, 0600);
     atexit(remove_local);
     holds("local-file", local);

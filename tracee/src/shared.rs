@@ -125,6 +125,35 @@ pub fn seals(file: impl AsFd) -> Result<u32> {
         .map_err(failed)
 }
 
+/// Whether a file has extended attributes that are somebody's choice; the label that SELinux gives every file is not.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn has_attributes(file: impl AsFd) -> Result<bool> {
+    /// Longest list there is, `XATTR_LIST_MAX`, bytes.
+    const LIST_LEN: usize = 65_536;
+    let failed = |errno| Error::kernel("flistxattr", own_pid(), errno);
+    choke::pass(Kind::Descriptor).map_err(failed)?;
+    let mut names = vec![0_u8; LIST_LEN];
+    // SAFETY: the buffer is as long as is said, and outlives the call.
+    let len = unsafe {
+        libc::flistxattr(
+            file.as_fd().as_raw_fd(),
+            names.as_mut_ptr().cast(),
+            names.len(),
+        )
+    };
+    match Errno::result(len) {
+        Ok(len) => {
+            let names = &names[..len.unsigned_abs()];
+            let mut names = names.split(|&byte| byte == 0);
+            Ok(names.any(|name| !name.is_empty() && name != b"security.selinux"))
+        }
+        Err(Errno::EOPNOTSUPP) => Ok(false),
+        Err(errno) => Err(failed(errno)),
+    }
+}
+
 /// Adds seals; they cannot be taken off again.
 ///
 /// # Errors

@@ -49,6 +49,8 @@ pub const TEXT_LEN_MAX: usize = 2048;
 pub const TIDS_MAX: usize = 65_536;
 /// Files in a plan.
 pub const FILES_MAX: usize = 65_536;
+/// Files in a plan that will be made.
+pub const SHARED_MAX: usize = pageferry_image::model::limits::SHARED;
 /// Bound sockets in a plan.
 pub const SOCKETS_MAX: usize = 65_536;
 /// Refusals, and notes, in a verdict.

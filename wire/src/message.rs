@@ -127,6 +127,17 @@ impl Checked for Plan {
             self.sockets.len(),
             limits::SOCKETS_MAX,
         )?;
+        at_most(
+            Tag::Plan,
+            "list of carried files",
+            self.carried.len(),
+            limits::SHARED_MAX,
+        )?;
+        for file in &self.carried {
+            if let Err(invalid) = file.validate() {
+                return rule(&invalid.object, invalid.rule);
+            }
+        }
         if self.pid <= 1 {
             return rule("pid", format!("{} cannot be carried", self.pid));
         }

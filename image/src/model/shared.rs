@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use super::files::{self, File};
 use super::memory::{Kind, Mapping};
-use super::{Invalid, at_most, ensure, limits};
+use super::{Invalid, absolute, at_most, ensure, limits};
 use crate::page::{PAGE_SIZE, PageRange};
 
 include!("generated/pageferry.shared.rs");
@@ -34,10 +34,22 @@ impl Shared {
         shared.get(index)
     }
 
+    /// The path at which it is made and stays.
+    pub fn new_path(&self) -> Option<&str> {
+        match &self.kind {
+            Some(shared::Kind::Carried(file)) if !file.deleted => Some(&file.path),
+            _ => None,
+        }
+    }
+
     /// What an operator would call it.
     pub fn name(&self) -> String {
         match &self.kind {
             Some(shared::Kind::Memfd(memfd)) => format!("memfd {}", memfd.name),
+            Some(shared::Kind::Carried(file)) if file.deleted => {
+                format!("deleted file {}", file.path)
+            }
+            Some(shared::Kind::Carried(file)) => format!("file {}", file.path),
             Some(shared::Kind::Anonymous(_)) | None => format!("shared memory {}", self.id),
         }
     }
@@ -64,6 +76,16 @@ impl Shared {
                 ensure(memfd.mode & !MODES == 0, object, "has an impossible mode")?;
                 ensure(memfd.seals & !SEALS == 0, object, "has unknown seals")
             }
+            Some(shared::Kind::Carried(file)) => {
+                absolute(&file.path, object)?;
+                ensure(!file.path.ends_with('/'), object, "is called like a folder")?;
+                ensure(file.mode & !MODES == 0, object, "has an impossible mode")?;
+                ensure(
+                    file.deleted || !file.nameless,
+                    object,
+                    "has a name and never had one",
+                )
+            }
         }
     }
 
@@ -86,6 +108,11 @@ impl Shared {
                 "are not numbered from 1 on",
             )?;
             object.validate()?;
+        }
+        let mut paths: Vec<&str> = shared.iter().filter_map(Self::new_path).collect();
+        paths.sort_unstable();
+        if let Some(pair) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Invalid::new(format!("file {}", pair[0]), "is made twice"));
         }
         let mut reached = BTreeSet::new();
         for mapping in mappings.filter(|mapping| mapping.shared != 0) {
@@ -153,6 +180,20 @@ mod tests {
         }
     }
 
+    fn carried(id: u32, change: impl FnOnce(&mut Carried)) -> Shared {
+        let mut file = Carried {
+            path: "/dev/shm/kept".into(),
+            mode: 0o600,
+            ..Carried::default()
+        };
+        change(&mut file);
+        Shared {
+            id,
+            size: 5,
+            kind: Some(shared::Kind::Carried(file)),
+        }
+    }
+
     fn mapping(shared: u32, file_writable: bool) -> Mapping {
         Mapping {
             start: 0x1000,
@@ -195,6 +236,11 @@ mod tests {
             ("NUL", memfd(1, |memfd| memfd.name = "a\0b".into())),
             ("mode", memfd(1, |memfd| memfd.mode = 0o100_644)),
             ("seals", memfd(1, |memfd| memfd.seals = 0x40)),
+            ("path", carried(1, |file| file.path = "kept".into())),
+            ("above", carried(1, |file| file.path = "/a/../b".into())),
+            ("folder", carried(1, |file| file.path = "/dev/shm/".into())),
+            ("file mode", carried(1, |file| file.mode = 0o100_600)),
+            ("nameless", carried(1, |file| file.nameless = true)),
         ] {
             assert!(bad.validate().is_err(), "{why}");
         }
@@ -222,6 +268,10 @@ mod tests {
             validate(&[anonymous(2, 0x1000)], &[mapping(2, true)], &[]).is_err(),
             "numbered wrongly"
         );
+        let same = [carried(1, |_| ()), carried(2, |_| ())];
+        assert!(validate(&same, &both, &[]).is_err(), "one path for two");
+        let replaced = [carried(1, |_| ()), carried(2, |file| file.deleted = true)];
+        assert_eq!(validate(&replaced, &both, &[]), Ok(()));
         let sealed = [memfd(1, |memfd| memfd.seals = SEAL_WRITE)];
         assert_eq!(validate(&sealed, &[mapping(1, false)], &[]), Ok(()));
         assert!(

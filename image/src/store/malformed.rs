@@ -15,7 +15,7 @@ use crate::model::files::{
     Descriptor, Device, Epoll, EpollItem, Eventfd, File, Pipe, PipeEnd, Regular, SharedFile, file,
 };
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
-use crate::model::shared::{Anonymous, Memfd, Shared, shared};
+use crate::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
 use crate::model::signals::Action;
 use crate::model::sockets::{Socket, State};
 use crate::model::task::{Credentials, Host, Limit, Process, Scheduling, Thread};
@@ -496,6 +496,19 @@ fn memfd(seals: u32) -> Shared {
     }
 }
 
+fn carried(id: u32, path: &str) -> Shared {
+    let file = Carried {
+        path: path.into(),
+        mode: 0o600,
+        ..Carried::default()
+    };
+    Shared {
+        id,
+        size: 100,
+        kind: Some(shared::Kind::Carried(file)),
+    }
+}
+
 /// Has an open file whose content is carried, but not its pages.
 fn shared_file(parts: &mut Parts) {
     parts.tree(|tree| tree.shared = vec![memfd(0)]);
@@ -856,6 +869,22 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                 parts.tree(|tree| tree.shared = vec![memfd(8)]);
             }),
             "`tree`: mapping 555555558000-55555555a000 may write an object that is sealed against it",
+        ),
+        (
+            "carried-with-way-up",
+            Built(|parts| {
+                parts.tree(|tree| tree.shared = vec![carried(1, "/dev/shm/../../etc/x")])
+            }),
+            "has `..` in its path",
+        ),
+        (
+            "carried-twice",
+            Built(|parts| {
+                parts.tree(|tree| {
+                    tree.shared = vec![carried(1, "/dev/shm/x"), carried(2, "/dev/shm/x")]
+                })
+            }),
+            "`tree`: file /dev/shm/x is made twice",
         ),
         (
             "file-of-no-object",

@@ -68,6 +68,8 @@ const KERNEL_STORAGE: [i64; 18] = [
     0x6573_5543,
     0x9584_58f6,
 ];
+/// tmpfs, of `statfs(2)`.
+pub(crate) const TMPFS: i64 = 0x0102_1994;
 /// Memory devices that are the same on every host, by minor number (major 1).
 const MEMORY_DEVICES: [(u64, &str); 5] = [
     (3, "/dev/null"),
@@ -87,6 +89,8 @@ pub(crate) struct Look<'a> {
     pub options: &'a SurveyOptions,
     pub known: KnownFiles,
     pub shared: Objects,
+    /// The processes of the tree.
+    pub pids: &'a [i32],
 }
 
 /// Identities already read, by path and whether the file must be the same one; with the device and inode they were read for.
@@ -198,15 +202,21 @@ impl Look<'_> {
 
     /// Whether what is written to `path` here is what the target reads there.
     pub(crate) fn on_shared_storage(&self, path: &str) -> Result<bool> {
-        if self
-            .options
-            .same_file
-            .iter()
-            .any(|prefix| std::path::Path::new(path).starts_with(prefix))
-        {
-            return Ok(true);
+        Ok(self.is_same_file(path) || SHARED_STORAGE.contains(&storage(path)?))
+    }
+
+    /// Whether the operator says so.
+    pub(crate) fn is_same_file(&self, path: &str) -> bool {
+        let mut prefixes = self.options.same_file.iter();
+        prefixes.any(|prefix| std::path::Path::new(path).starts_with(prefix))
+    }
+
+    /// Whether the file at `path` goes with the tree: it is on a tmpfs, and the tree writes it. `writable`: here it does.
+    pub(crate) fn goes_along(&mut self, path: &str, writable: bool, inode: u64) -> Result<bool> {
+        if self.is_same_file(path) || storage(path)? != TMPFS {
+            return Ok(false);
         }
-        Ok(SHARED_STORAGE.contains(&storage(path)?))
+        Ok(writable || self.shared.is_written(self.pids, inode)?)
     }
 }
 
@@ -296,7 +306,12 @@ fn memfd_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     if let Some(kind) = lock_kind(entry) {
         return Ok(Err(RefusalKind::FileLock { path, kind }));
     }
-    let object = look.shared.opened(look.pid, entry)?;
+    opened_object(look, entry)
+}
+
+fn opened_object(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<Shape>> {
+    let limit = look.options.ghost_limit;
+    let object = look.shared.opened(look.pid, entry, limit)?;
     Ok(object.map(|object| Shape::Shared { object }))
 }
 
@@ -364,20 +379,20 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
             Err(_) => Err(RefusalKind::DeletedDirectory { path }),
         });
     }
+    let writable = access(entry) != libc::O_RDONLY;
     match named {
-        Ok(named) if same_inode(&open, &named) => {}
-        _ if open.nlink() == 0 => {
-            return Ok(Err(RefusalKind::DeletedFile {
-                path: path.trim_end_matches(" (deleted)").to_owned(),
-            }));
+        Ok(named) if same_inode(&open, &named) => {
+            if look.goes_along(&path, writable, open.ino())? {
+                return opened_object(look, entry);
+            }
         }
+        _ if open.nlink() == 0 => return opened_object(look, entry),
         _ => {
             return Ok(Err(RefusalKind::ReplacedFile {
                 path: path.trim_end_matches(" (deleted)").to_owned(),
             }));
         }
     }
-    let writable = access(entry) != libc::O_RDONLY;
     if writable && !look.on_shared_storage(&path)? {
         return Ok(Err(RefusalKind::WritableFile { path }));
     }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
 
 use pageferry_image::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
@@ -119,27 +120,28 @@ enum Backing {
 }
 
 fn backing(look: &mut Look<'_>, vma: &Vma, kind: Kind) -> Result<Verdict<Backing>> {
-    let is_file = matches!(kind, Kind::FilePrivate | Kind::FileShared);
-    Ok(
-        if kind == Kind::Shared || is_file && shared::is_object(&vma.path) {
-            look.shared.mapped(look.pid, vma)?.map(Backing::Object)
-        } else if is_file {
-            mapped_file(look, vma)?.map(Backing::File)
-        } else {
-            Ok(Backing::Nothing)
-        },
-    )
+    match kind {
+        Kind::Shared => mapped_object(look, vma),
+        Kind::FilePrivate | Kind::FileShared => mapped_file(look, vma),
+        _ => Ok(Ok(Backing::Nothing)),
+    }
 }
 
-/// The file behind a mapping, or why it cannot be mapped from its path again.
-pub(crate) fn mapped_file(
-    look: &mut Look<'_>,
-    vma: &Vma,
-) -> Result<std::result::Result<FileIdentity, RefusalKind>> {
+fn mapped_object(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
+    let limit = look.options.ghost_limit;
+    let object = look.shared.mapped(look.pid, vma, limit)?;
+    Ok(object.map(Backing::Object))
+}
+
+/// The file behind a mapping: one to be mapped from its path again, or one that is carried; or why neither.
+fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     let path = vma.path.as_str();
     let must_be_shared = writes_file(vma);
+    if shared::is_object(path) || look.shared.has((vma.device, vma.inode)) {
+        return mapped_object(look, vma);
+    }
     if let Some(known) = look.known_file(path, must_be_shared, vma.device, vma.inode) {
-        return Ok(Ok(known));
+        return Ok(Ok(Backing::File(known)));
     }
     // The way through map_files leads to the very file, whatever its path is now; it needs CAP_CHECKPOINT_RESTORE.
     let through = format!("/proc/{}/map_files/{:x}-{:x}", look.pid, vma.start, vma.end);
@@ -150,6 +152,7 @@ pub(crate) fn mapped_file(
         (Ok(mapped), _) if !mapped.is_file() => Some(RefusalKind::DeviceMapping {
             path: path.to_owned(),
         }),
+        (Ok(mapped), _) if mapped.nlink() == 0 => return mapped_object(look, vma),
         (_, Err(_)) => Some(RefusalKind::DeletedMapping {
             path: path.to_owned(),
         }),
@@ -158,10 +161,11 @@ pub(crate) fn mapped_file(
                 path: path.to_owned(),
             })
         }
-        (Err(_), Ok(named)) if !std::os::unix::fs::MetadataExt::ino(named).eq(&vma.inode) => {
-            Some(RefusalKind::ReplacedMapping {
-                path: path.to_owned(),
-            })
+        (Err(_), Ok(named)) if named.ino() != vma.inode => Some(RefusalKind::ReplacedMapping {
+            path: path.to_owned(),
+        }),
+        _ if look.goes_along(path, must_be_shared, vma.inode)? => {
+            return mapped_object(look, vma);
         }
         _ if must_be_shared && !look.on_shared_storage(path)? => {
             Some(RefusalKind::SharedWritable {
@@ -174,7 +178,7 @@ pub(crate) fn mapped_file(
         Some(kind) => Ok(Err(kind)),
         None => look
             .identify(path, must_be_shared, vma.device, vma.inode)
-            .map(Ok),
+            .map(|file| Ok(Backing::File(file))),
     }
 }
 
@@ -404,10 +408,11 @@ fn mapping(look: &mut Look<'_>, vma: &Vma, kind: Kind, guards: &[PageRange]) -> 
         pid,
         what: "a mapped file",
     };
-    let (file, shared) = match backing(look, vma, kind)?.map_err(changed)? {
-        Backing::Nothing => (None, 0),
-        Backing::File(file) => (Some(file), 0),
-        Backing::Object(id) => (None, id),
+    let (kind, file, shared) = match (kind, backing(look, vma, kind)?.map_err(changed)?) {
+        (kind, Backing::Nothing) => (kind, None, 0),
+        (kind, Backing::File(file)) => (kind, Some(file), 0),
+        (Kind::FileShared, Backing::Object(id)) => (Kind::Shared, None, id),
+        (kind, Backing::Object(id)) => (kind, None, id),
     };
     let has_offset = file.is_some() || shared != 0;
     let mut prot = 0;

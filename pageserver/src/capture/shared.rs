@@ -7,14 +7,14 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt as _;
 
 use pageferry_image::model::limits;
-use pageferry_image::model::shared::{Anonymous, Memfd, Shared, shared};
+use pageferry_image::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
 use pageferry_image::page::PageRange;
 use pageferry_image::store::ObjectId;
 use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey, Vma};
 use pageferry_tracee::{Error as ProcessError, shared as kernel};
 
-use super::files::Verdict;
+use super::files::{TMPFS, Verdict, storage};
 use crate::survey::{Object, Pids, Refusal, RefusalKind};
 use crate::{Error, Result};
 
@@ -48,11 +48,39 @@ impl SharedPages {
     }
 }
 
+/// A file that went with the tree.
+#[derive(Debug, Clone)]
+pub struct MovedFile {
+    path: String,
+    key: FileKey,
+}
+
+impl MovedFile {
+    /// Its path.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Removes it here, unless something else is at its path by now.
+    ///
+    /// # Errors
+    /// What the kernel says; that it is gone is none.
+    pub fn remove(&self) -> std::io::Result<()> {
+        match std::fs::symlink_metadata(&self.path) {
+            Ok(found) if (found.dev(), found.ino()) == self.key => std::fs::remove_file(&self.path),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The objects of a tree, as they are met.
 #[derive(Debug, Default)]
 pub(crate) struct Objects {
     known: BTreeMap<FileKey, usize>,
     found: Vec<Found>,
+    /// Inodes of files that the tree writes, once somebody has asked.
+    written: Option<BTreeSet<u64>>,
 }
 
 #[derive(Debug)]
@@ -68,14 +96,14 @@ struct Found {
 }
 
 impl Objects {
-    /// The object behind a mapping of `pid`.
-    pub(crate) fn mapped(&mut self, pid: i32, vma: &Vma) -> Result<Verdict<u32>> {
+    /// The object behind a mapping of `pid`. `limit`: bytes of a deleted file that is carried.
+    pub(crate) fn mapped(&mut self, pid: i32, vma: &Vma, limit: u64) -> Result<Verdict<u32>> {
         let (start, end) = (vma.start, vma.end);
         let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
         let at = (pid, Object::Mapping { start, end });
         let id = match self.met((vma.device, vma.inode)) {
             Some(id) => Ok(id),
-            None => self.meet(at, path, &vma.path)?,
+            None => self.meet(at, path, &vma.path, limit)?,
         };
         if let (Ok(id), true) = (&id, vma.flags.has("nr")) {
             self.no_reserve(*id);
@@ -83,17 +111,42 @@ impl Objects {
         Ok(id)
     }
 
-    /// The object that a descriptor of `pid` refers to.
-    pub(crate) fn opened(&mut self, pid: i32, entry: &DescriptorEntry) -> Result<Verdict<u32>> {
+    /// The object that a descriptor of `pid` refers to, as [`Objects::mapped`].
+    pub(crate) fn opened(
+        &mut self,
+        pid: i32,
+        entry: &DescriptorEntry,
+        limit: u64,
+    ) -> Result<Verdict<u32>> {
         let path = format!("/proc/{pid}/fd/{}", entry.fd);
-        self.meet((pid, Object::Fd(entry.fd)), path, &entry.link)
+        self.meet((pid, Object::Fd(entry.fd)), path, &entry.link, limit)
+    }
+
+    /// Whether the object is known already.
+    pub(crate) fn has(&self, key: FileKey) -> bool {
+        self.known.contains_key(&key)
+    }
+
+    /// Whether a process of the tree has a file with this inode open for writing, or mapped so.
+    pub(crate) fn is_written(&mut self, pids: &[i32], inode: u64) -> Result<bool> {
+        if self.written.is_none() {
+            self.written = Some(written(pids)?);
+        }
+        let written = self.written.as_ref();
+        Ok(written.is_some_and(|written| written.contains(&inode)))
     }
 
     fn met(&self, key: FileKey) -> Option<u32> {
         self.known.get(&key).map(|&index| number(index))
     }
 
-    fn meet(&mut self, at: (i32, Object), path: String, name: &str) -> Result<Verdict<u32>> {
+    fn meet(
+        &mut self,
+        at: (i32, Object),
+        path: String,
+        name: &str,
+        limit: u64,
+    ) -> Result<Verdict<u32>> {
         let metadata = look_at(&path)?;
         let key = (metadata.dev(), metadata.ino());
         if let Some(id) = self.met(key) {
@@ -110,8 +163,13 @@ impl Objects {
         let kind = if name == ANONYMOUS {
             shared::Kind::Anonymous(Anonymous::default())
         } else {
-            match memfd(&path, name, &metadata)? {
-                Ok(memfd) => shared::Kind::Memfd(memfd),
+            let kind = if name.starts_with(MEMFD) {
+                memfd(&path, name, &metadata)?.map(shared::Kind::Memfd)
+            } else {
+                carried(&path, name, &metadata, limit)?.map(shared::Kind::Carried)
+            };
+            match kind {
+                Ok(kind) => kind,
                 Err(refusal) => return Ok(Err(refusal)),
             }
         };
@@ -144,6 +202,26 @@ impl Objects {
     /// Memory that all of them take, bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.found.iter().map(|found| found.bytes).sum()
+    }
+
+    /// Those that are files, as far as they will be made on the target.
+    pub(crate) fn carried(&self) -> Vec<Shared> {
+        let models = self.found.iter().map(|found| &found.model);
+        models
+            .filter(|model| matches!(model.kind, Some(shared::Kind::Carried(_))))
+            .cloned()
+            .collect()
+    }
+
+    /// The files with a name that go along: here they are in the way once the tree is elsewhere.
+    pub(crate) fn moved(&self) -> Vec<MovedFile> {
+        let moved = self.found.iter().filter_map(|found| {
+            Some(MovedFile {
+                path: found.model.new_path()?.to_owned(),
+                key: found.key,
+            })
+        });
+        moved.collect()
     }
 
     /// What tells them from all other files.
@@ -204,10 +282,9 @@ fn look_at(path: &str) -> Result<Metadata> {
 }
 
 fn memfd(path: &str, name: &str, metadata: &Metadata) -> Result<Verdict<Memfd>> {
-    /// What `statfs(2)` says of tmpfs, and of hugetlbfs, where memfds of huge pages are.
-    const TMPFS: i64 = 0x0102_1994;
+    /// What `statfs(2)` says of hugetlbfs, where memfds of huge pages are.
     const HUGETLBFS: i64 = 0x9584_58f6;
-    match super::files::storage(path)? {
+    match storage(path)? {
         TMPFS => {}
         HUGETLBFS => return Ok(Err(RefusalKind::MemfdHuge { path: name.into() })),
         _ => return Ok(Err(RefusalKind::Memfd { path: name.into() })),
@@ -227,4 +304,75 @@ fn memfd(path: &str, name: &str, metadata: &Metadata) -> Result<Verdict<Memfd>> 
         gid: metadata.gid(),
         seals: kernel::seals(&kernel::open(path)?)?,
     }))
+}
+
+fn carried(path: &str, name: &str, metadata: &Metadata, limit: u64) -> Result<Verdict<Carried>> {
+    let deleted = metadata.nlink() == 0;
+    let own = match deleted {
+        true => name.strip_suffix(" (deleted)").unwrap_or(name),
+        false => name,
+    };
+    let refused = |refusal: fn(String) -> RefusalKind| Ok(Err(refusal(own.to_owned())));
+    if own.contains('\u{fffd}') || !own.starts_with('/') {
+        return refused(|path| RefusalKind::UnreachablePath { path });
+    }
+    if metadata.nlink() > 1 {
+        return Ok(Err(RefusalKind::HardLinks {
+            path: own.to_owned(),
+            count: metadata.nlink(),
+        }));
+    }
+    // What lies on a tmpfs is memory already.
+    if deleted && metadata.blocks().saturating_mul(512) > limit && storage(path)? != TMPFS {
+        return Ok(Err(RefusalKind::GhostLimit {
+            path: own.to_owned(),
+            bytes: metadata.blocks().saturating_mul(512),
+        }));
+    }
+    if kernel::has_attributes(&kernel::open(path)?)? {
+        return refused(|path| RefusalKind::FileAttributes { path });
+    }
+    let nameless = format!("/#{}", metadata.ino());
+    Ok(Ok(Carried {
+        path: own.to_owned(),
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        mtime_ns: metadata
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(metadata.mtime_nsec()),
+        deleted,
+        nameless: deleted && own.ends_with(&nameless),
+    }))
+}
+
+/// Inodes of the files that these processes have open for writing, or mapped so. Not told apart by device: a file that is taken for
+/// one that is written goes along, too.
+fn written(pids: &[i32]) -> Result<BTreeSet<u64>> {
+    let mut found = BTreeSet::new();
+    for &pid in pids {
+        let gone = |error: &ProcessError| error.is_gone() && !procfs::exists(pid);
+        let mappings = match procfs::maps(pid) {
+            Err(error) if gone(&error) => continue,
+            mappings => mappings?,
+        };
+        found.extend(
+            mappings
+                .iter()
+                .filter(|vma| vma.shared && vma.write)
+                .map(|vma| vma.inode),
+        );
+        let entries = match procfs::descriptors(pid) {
+            Err(error) if gone(&error) => continue,
+            entries => entries?,
+        };
+        found.extend(
+            entries
+                .iter()
+                .filter(|entry| entry.info.flags as i32 & libc::O_ACCMODE != libc::O_RDONLY)
+                .map(|entry| entry.info.ino),
+        );
+    }
+    Ok(found)
 }

@@ -297,9 +297,10 @@ int main(void) {
     socket(AF_NETLINK, SOCK_RAW, 0);
     open("/proc/self/status", O_RDONLY);
     open("/etc/passwd", O_PATH);
-    char path[] = "/tmp/pageferry-subject-XXXXXX";
+    char path[] = "/var/tmp/pageferry-subject-XXXXXX";
     int gone = mkstemp(path);
     unlink(path);
+    write(gone, "x", 1);
     signal(SIGPIPE, SIG_IGN);
     mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, gone, 0);
     int segment = shmget(IPC_PRIVATE, 4096, 0600);
@@ -340,8 +341,7 @@ int main(void) {
         "accept-queue",
         "zombie",
         "connected-udp",
-        "deleted-file",
-        "deleted-mapping",
+        "ghost-limit",
         "epoll-foreign",
         "file-lock",
         "inotify",

@@ -237,7 +237,26 @@ refusals! {
     DeletedMapping {
         /// The name it had.
         path: String,
-    } = "deleted-mapping", "maps the deleted file {path} (restart the program after an upgrade)";
+    } = "deleted-mapping", "maps the file {path}, which has another name now (restart the program after an upgrade)";
+    /// A deleted file that is too large.
+    GhostLimit {
+        /// The name it had.
+        path: String,
+        /// What it takes.
+        bytes: u64,
+    } = "ghost-limit", "has the deleted file {path} of {bytes} bytes (--ghost-limit {bytes} to carry it)";
+    /// A file that is carried, and has other names.
+    HardLinks {
+        /// One of its names.
+        path: String,
+        /// How many it has.
+        count: u64,
+    } = "hard-links", "has the file {path}, which has {count} names and is not carried yet (remove the others)";
+    /// A file that is carried, and has extended attributes.
+    FileAttributes {
+        /// Its name.
+        path: String,
+    } = "file-attributes", "has the file {path} with extended attributes, which are not carried yet (remove them)";
     /// The path now leads to another file.
     ReplacedMapping {
         /// The path.
@@ -374,11 +393,11 @@ refusals! {
         /// Minor device number.
         minor: u64,
     } = "device", "device {path} ({major}:{minor}), which cannot leave this host (close it)";
-    /// A deleted file.
+    /// The program's own file was deleted.
     DeletedFile {
         /// The name it had.
         path: String,
-    } = "deleted-file", "deleted file {path}, which is not carried yet (close it)";
+    } = "deleted-file", "runs the deleted file {path} (restart the program after an upgrade)";
     /// The path leads elsewhere now.
     ReplacedFile {
         /// The path.

@@ -2,17 +2,50 @@
 //!
 //! They are complete before the tree runs: what read(2) or a new mapping can reach must never be a page that has yet to come.
 
-use std::fs::{File, Permissions};
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use pageferry_image::model::Invalid;
-use pageferry_image::model::shared::{Memfd, Shared, shared};
+use pageferry_image::model::shared::{Carried, Memfd, Shared, shared};
 use pageferry_image::model::task::Tree;
 use pageferry_image::store::ObjectId;
 use pageferry_tracee::shared as kernel;
 
 use super::{Error, Result};
+
+/// Files that were made at their paths. Dropped before they are kept, they are removed again.
+#[derive(Debug, Default)]
+pub struct NewFiles(Vec<NewFile>);
+
+#[derive(Debug)]
+struct NewFile {
+    path: PathBuf,
+    /// Device and inode.
+    key: (u64, u64),
+}
+
+impl NewFiles {
+    /// The tree runs: they are its files.
+    pub fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for NewFiles {
+    fn drop(&mut self) {
+        for file in &self.0 {
+            let found = file.path.symlink_metadata();
+            if found.is_ok_and(|found| (found.dev(), found.ino()) == file.key) {
+                // What stays is refused by name at the next attempt.
+                let _ = std::fs::remove_file(&file.path);
+            }
+        }
+    }
+}
 
 /// The shared objects of a tree, made but perhaps not filled yet.
 #[derive(Debug)]
@@ -20,6 +53,7 @@ pub struct Objects {
     /// The number of the first.
     first: u32,
     made: Vec<Made>,
+    new_files: NewFiles,
 }
 
 #[derive(Debug)]
@@ -27,6 +61,8 @@ struct Made {
     name: String,
     size: u64,
     seals: u32,
+    /// When it was modified last, nanoseconds since 1970; memory has no such time.
+    mtime_ns: Option<i64>,
     file: File,
 }
 
@@ -36,9 +72,15 @@ impl Objects {
     /// # Errors
     /// [`Error::Tracee`], [`Error::Object`].
     pub fn create(tree: &Tree) -> Result<Self> {
+        let mut new_files = NewFiles::default();
+        let mut made = Vec::with_capacity(tree.shared.len());
+        for shared in &tree.shared {
+            made.push(make(shared, &mut new_files)?);
+        }
         Ok(Self {
             first: ObjectId::shared(tree.processes.len(), 0).0,
-            made: tree.shared.iter().map(make).collect::<Result<_>>()?,
+            made,
+            new_files,
         })
     }
 
@@ -97,54 +139,117 @@ impl Objects {
             .map_err(|error| Error::object(&made.name, "open", error))
     }
 
-    /// Seals what is sealed: last, when it is filled and everything that may write it is mapped.
-    pub(super) fn seal(&self) -> Result<()> {
-        for made in self.made.iter().filter(|made| made.seals != 0) {
-            kernel::seal(&made.file, made.seals).map_err(|error| {
-                Error::object(
-                    &made.name,
-                    "fcntl(F_ADD_SEALS)",
-                    std::io::Error::other(error),
-                )
-            })?;
+    /// Seals what is sealed: last, when it is filled and everything that may write it is mapped. Gives the files that were made.
+    pub(super) fn finish(self) -> Result<NewFiles> {
+        for made in &self.made {
+            if made.seals != 0 {
+                kernel::seal(&made.file, made.seals).map_err(|error| {
+                    let error = std::io::Error::other(error);
+                    Error::object(&made.name, "fcntl(F_ADD_SEALS)", error)
+                })?;
+            }
+            if let Some(mtime_ns) = made.mtime_ns {
+                made.file
+                    .set_modified(time(mtime_ns))
+                    .map_err(|error| Error::object(&made.name, "futimens", error))?;
+            }
         }
-        Ok(())
+        Ok(self.new_files)
     }
 }
 
-fn make(shared: &Shared) -> Result<Made> {
+fn time(ns: i64) -> SystemTime {
+    let distance = Duration::from_nanos(ns.unsigned_abs());
+    match ns {
+        0.. => SystemTime::UNIX_EPOCH + distance,
+        _ => SystemTime::UNIX_EPOCH - distance,
+    }
+}
+
+fn make(shared: &Shared, new_files: &mut NewFiles) -> Result<Made> {
     let name = shared.name();
-    let (file, seals) = match &shared.kind {
+    let (mut seals, mut mtime_ns) = (0, None);
+    let file = match &shared.kind {
         Some(shared::Kind::Anonymous(anonymous)) => {
-            (kernel::anonymous(shared.size, anonymous.no_reserve)?, 0)
+            kernel::anonymous(shared.size, anonymous.no_reserve)?
         }
-        Some(shared::Kind::Memfd(memfd)) => (make_memfd(memfd, shared.size, &name)?, memfd.seals),
+        Some(shared::Kind::Memfd(memfd)) => {
+            seals = memfd.seals;
+            make_memfd(memfd, shared.size, &name)?
+        }
+        Some(shared::Kind::Carried(file)) => {
+            mtime_ns = Some(file.mtime_ns);
+            make_file(file, shared.size, &name, new_files)?
+        }
         None => return Err(Invalid::new(name, "is of no known kind").into()),
     };
     Ok(Made {
         name,
         size: shared.size,
         seals,
+        mtime_ns,
         file,
     })
 }
 
+fn make_file(carried: &Carried, size: u64, name: &str, new_files: &mut NewFiles) -> Result<File> {
+    let path = Path::new(&carried.path);
+    let mut options = OpenOptions::new();
+    // Nobody else may open it before it is as it was.
+    options.read(true).write(true).mode(0o600);
+    let nameless = || {
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        options.clone().custom_flags(libc::O_TMPFILE).open(folder)
+    };
+    let named = || {
+        let file = options.clone().create_new(true).open(path)?;
+        if carried.deleted {
+            std::fs::remove_file(path)?;
+        }
+        Ok(file)
+    };
+    let opened = match carried.nameless {
+        true => nameless(),
+        false => named().or_else(|error: std::io::Error| {
+            // Something else has its name by now, as on the source perhaps.
+            match carried.deleted && error.kind() == ErrorKind::AlreadyExists {
+                true => nameless(),
+                false => Err(error),
+            }
+        }),
+    };
+    let file = opened.map_err(|error| Error::object(name, "open", error))?;
+    if !carried.deleted {
+        let metadata = file
+            .metadata()
+            .map_err(|error| Error::object(name, "fstat", error))?;
+        new_files.0.push(NewFile {
+            path: path.to_owned(),
+            key: (metadata.dev(), metadata.ino()),
+        });
+    }
+    shape(&file, size, carried.uid, carried.gid, carried.mode, name)?;
+    Ok(file)
+}
+
 fn make_memfd(memfd: &Memfd, size: u64, name: &str) -> Result<File> {
     let file = kernel::memfd(&memfd.name, memfd.mode, memfd.seals)?;
+    shape(&file, size, memfd.uid, memfd.gid, memfd.mode, name)?;
+    Ok(file)
+}
+
+fn shape(file: &File, size: u64, uid: u32, gid: u32, mode: u32, name: &str) -> Result<()> {
     file.set_len(size)
         .map_err(|error| Error::object(name, "ftruncate", error))?;
-    std::os::unix::fs::fchown(&file, Some(memfd.uid), Some(memfd.gid))
+    std::os::unix::fs::fchown(file, Some(uid), Some(gid))
         .map_err(|error| Error::object(name, "fchown", error))?;
     // Behind the owner, whose change takes the set-user-id bit away.
-    file.set_permissions(Permissions::from_mode(memfd.mode))
-        .map_err(|error| Error::object(name, "fchmod", error))?;
-    Ok(file)
+    file.set_permissions(Permissions::from_mode(mode))
+        .map_err(|error| Error::object(name, "fchmod", error))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt as _;
-
     use super::*;
 
     fn objects(size: u64) -> Objects {
@@ -183,11 +288,50 @@ mod tests {
         assert!(reader.write_at(b"x", 0).is_err(), "opened for reading");
         let writer = objects.to_map(1, true).expect("it can be opened");
         writer.write_all_at(b"x", 0).expect("it is not sealed yet");
-        objects.seal().expect("nothing maps it");
+        objects.finish().expect("nothing maps it");
         assert!(writer.write_at(b"y", 0).is_err(), "sealed");
-        assert!(objects.seal().is_err(), "sealed against that");
         let mut bytes = [0; 5];
         reader.read_exact_at(&mut bytes, 4096).expect("it is there");
         assert_eq!(bytes, [7; 5]);
+    }
+
+    #[test]
+    fn files_that_were_made_are_removed_unless_they_are_kept() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        let tree = |name: &str, deleted| Tree {
+            processes: vec![Default::default()],
+            shared: vec![Shared {
+                id: 1,
+                size: 5,
+                kind: Some(shared::Kind::Carried(Carried {
+                    path: folder.path().join(name).display().to_string(),
+                    mode: 0o4755,
+                    mtime_ns: -1,
+                    deleted,
+                    ..Carried::default()
+                })),
+            }],
+            ..Tree::default()
+        };
+        let names = || std::fs::read_dir(folder.path()).expect("a folder").count();
+        let objects = Objects::create(&tree("a", false)).expect("nothing is there");
+        assert_eq!(names(), 1);
+        assert!(Objects::create(&tree("a", false)).is_err(), "it is there");
+        drop(objects);
+        assert_eq!(names(), 0);
+        let objects = Objects::create(&tree("a", false)).expect("nothing is there");
+        objects.finish().expect("it can be finished").keep();
+        let metadata = folder.path().join("a").metadata().expect("it was kept");
+        assert_eq!((metadata.mode() & 0o7777, metadata.len()), (0o4755, 5));
+        assert_eq!((metadata.mtime(), metadata.mtime_nsec()), (-1, 999_999_999));
+        // What has no name needs none, whether it is free or not.
+        for name in ["a", "b"] {
+            let objects = Objects::create(&tree(name, true)).expect("it needs no name");
+            assert_eq!(names(), 1);
+            objects.write(2, 0, &[1; 4096]).expect("it has a place");
+        }
     }
 }

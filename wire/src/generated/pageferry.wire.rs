@@ -93,6 +93,9 @@ pub struct Plan {
     /// --drain on
     #[prost(bool, tag = "22")]
     pub drain: bool,
+    /// files that will be made
+    #[prost(message, repeated, tag = "23")]
+    pub carried: ::prost::alloc::vec::Vec<::pageferry_image::model::shared::Shared>,
 }
 /// One thing that cannot be carried.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -7,7 +7,7 @@ pub struct Shared {
     /// bytes
     #[prost(uint64, tag = "2")]
     pub size: u64,
-    #[prost(oneof = "shared::Kind", tags = "3, 4")]
+    #[prost(oneof = "shared::Kind", tags = "3, 4, 5")]
     pub kind: ::core::option::Option<shared::Kind>,
 }
 /// Nested message and enum types in `Shared`.
@@ -18,6 +18,8 @@ pub mod shared {
         Anonymous(super::Anonymous),
         #[prost(message, tag = "4")]
         Memfd(super::Memfd),
+        #[prost(message, tag = "5")]
+        Carried(super::Carried),
     }
 }
 /// mmap(MAP_SHARED | MAP_ANONYMOUS): only mappings reach it.
@@ -42,4 +44,25 @@ pub struct Memfd {
     /// F_GET_SEALS
     #[prost(uint32, tag = "5")]
     pub seals: u32,
+}
+/// A regular file that is made again with its content: the target has not got it, or it has no name any more.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Carried {
+    /// of a file without a name the one it had
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// permission bits
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    #[prost(uint32, tag = "3")]
+    pub uid: u32,
+    #[prost(uint32, tag = "4")]
+    pub gid: u32,
+    #[prost(sint64, tag = "5")]
+    pub mtime_ns: i64,
+    #[prost(bool, tag = "6")]
+    pub deleted: bool,
+    /// deleted: it never had a name (O_TMPFILE), and path ends in one of the kernel's
+    #[prost(bool, tag = "7")]
+    pub nameless: bool,
 }
