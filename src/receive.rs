@@ -452,9 +452,8 @@ impl Shell<'_> {
                             // It could not be decoded or made, which has been said.
                             None => Ok(()),
                         };
-                        if let Err(text) = kept {
-                            // A page that the source cannot read is said honestly; all else is not.
-                            self.bad_data |= batch.runs().iter().all(|run| run.kind != PageKind::Gone);
+                        if let Err(Unkept { text, is_bad }) = kept {
+                            self.bad_data |= is_bad;
                             session.handle_failed(&text);
                         }
                     }
@@ -858,25 +857,36 @@ fn nanoseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Why pages that came with the state are not kept.
+struct Unkept {
+    text: String,
+    /// The source is to blame.
+    is_bad: bool,
+}
+
 /// Keeps the pages that travel with the state, each verified.
-fn keep_eager(batch: &PageBatch, eager: &mut Eager) -> Result<(), String> {
+fn keep_eager(batch: &PageBatch, eager: &mut Eager) -> Result<(), Unkept> {
     for run in batch.runs() {
         match run.kind {
             PageKind::Data => {
-                let bytes = batch
-                    .verify_run(run)
-                    .map_err(|error| report::chain(&error))?;
-                eager
-                    .take(batch.object(), run.range.start, &bytes)
-                    .map_err(|error| report::chain(&error))?;
+                let bytes = batch.verify_run(run).map_err(|error| Unkept {
+                    text: report::chain(&error),
+                    is_bad: true,
+                })?;
+                let taken = eager.take(batch.object(), run.range.start, &bytes);
+                taken.map_err(|error| Unkept {
+                    text: report::chain(&error),
+                    is_bad: report::is_bad_data(&error),
+                })?;
             }
             // Untouched pages are so here too, and guard regions are part of the mapping.
             PageKind::Zero | PageKind::Guard => {}
+            // Which is said honestly.
             PageKind::Gone => {
-                return Err(format!(
-                    "page {:x} cannot be read on the source",
-                    run.range.start
-                ));
+                return Err(Unkept {
+                    text: format!("page {:x} cannot be read on the source", run.range.start),
+                    is_bad: false,
+                });
             }
         }
     }

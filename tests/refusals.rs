@@ -449,3 +449,40 @@ fn a_writable_file_that_only_this_host_has_is_refused() {
     );
     subject.end(&pair.a);
 }
+
+/// What goes along is made where nothing is, and never put in another's place; a deleted file only up to the limit.
+#[test]
+fn a_file_that_goes_along_needs_its_place_on_the_target() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let mut subject =
+        Subject::start(&pair, &pair.a, "tmpfs_files", ORDINARY, &[]).expect("it needs nothing");
+    let mut ferry = Ferry::new(&pair);
+    let path = format!("/dev/shm/subject.{}", subject.pid);
+    pair.b.must("touch", &[&path]);
+    let finished = refused(&ferry, &mut subject);
+    assert_some(
+        &finished,
+        "a file that is there",
+        &[&format!("file {path}: "), "is there on the target already"],
+    );
+    pair.b.must("rm", &[&path]);
+    let options = ferry.migrate_options.clone();
+    ferry
+        .migrate_options
+        .extend(["--ghost-limit".to_owned(), "4096".to_owned()]);
+    let finished = refused(&ferry, &mut subject);
+    assert_some(
+        &finished,
+        "a large deleted file",
+        &["tmpfs_files.state.ghost", "--ghost-limit"],
+    );
+    ferry.migrate_options = options;
+    ferry.cross(subject.pid);
+    subject.must_pass("where its files had a place");
+    subject.end(&pair.b);
+    before.assert_nothing_left(&pair);
+}

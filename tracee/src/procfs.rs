@@ -980,11 +980,11 @@ pub type FileKey = (u64, u64);
 /// # Errors
 /// [`Error::Path`] when `/proc` cannot be listed.
 pub fn file_holders(keys: &BTreeSet<FileKey>) -> Result<BTreeMap<FileKey, BTreeSet<i32>>> {
-    choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
     let mut holders: BTreeMap<FileKey, BTreeSet<i32>> = BTreeMap::new();
     if keys.is_empty() {
         return Ok(holders);
     }
+    choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
     let pids: Vec<i32> =
         list_numbers("/proc").map_err(|error| failed("list", 0, "/proc", &error))?;
     for pid in pids {

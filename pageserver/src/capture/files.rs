@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fs::{self, Metadata};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{
+    DirEntryExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
+};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -231,6 +233,36 @@ pub(crate) fn storage(path: &str) -> Result<i64> {
         })
 }
 
+/// The name of a file on a tmpfs that was opened by another, which is gone: sem_open(3) makes a semaphore under a name of its own and
+/// then gives it the one it was asked for. `path` itself for all other files.
+pub(crate) fn present_name(path: String, open: &Metadata) -> Result<String> {
+    let Some(gone) = path.strip_suffix(" (deleted)") else {
+        return Ok(path);
+    };
+    let folder = std::path::Path::new(gone).parent();
+    let Some(folder) = folder.filter(|folder| folder.is_dir() && open.nlink() > 0) else {
+        return Ok(path);
+    };
+    let failed = |source| Error::File {
+        path: folder.display().to_string(),
+        source,
+    };
+    if storage(&folder.display().to_string())? != TMPFS {
+        return Ok(path);
+    }
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.ino() != open.ino() {
+            continue;
+        }
+        let is_it = entry.metadata().is_ok_and(|found| same_inode(&found, open));
+        if let (true, Some(name)) = (is_it, entry.path().to_str()) {
+            return Ok(name.to_owned());
+        }
+    }
+    Ok(path)
+}
+
 pub(crate) fn same_inode(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
@@ -306,12 +338,16 @@ fn memfd_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     if let Some(kind) = lock_kind(entry) {
         return Ok(Err(RefusalKind::FileLock { path, kind }));
     }
-    opened_object(look, entry)
+    opened_object(look, entry, &path)
 }
 
-fn opened_object(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<Shape>> {
+fn opened_object(
+    look: &mut Look<'_>,
+    entry: &DescriptorEntry,
+    name: &str,
+) -> Result<Verdict<Shape>> {
     let limit = look.options.ghost_limit;
-    let object = look.shared.opened(look.pid, entry, limit)?;
+    let object = look.shared.opened(look.pid, entry.fd, name, limit)?;
     Ok(object.map(|object| Shape::Shared { object }))
 }
 
@@ -368,6 +404,7 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     if let Some(kind) = lock_kind(entry) {
         return Ok(Err(RefusalKind::FileLock { path, kind }));
     }
+    let path = present_name(path, &open)?;
     let named = std::fs::metadata(&path);
     if file_type.is_dir() {
         return Ok(match named {
@@ -383,10 +420,10 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     match named {
         Ok(named) if same_inode(&open, &named) => {
             if look.goes_along(&path, writable, open.ino())? {
-                return opened_object(look, entry);
+                return opened_object(look, entry, &path);
             }
         }
-        _ if open.nlink() == 0 => return opened_object(look, entry),
+        _ if open.nlink() == 0 => return opened_object(look, entry, &path),
         _ => {
             return Ok(Err(RefusalKind::ReplacedFile {
                 path: path.trim_end_matches(" (deleted)").to_owned(),

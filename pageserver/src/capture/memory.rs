@@ -13,7 +13,7 @@ use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::pagemap::{self, Scan};
 use pageferry_tracee::procfs::{self, Stat, VmFlags, Vma};
 
-use super::files::{Look, Verdict};
+use super::files::{Look, Verdict, present_name};
 use super::shared;
 use crate::survey::{Object, Refusal, RefusalKind};
 use crate::{Error, Result};
@@ -121,15 +121,15 @@ enum Backing {
 
 fn backing(look: &mut Look<'_>, vma: &Vma, kind: Kind) -> Result<Verdict<Backing>> {
     match kind {
-        Kind::Shared => mapped_object(look, vma),
+        Kind::Shared => mapped_object(look, vma, &vma.path),
         Kind::FilePrivate | Kind::FileShared => mapped_file(look, vma),
         _ => Ok(Ok(Backing::Nothing)),
     }
 }
 
-fn mapped_object(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
+fn mapped_object(look: &mut Look<'_>, vma: &Vma, name: &str) -> Result<Verdict<Backing>> {
     let limit = look.options.ghost_limit;
-    let object = look.shared.mapped(look.pid, vma, limit)?;
+    let object = look.shared.mapped(look.pid, vma, name, limit)?;
     Ok(object.map(Backing::Object))
 }
 
@@ -138,7 +138,7 @@ fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     let path = vma.path.as_str();
     let must_be_shared = writes_file(vma);
     if shared::is_object(path) || look.shared.has((vma.device, vma.inode)) {
-        return mapped_object(look, vma);
+        return mapped_object(look, vma, path);
     }
     if let Some(known) = look.known_file(path, must_be_shared, vma.device, vma.inode) {
         return Ok(Ok(Backing::File(known)));
@@ -147,12 +147,18 @@ fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     let through = format!("/proc/{}/map_files/{:x}-{:x}", look.pid, vma.start, vma.end);
     choke::pass(Call::Memory)
         .map_err(|errno| pageferry_tracee::Error::path("stat", through.as_str(), errno))?;
-    let (mapped, named) = (std::fs::metadata(&through), std::fs::metadata(path));
+    let mapped = std::fs::metadata(&through);
+    let present = match &mapped {
+        Ok(mapped) => present_name(path.to_owned(), mapped)?,
+        Err(_) => path.to_owned(),
+    };
+    let path = present.as_str();
+    let named = std::fs::metadata(path);
     let refusal = match (&mapped, &named) {
         (Ok(mapped), _) if !mapped.is_file() => Some(RefusalKind::DeviceMapping {
             path: path.to_owned(),
         }),
-        (Ok(mapped), _) if mapped.nlink() == 0 => return mapped_object(look, vma),
+        (Ok(mapped), _) if mapped.nlink() == 0 => return mapped_object(look, vma, path),
         (_, Err(_)) => Some(RefusalKind::DeletedMapping {
             path: path.to_owned(),
         }),
@@ -165,7 +171,7 @@ fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
             path: path.to_owned(),
         }),
         _ if look.goes_along(path, must_be_shared, vma.inode)? => {
-            return mapped_object(look, vma);
+            return mapped_object(look, vma, path);
         }
         _ if must_be_shared && !look.on_shared_storage(path)? => {
             Some(RefusalKind::SharedWritable {

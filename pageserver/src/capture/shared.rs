@@ -11,7 +11,7 @@ use pageferry_image::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
 use pageferry_image::page::PageRange;
 use pageferry_image::store::ObjectId;
 use pageferry_tracee::choke::{self, Kind as Call};
-use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey, Vma};
+use pageferry_tracee::procfs::{self, FileKey, Vma};
 use pageferry_tracee::{Error as ProcessError, shared as kernel};
 
 use super::files::{TMPFS, Verdict, storage};
@@ -96,14 +96,20 @@ struct Found {
 }
 
 impl Objects {
-    /// The object behind a mapping of `pid`. `limit`: bytes of a deleted file that is carried.
-    pub(crate) fn mapped(&mut self, pid: i32, vma: &Vma, limit: u64) -> Result<Verdict<u32>> {
+    /// The object behind a mapping of `pid`, of this name. `limit`: bytes of a deleted file that is carried.
+    pub(crate) fn mapped(
+        &mut self,
+        pid: i32,
+        vma: &Vma,
+        name: &str,
+        limit: u64,
+    ) -> Result<Verdict<u32>> {
         let (start, end) = (vma.start, vma.end);
         let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
         let at = (pid, Object::Mapping { start, end });
         let id = match self.met((vma.device, vma.inode)) {
             Some(id) => Ok(id),
-            None => self.meet(at, path, &vma.path, limit)?,
+            None => self.meet(at, path, name, limit)?,
         };
         if let (Ok(id), true) = (&id, vma.flags.has("nr")) {
             self.no_reserve(*id);
@@ -115,11 +121,12 @@ impl Objects {
     pub(crate) fn opened(
         &mut self,
         pid: i32,
-        entry: &DescriptorEntry,
+        fd: u32,
+        name: &str,
         limit: u64,
     ) -> Result<Verdict<u32>> {
-        let path = format!("/proc/{pid}/fd/{}", entry.fd);
-        self.meet((pid, Object::Fd(entry.fd)), path, &entry.link, limit)
+        let path = format!("/proc/{pid}/fd/{fd}");
+        self.meet((pid, Object::Fd(fd)), path, name, limit)
     }
 
     /// Whether the object is known already.
