@@ -692,7 +692,11 @@ impl Shell<'_> {
         for pages in std::mem::take(&mut self.shared) {
             let mut left = pages.range();
             let mut reader = SharedReader::open(pages)?;
-            while !left.is_empty() {
+            loop {
+                left = reader.skip_hole(left)?;
+                if left.is_empty() {
+                    break;
+                }
                 let batch = reader.batch(left)?;
                 left.start = batch.range().end;
                 page_count += batch.data_page_count() as u64;

@@ -34,6 +34,19 @@ impl SharedReader {
         })
     }
 
+    /// `range` without the hole it begins with: nothing has to be said about that, since the target makes objects of holes. Empty: there
+    /// is no more data.
+    ///
+    /// # Errors
+    /// [`Error::Process`].
+    pub fn skip_hole(&self, range: PageRange) -> Result<PageRange> {
+        let (hole, _) = self.next(range)?;
+        Ok(PageRange {
+            start: hole.end,
+            end: range.end,
+        })
+    }
+
     /// The first pages of `range`, as many as one batch takes: go on at the end of the batch's range. Holes are zeros.
     ///
     /// # Errors
@@ -225,5 +238,12 @@ mod tests {
             left.start = batch.range().end;
         }
         assert_eq!(count, data);
+        let from = PageRange {
+            start: data * PAGE_SIZE,
+            end: left.end,
+        };
+        assert!(reader.skip_hole(from).expect("it can be asked").is_empty());
+        let all = reader.pages.range();
+        assert_eq!(reader.skip_hole(all).expect("it can be asked"), all);
     }
 }
