@@ -49,8 +49,9 @@ enum Line<'a> {
         prot: String,
         kind: &'static str,
         file: Option<&'a str>,
-        /// The shared object that is mapped; 0: none.
-        shared: u32,
+        /// The shared object that is mapped, if it is one.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        shared: Option<u32>,
         offset: u64,
         name: &'a str,
         guards: usize,
@@ -146,7 +147,7 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
                 prot: protection(mapping),
                 kind: kind_of(mapping),
                 file: mapping.file.as_ref().map(|file| file.path.as_str()),
-                shared: mapping.shared,
+                shared: Some(mapping.shared).filter(|&id| id != 0),
                 offset: mapping.offset,
                 name: &mapping.name,
                 guards: mapping.guards.len(),

@@ -902,7 +902,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "shared-uncovered",
             Built(|parts| shared_file(parts)),
-            "page 0 of object 2",
+            "`map` does not tell pages 0-1000 of object 2",
         ),
         (
             "shared-beyond-its-end",
@@ -915,7 +915,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                 range[24] = 17;
                 parts.ranges.push(range);
             }),
-            "pages 0 to 2000 of object 2",
+            "`map` tells pages 0-2000 of object 2",
         ),
         (
             "shared-with-guard",

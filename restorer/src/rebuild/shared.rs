@@ -133,6 +133,8 @@ impl Objects {
             .and_then(|index| self.made.get(usize::try_from(index).ok()?))
             .ok_or_else(|| Invalid::new(format!("object {id}"), "is not in the tree"))?;
         let path = format!("/proc/self/fd/{}", made.file.as_raw_fd());
+        // O_TMPFILE has that bit in it, and stays in the flags of a file that was made so.
+        let flags = flags & !libc::O_DIRECTORY.unsigned_abs();
         let opened = super::files::open(&path, flags, None);
         opened
             .map(File::from)
