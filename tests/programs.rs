@@ -601,6 +601,13 @@ fn a_pipeline_of_a_shell_crosses_and_comes_to_rest() {
 }
 
 #[test]
+fn the_workers_of_pythons_multiprocessing_cross_and_come_to_rest() {
+    let script = programs("pool.py");
+    let script = script.to_str().expect("it is ASCII");
+    program_goes_there_and_back("pool", "/usr/bin/python3", &[script], Clocks::FarAhead);
+}
+
+#[test]
 #[ignore = "long: installs and starts a Java virtual machine"]
 fn a_java_virtual_machine_crosses_and_comes_to_rest() {
     let Some(compiler) = find_program("javac") else {
