@@ -607,6 +607,107 @@ fn the_workers_of_pythons_multiprocessing_cross_and_come_to_rest() {
     program_goes_there_and_back("pool", "/usr/bin/python3", &[script], Clocks::FarAhead);
 }
 
+/// A web server with workers answers wherever it is; in the end its master still rules them.
+#[test]
+#[ignore = "long: installs nginx"]
+fn nginx_with_workers_crosses_and_comes_to_rest() {
+    if skip().is_some() {
+        return;
+    }
+    let Some(program) = find_program("nginx") else {
+        return say_skipped("needs nginx");
+    };
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let folder = pair.path("nginx");
+    let text = folder.to_str().expect("it is ASCII");
+    pair.a.must("mkdir", &["-m", "777", text]);
+    let page: String = (0..20_000).map(|n| format!("line {n}\n")).collect();
+    fs::write(folder.join("page"), &page).expect("the directory is ours");
+    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|what| format!("{what}_temp_path {text}/{what};"))
+        .concat();
+    let configuration = format!(
+        "daemon off; worker_processes 2; pid {text}/pid; error_log {text}/errors;
+        events {{ worker_connections 64; }}
+        http {{ access_log {text}/accesses; {temporary}
+            limit_req_zone $binary_remote_addr zone=one:1m rate=10000r/s;
+            server {{ listen 8080; root {text}; limit_req zone=one burst=1000; location /who {{ return 200 $pid; }} }} }}"
+    );
+    fs::write(folder.join("conf"), configuration).expect("the directory is ours");
+    let (conf, errors) = (format!("{text}/conf"), format!("{text}/errors"));
+    let command = [
+        program.to_str().expect("it is ASCII"),
+        "-e",
+        &errors,
+        "-c",
+        &conf,
+    ];
+    let ids = [
+        "--reuid=61005",
+        "--regid=61005",
+        "--clear-groups",
+        "--no-new-privs",
+    ];
+    pair.a.start(&ids, &command);
+    let get = |host: &Host, path: &str| {
+        let script = format!(
+            "exec 3<>/dev/tcp/127.0.0.1/8080; printf 'GET {path} HTTP/1.0\r\n\r\n' >&3; cat <&3"
+        );
+        let output = host.run("bash", &["-c", &script]);
+        let answer = String::from_utf8(output.stdout).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        head.contains(" 200 ").then(|| body.to_owned())
+    };
+    eventually("it to answer", || get(&pair.a, "/who"));
+    let children = |host: &Host, pid: i32| {
+        let of = |process: &Process| {
+            let stat = fs::read_to_string(process.proc("stat")).ok()?;
+            stat.rsplit_once(") ")?
+                .1
+                .split(' ')
+                .nth(1)?
+                .parse::<i32>()
+                .ok()
+        };
+        let outer = host.process(pid).map(|master| master.outer);
+        let mut found: Vec<i32> = host
+            .processes()
+            .iter()
+            .filter(|process| of(process) == outer)
+            .map(|process| process.inner)
+            .collect();
+        found.sort_unstable();
+        found
+    };
+    let master = fs::read_to_string(folder.join("pid")).expect("it answers");
+    let master: i32 = master.trim().parse().expect("a process id");
+    let workers = children(&pair.a, master);
+    assert_eq!(workers.len(), 2, "{workers:?}");
+    let host = journey(&pair, master, THERE_AND_BACK, |host, when| {
+        assert_eq!(children(host, master), workers, "{when}");
+        for _ in 0..8 {
+            let who = get(host, "/who").unwrap_or_default();
+            let who: i32 = who.parse().unwrap_or(0);
+            assert!(workers.contains(&who), "{who} answers {when}");
+            assert!(
+                get(host, "/page").as_ref() == Some(&page),
+                "another page {when}"
+            );
+        }
+    });
+    let process = host.process(master).expect("it has answered");
+    process.signal(Signal::SIGHUP);
+    eventually("other workers", || {
+        let now = children(host, master);
+        (now.len() == 2 && now.iter().all(|pid| !workers.contains(pid))).then_some(())
+    });
+    eventually("them to answer", || get(host, "/who"));
+    process.signal(Signal::SIGQUIT);
+    eventually("it to end", || host.processes().is_empty().then_some(()));
+    before.assert_nothing_left(&pair);
+}
+
 #[test]
 #[ignore = "long: installs and starts a Java virtual machine"]
 fn a_java_virtual_machine_crosses_and_comes_to_rest() {
