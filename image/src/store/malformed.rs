@@ -901,7 +901,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ),
         (
             "shared-uncovered",
-            Built(|parts| shared_file(parts)),
+            Built(shared_file),
             "`map` does not tell pages 0-1000 of object 2",
         ),
         (
