@@ -99,6 +99,10 @@ pub fn target_may_have_run(records: &[Record]) -> bool {
 
 /// What the source's shell is to do next.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "few are queued at once, and a frame is what most of them are"
+)]
 pub enum SourceAction {
     /// Send this on the control stream. A failure is reported as [`Source::handle_link_lost`].
     Send(Frame),

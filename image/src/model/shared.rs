@@ -2,7 +2,8 @@
 
 #![allow(
     missing_docs,
-    reason = "generated fields are documented in image/proto/shared.proto"
+    clippy::module_inception,
+    reason = "generated fields are documented in image/proto/shared.proto, and kinds lie in a module with the name of their message"
 )]
 
 use std::collections::BTreeSet;

@@ -371,8 +371,13 @@ impl Header {
         if cut(&told.1, COMM_LEN) != self.comm.as_bytes() {
             return Err(COMM.bad("is not that of the tree"));
         }
-        if (self.process_count, self.thread_count) != (told.2, told.3) {
-            return Err(THREADS.bad("or the number of processes is not that of the tree"));
+        for (field, own, told) in [
+            (PROCESSES, self.process_count, told.2),
+            (THREADS, self.thread_count, told.3),
+        ] {
+            if own != told {
+                return Err(field.bad(format!("is {own}, but that of the tree {told}")));
+            }
         }
         Ok(())
     }

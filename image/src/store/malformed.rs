@@ -717,7 +717,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "header-threads",
             Built(|parts| parts.edit(72, &[3])),
-            "thread count or the number of processes is not that of the tree",
+            "`header` at offset 72: thread count is 3, but that of the tree 2",
         ),
         // Impossible trees.
         (
@@ -901,7 +901,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ),
         (
             "shared-uncovered",
-            Built(|parts| shared_file(parts)),
+            Built(shared_file),
             "`map` does not tell pages 0-1000 of object 2",
         ),
         (
@@ -939,15 +939,18 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "parents-in-a-circle",
             Built(|parts| {
-                parts.child(|child| child.ppid = 4730);
+                parts.child(|child| {
+                    (child.pid, child.ppid) = (4725, 4730);
+                    child.threads[0].tid = 4725;
+                });
                 parts.tree(|tree| {
                     let mut other = tree.processes[1].clone();
-                    (other.pid, other.ppid) = (4730, 4720);
+                    (other.pid, other.ppid) = (4730, 4725);
                     other.threads[0].tid = 4730;
                     tree.processes.push(other);
                 });
             }),
-            "`tree`: process 4720 has a parent that does not stand before it",
+            "`tree`: process 4725 has a parent that does not stand before it",
         ),
         (
             "process-twice",
@@ -981,7 +984,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "process-uncounted",
             Built(|parts| parts.child(|_| ())),
-            "number of processes is not that of the tree",
+            "`header` at offset 68: process count is 1, but that of the tree 2",
         ),
         (
             "descriptor-twice",
