@@ -11,13 +11,18 @@
 //!    detach. Killed before RELEASING nobody ran; the husks die with us. Afterwards the first threads' EXITKILL, and the
 //!    cradle, end the whole tree rather than let it run without its pages.
 
-use std::sync::mpsc;
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pageferry_image::model::task::Tree;
 use pageferry_pageserver::capture::{self, Captured};
-use pageferry_pageserver::survey::{Survey, SurveyOptions};
+use pageferry_pageserver::survey::{self, Refusal, Survey, SurveyOptions};
 use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{self, Eager, Rebuilt};
 use pageferry_tracee::family::Family;
@@ -30,6 +35,8 @@ use tokio::sync::oneshot;
 pub const FREEZE_BUDGET: Duration = Duration::from_millis(20);
 /// How often a freeze is tried; between two tries all threads run.
 pub const FREEZE_ATTEMPTS: u32 = 25;
+/// How often a tree is looked at anew because it had other members when it was frozen.
+const LOOKS: u32 = 10;
 
 /// What went wrong with the process on this host. The message says where it is.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +90,10 @@ pub struct Frozen {
 
 enum SourceCommand {
     Freeze(Reply<Frozen>),
-    Capture(Box<(Survey, SurveyOptions)>, Reply<Captured>),
+    Capture(
+        Box<(Survey, SurveyOptions)>,
+        Reply<(Captured, Option<Frozen>)>,
+    ),
     Park(Reply<()>),
     RollBack(Reply<()>),
     Kill(Reply<()>),
@@ -117,8 +127,13 @@ impl SourceTree {
         ask(&self.commands, SourceCommand::Freeze).await
     }
 
-    /// Reads the frozen process. On `Err` it stays frozen, until it is rolled back.
-    pub async fn capture(&self, survey: Survey, options: SurveyOptions) -> Result<Captured, Error> {
+    /// Reads the frozen process. Where it has other descendants than `survey` saw, it runs on, is looked at and frozen anew; then
+    /// the time of that is given, too. On `Err` it may be frozen, until it is rolled back.
+    pub async fn capture(
+        &self,
+        survey: Survey,
+        options: SurveyOptions,
+    ) -> Result<(Captured, Option<Frozen>), Error> {
         ask(&self.commands, |reply| {
             SourceCommand::Capture(Box::new((survey, options)), reply)
         })
@@ -174,10 +189,7 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
             }
             SourceCommand::Capture(work, reply) => {
                 let (survey, options) = *work;
-                let outcome = held.as_mut().ok_or(Error::Thread).and_then(|family| {
-                    capture::capture(family, &survey, &options).map_err(Error::Capture)
-                });
-                let _ = reply.send(outcome);
+                let _ = reply.send(capture_steady(pid, &mut held, survey, &options));
             }
             SourceCommand::Park(reply) => {
                 let outcome = held
@@ -226,6 +238,45 @@ fn freeze(pid: i32) -> Result<(Family, Frozen), Error> {
     ))
 }
 
+/// Captures what is held. A process that was made since the survey has not been looked at, and in the freeze is no time for that:
+/// 1. The survey saw the tree, and the plan was agreed on.
+/// 2. A process of it forked, or ended and left children.
+/// 3. The freeze found that. Everything runs on, a new survey is made at once, and the tree is frozen again.
+///
+/// The target judges what the first plan did not name when it gets the state.
+fn capture_steady(
+    pid: i32,
+    held: &mut Option<Family>,
+    mut survey: Survey,
+    options: &SurveyOptions,
+) -> Result<(Captured, Option<Frozen>), Error> {
+    let (mut again, mut looks) = (None, 1);
+    loop {
+        let family = held.as_mut().ok_or(Error::Thread)?;
+        let refusals = match capture::capture(family, &survey, options) {
+            Ok(captured) => return Ok((captured, again)),
+            Err(pageferry_pageserver::Error::Refused(refusals)) => refusals,
+            Err(error) => return Err(Error::Capture(error)),
+        };
+        if looks == LOOKS || !refusals.iter().all(|refusal| survey.is_passing(refusal)) {
+            return Err(refused(refusals));
+        }
+        looks += 1;
+        roll_back(held.take(), false)?;
+        survey = survey::survey(pid, options).map_err(Error::Capture)?;
+        if !survey.refusals.is_empty() {
+            return Err(refused(survey.refusals));
+        }
+        let (family, frozen) = freeze(pid)?;
+        *held = Some(family);
+        again = Some(frozen);
+    }
+}
+
+fn refused(refusals: Vec<Refusal>) -> Error {
+    Error::Capture(pageferry_pageserver::Error::Refused(refusals))
+}
+
 fn roll_back(held: Option<Family>, parked: bool) -> Result<(), Error> {
     let Some(mut family) = held else {
         return Ok(());
@@ -252,7 +303,10 @@ enum TargetCommand {
 /// Dropped before it was let go, the tree is killed.
 #[derive(Debug)]
 pub struct TargetTree {
-    commands: mpsc::Sender<TargetCommand>,
+    /// `None` when it is being dropped.
+    commands: Option<mpsc::Sender<TargetCommand>>,
+    /// Tells the thread that there is a command, or that there will be none.
+    bell: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
     ended: Option<Ends>,
 }
@@ -261,18 +315,31 @@ pub struct TargetTree {
 pub type Ends = unbounded::UnboundedReceiver<(i32, i32)>;
 
 impl TargetTree {
-    /// Seizes the husk `pid` on a new thread.
+    /// Seizes the husk `pid` on a new thread. The caller's thread blocks SIGCHLD, which comes from those that are held.
     pub fn new(pid: i32) -> std::io::Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let (end, ended) = unbounded::unbounded_channel();
+        let bell = Arc::new(EventFd::from_flags(
+            EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK,
+        )?);
+        let inbox = Inbox::new(inbox, Arc::clone(&bell))?;
         let thread = std::thread::Builder::new()
             .name("hold".into())
             .spawn(move || hold_target(pid, &inbox, &end))?;
         Ok(Self {
-            commands,
+            commands: Some(commands),
+            bell,
             thread: Some(thread),
             ended: Some(ended),
         })
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> TargetCommand) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let commands = self.commands.as_ref().ok_or(Error::Thread)?;
+        commands.send(command(reply)).map_err(|_| Error::Thread)?;
+        ring(&self.bell);
+        answer.await.map_err(|_| Error::Thread)?
     }
 
     /// Rebuilds `tree` in the husk; the files that were made go again unless they are kept. The tree's clocks are this host's plus the two offsets, nanoseconds.
@@ -284,22 +351,22 @@ impl TargetTree {
         boottime_offset_ns: i64,
     ) -> Result<(Vec<Rebuilt>, NewFiles), Error> {
         let work = Box::new((tree, eager, monotonic_offset_ns, boottime_offset_ns));
-        ask(&self.commands, |reply| TargetCommand::Rebuild(work, reply)).await
+        self.ask(|reply| TargetCommand::Rebuild(work, reply)).await
     }
 
     /// First half of the release: nobody has run yet, our death still ends each process by its first thread.
     pub async fn clear_exit_kill(&self) -> Result<(), Error> {
-        ask(&self.commands, TargetCommand::ClearExitKill).await
+        self.ask(TargetCommand::ClearExitKill).await
     }
 
     /// Lets every thread run; the first of each process stays held with EXITKILL.
     pub async fn release(&self) -> Result<(), Error> {
-        ask(&self.commands, TargetCommand::Release).await
+        self.ask(TargetCommand::Release).await
     }
 
     /// Every page is there: lets go of the first threads too. On `Err` some are still held, and may be let go again.
     pub async fn let_go(&self) -> Result<(), Error> {
-        ask(&self.commands, TargetCommand::LetGo).await
+        self.ask(TargetCommand::LetGo).await
     }
 
     /// Tells of every process that ends while it is held. Once.
@@ -310,24 +377,59 @@ impl TargetTree {
 
 impl Drop for TargetTree {
     fn drop(&mut self) {
-        let (closed, _) = mpsc::channel();
-        self.commands = closed;
+        self.commands = None;
+        ring(&self.bell);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
-/// Pause between two looks at the held processes: while nobody looks, their signals wait.
-const PUMP_PAUSE: Duration = Duration::from_micros(500);
+fn ring(bell: &EventFd) {
+    // It is full when it has rung long ago.
+    let _ = bell.write(1);
+}
+
+/// Longest pause between two looks at the held processes: each has told of its stop by SIGCHLD, and nobody's loss of that signal
+/// may leave one standing.
+const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// The same after a look that failed.
 const FAILED_PAUSE: Duration = Duration::from_millis(20);
 
-fn hold_target(
-    pid: i32,
-    inbox: &mpsc::Receiver<TargetCommand>,
-    ended: &unbounded::UnboundedSender<(i32, i32)>,
-) {
+/// What the thread that holds a tree waits for.
+struct Inbox {
+    commands: mpsc::Receiver<TargetCommand>,
+    bell: Arc<EventFd>,
+    stops: SignalFd,
+}
+
+impl Inbox {
+    fn new(commands: mpsc::Receiver<TargetCommand>, bell: Arc<EventFd>) -> std::io::Result<Self> {
+        let mut child = SigSet::empty();
+        child.add(Signal::SIGCHLD);
+        let stops = SignalFd::with_flags(&child, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Self {
+            commands,
+            bell,
+            stops,
+        })
+    }
+
+    /// Waits for a command or a stop. What is looked for after this, and not found, wakes the next wait.
+    fn wait(&self, longest: Duration) {
+        let mut sources = [
+            PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.stops.as_fd(), PollFlags::POLLIN),
+        ];
+        let timeout = PollTimeout::try_from(longest).unwrap_or(PollTimeout::ZERO);
+        // An error is a wait that was too short.
+        let _ = poll(&mut sources, timeout);
+        let _ = self.bell.read();
+        while let Ok(Some(_)) = self.stops.read_signal() {}
+    }
+}
+
+fn hold_target(pid: i32, inbox: &Inbox, ended: &unbounded::UnboundedSender<(i32, i32)>) {
     let seize = SeizeOptions {
         exit_kill: true,
         follow: false,
@@ -338,12 +440,12 @@ fn hold_target(
     let mut complained = false;
     loop {
         let command = if held.is_empty() {
-            match inbox.recv() {
+            match inbox.commands.recv() {
                 Ok(command) => command,
                 Err(mpsc::RecvError) => break,
             }
         } else {
-            let mut pause = PUMP_PAUSE;
+            let mut pause = LOOK_PAUSE;
             held.retain_mut(|leader| match leader.pump(Duration::ZERO) {
                 Ok(Pumped::Running) => true,
                 Ok(Pumped::Exited(status)) => {
@@ -360,10 +462,13 @@ fn hold_target(
                     !error.is_gone()
                 }
             });
-            match inbox.recv_timeout(pause) {
+            match inbox.commands.try_recv() {
                 Ok(command) => command,
-                Err(mpsc::RecvTimeoutError::Timeout) => continue,
-                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::TryRecvError::Disconnected) => break,
+                Err(mpsc::TryRecvError::Empty) => {
+                    inbox.wait(pause);
+                    continue;
+                }
             }
         };
         match command {

@@ -188,6 +188,8 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> Supervised {
         std::mem::forget(ours);
         // The terminal's signals come through the supervisor; its end is not ours.
         let _ = process::set_session();
+        // Before there is a second thread. Without it, held processes are looked at now and then.
+        let _ = process::queue_child_signals();
         match Cradle::new(theirs) {
             Ok(cradle) => i32::from(engine(cradle)),
             Err(error) => {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::relations::Member;
 use pageferry_image::model::task::Tree;
 use pageferry_image::page::PageRange;
 use pageferry_image::store::{self, Compression, Header, ImageWriter, ObjectId, Origin};
@@ -204,25 +205,28 @@ async fn dump(
     report.phase(Phase::Freeze);
     let process =
         SourceTree::new(pid).map_err(|e| before("no thread to hold the process")(e.into()))?;
-    let frozen = process
+    let mut frozen = process
         .freeze()
         .await
         .map_err(|e| before("it was not dumped")(e.into()))?;
     report.phase(Phase::Capture);
     let written = async {
-        let mut captured = process
+        let (mut captured, again) = process
             .capture(survey, options)
             .await
             .map_err(Unwritten::Capture)?;
+        frozen = again.unwrap_or(frozen);
         captured.tree.host = Some(this_host);
         refresh_written(&mut captured.tree);
+        let members = captured.tree.members();
         let (image, compression) = (args.image.clone(), compression(args.compress));
         let cancelled = Arc::clone(&cancel);
         let writing = tokio::task::spawn_blocking(move || {
             let Captured { tree, shared, .. } = captured;
             write(&image, tree, shared, origin, compression, &cancelled)
         });
-        writing.await.map_err(|_| Unwritten::Thread)?
+        let written = writing.await.map_err(|_| Unwritten::Thread)?;
+        written.map(|writer| (writer, members))
     }
     .await;
     let account = |ledger: &mut Ledger| {
@@ -231,8 +235,8 @@ async fn dump(
         ledger.downtime_ms = ledger.freeze_ms + ledger.capture_ms;
     };
 
-    let writer = match written {
-        Ok(writer) => writer,
+    let (writer, members) = match written {
+        Ok(written) => written,
         Err(error) => {
             let thawed = process.roll_back().await;
             account(ledger);
@@ -281,7 +285,7 @@ async fn dump(
                         why: report::chain(&error),
                     });
                 }
-                wait_until_gone(pid).await;
+                wait_until_gone(&members).await;
                 header
             }
             Err(error) => {
@@ -310,16 +314,19 @@ fn refused(report: &Report, pid: i32, refusals: &[survey::Refusal]) -> Failure {
     Failure::Refused { pid }
 }
 
-/// Whoever restores the image next wants the number. It is free when the parent has taken note of the end, which may be never.
-async fn wait_until_gone(pid: i32) {
+/// Whoever restores the image next wants their numbers. They are free when their parents have taken note of the ends, which may be
+/// never.
+async fn wait_until_gone(members: &[Member]) {
     let started = Instant::now();
-    while procfs::status(pid, pid).is_ok() {
-        if started.elapsed() > GONE_WAIT {
-            return tracing::warn!(
-                "its parent has not taken note of its end: pid {pid} is not free yet"
-            );
+    for Member { pid, .. } in members {
+        while procfs::status(*pid, *pid).is_ok() {
+            if started.elapsed() > GONE_WAIT {
+                return tracing::warn!(
+                    "its parent has not taken note of its end: pid {pid} is not free yet"
+                );
+            }
+            tokio::time::sleep(GONE_PAUSE).await;
         }
-        tokio::time::sleep(GONE_PAUSE).await;
     }
 }
 

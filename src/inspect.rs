@@ -32,6 +32,16 @@ enum Line<'a> {
         cwd: &'a str,
         umask: u32,
     },
+    /// A process that has ended and that its parent has not waited for.
+    Zombie {
+        pid: i32,
+        ppid: i32,
+        pgid: i32,
+        sid: i32,
+        comm: &'a str,
+        uid: u32,
+        status: u32,
+    },
     /// A thread of the process before.
     Thread {
         pid: i32,
@@ -162,6 +172,17 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
             })?;
         }
     }
+    for zombie in &tree.zombies {
+        say_json(&Line::Zombie {
+            pid: zombie.pid,
+            ppid: zombie.ppid,
+            pgid: zombie.pgid,
+            sid: zombie.sid,
+            comm: &zombie.comm,
+            uid: zombie.uid,
+            status: zombie.status,
+        })?;
+    }
     for file in &tree.files {
         let (kind, what) = described(file, &tree.shared);
         say_json(&Line::File {
@@ -223,6 +244,18 @@ fn text(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
     }
     for process in &tree.processes {
         text_of_process(process, tree)?;
+    }
+    for zombie in &tree.zombies {
+        let how = match zombie.signal() {
+            0 => format!("exit code {}", zombie.code()),
+            signal => format!("signal {signal}"),
+        };
+        say(&format!(
+            "ended {} {}: {how}; parent {} has not waited for it",
+            zombie.pid,
+            plain(&zombie.comm),
+            zombie.ppid
+        ))?;
     }
     for shared in &tree.shared {
         let name = plain(&shared.name());

@@ -617,7 +617,10 @@ impl Shell<'_> {
     async fn capture(&mut self) -> Result<State, String> {
         let (survey, options) = self.surveyed.take().ok_or("it was captured before")?;
         let captured = match self.tree()?.capture(survey, options).await {
-            Ok(captured) => captured,
+            Ok((captured, again)) => {
+                self.clock.frozen = again.or(self.clock.frozen);
+                captured
+            }
             Err(commit::Error::Capture(pageferry_pageserver::Error::Refused(refusals))) => {
                 self.refused = refusals;
                 return Err("what came since the survey cannot be carried".to_owned());

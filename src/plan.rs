@@ -12,7 +12,7 @@ use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::shared::{Shared, shared};
 use pageferry_image::model::sockets::State;
-use pageferry_image::model::task::{Host, Process, Tree};
+use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_pageserver::identity;
 use pageferry_pageserver::survey::{SurveyOptions, TcpPolicy};
@@ -43,19 +43,7 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
         &mut refusals,
         &mut notes,
     );
-    for &tid in &plan.tids {
-        if let Ok(status) = procfs::status(tid, tid) {
-            let what = if tid == plan.pid {
-                "process id"
-            } else {
-                "thread id"
-            };
-            refusals.push(refusal(
-                format!("{process} thread {tid}"),
-                format!("{what} {tid} is taken on the target by {:?}; end it, or receive in a pid namespace of its own", status.name),
-            ));
-        }
-    }
+    judge_numbers(plan, &process, &mut refusals);
     for file in &plan.files {
         if let Some(text) = judge_file(file, plan) {
             refusals.push(refusal(format!("{process} file {}", file.path), text));
@@ -243,7 +231,7 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
         comm: threads
             .first()
             .map_or_else(String::new, |leader| leader.comm.clone()),
-        tids: tree.processes.iter().flat_map(Process::tids).collect(),
+        tids: tree.numbers(),
         files: files_of(tree).into_values().cloned().collect(),
         carried: tree
             .shared
@@ -258,6 +246,27 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
         realtime_ns: tree.realtime_ns,
         resident_bytes,
         ..Plan::default()
+    }
+}
+
+/// A number is taken by whoever has it as a process or thread, and as the session or group of anybody.
+fn judge_numbers(plan: &Plan, process: &str, refusals: &mut Vec<Refusal>) {
+    let groups = procfs::groups_and_sessions().unwrap_or_default();
+    for &number in &plan.tids {
+        let holder = match procfs::status(number, number) {
+            Ok(status) => format!("{:?}", status.name),
+            Err(_) if groups.contains(&number) => "a process group or session".to_owned(),
+            Err(_) => continue,
+        };
+        let (object, what) = if number == plan.pid {
+            (process.to_owned(), "process id")
+        } else {
+            (format!("{process} thread {number}"), "id")
+        };
+        refusals.push(refusal(
+            object,
+            format!("{what} {number} is taken on the target by {holder}; end it, or receive in a pid namespace of its own"),
+        ));
     }
 }
 
@@ -380,6 +389,7 @@ fn address_text(raw: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use pageferry_image::model::files::{File, Regular};
+    use pageferry_image::model::task::Process;
 
     use super::*;
 

@@ -2,10 +2,12 @@
 //!
 //! One row in the table at the end is one kernel object, one program in `tests/subjects` and one test.
 
+use std::path::Path;
+
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Host, Pair, eventually, skip};
+use crate::hosts::{Before, Clocks, Host, Pair, compile, eventually, skip};
 use crate::subject::{ORDINARY, ROOT, Subject};
 
 /// What may happen to a subject.
@@ -207,6 +209,42 @@ fn a_disarmed_interval_timer_that_keeps_its_interval_stays_disarmed() {
     );
 }
 
+/// Its session, and without job control its group too, are led by a shell that stays behind.
+#[test]
+fn programs_of_a_shell_lead_a_session_of_their_own_elsewhere() {
+    if skip().is_some() {
+        return;
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/subjects/leaders.c");
+    let program = compile(&source, "leaders", &[]);
+    for before in ["", "set -m; "] {
+        let pair = Pair::new(Clocks::Behind);
+        let (own, state) = (program.display(), pair.path("leaders.state"));
+        let script = format!("{before}{own} --state {} & wait", state.display());
+        let command = ["bash", "-c", &script];
+        let mut subject = Subject::launch(&pair, &pair.a, "leaders", &program, ORDINARY, &command)
+            .expect("it needs nothing");
+        let pid = subject.pid;
+        let mut is_at_home = true;
+        let host = journey(
+            &pair,
+            pid,
+            &[Verify, Cross, Verify, Cross, Rest, Verify],
+            |host, when| {
+                subject.must_pass(when);
+                let copy = subject.copy_on(host).expect("it has answered");
+                let stat = std::fs::read_to_string(copy.proc("stat")).expect("it runs");
+                let fields: Vec<&str> = stat.split(' ').collect();
+                // Group and session, as the test sees them, from outside.
+                let outer = copy.outer.to_string();
+                let leads = fields[4..6] == [outer.as_str(); 2];
+                assert_ne!(leads, std::mem::take(&mut is_at_home), "{script} {when}");
+            },
+        );
+        subject.end(host);
+    }
+}
+
 /// The table: `test name: subject, privileges, clocks of B`.
 macro_rules! objects {
     ($($test:ident: $subject:literal, $privileges:expr, $clocks:ident;)*) => {
@@ -264,5 +302,9 @@ objects! {
     interval_timers_cross: "interval_timers", ORDINARY, Behind;
     posix_timers_cross: "posix_timers", ORDINARY, FarAhead;
     trees_of_processes_cross_with_what_they_share: "tree", ORDINARY, Behind;
+    ended_children_cross_and_are_found_once: "zombies", ORDINARY, FarAhead;
+    sessions_and_groups_outlive_their_leaders_on_the_way: "leaders", ORDINARY, Behind;
+    exit_signals_of_children_cross: "exit_signals", ORDINARY, FarAhead;
+    programs_that_make_children_all_the_time_cross: "restless", ORDINARY, Behind;
     blocking_calls_cross_without_returning: "blocking", ORDINARY, Behind;
 }

@@ -7,7 +7,7 @@
 use prost::Message as _;
 
 use crate::model::{Invalid, task::Tree};
-use crate::model::{files, limits, memory, shared, signals, sockets, task, timers};
+use crate::model::{files, limits, memory, relations, shared, signals, sockets, task, timers};
 
 /// Why bytes are no tree.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +114,7 @@ const SHARED: Shape = of::<shared::Shared>(
 );
 const TREE: &[Field] = fields! {
     1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[]),
-    8 "shared": SHARED,
+    8 "shared": SHARED, 16 "zombies": of::<relations::Zombie>(&[]),
 };
 
 /// Memory of a byte string beside its bytes: the string itself, and what an allocation costs.

@@ -5,6 +5,7 @@ use std::fmt;
 
 pub mod files;
 pub mod memory;
+pub mod relations;
 pub mod shared;
 pub mod signals;
 pub mod sockets;

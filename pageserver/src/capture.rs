@@ -7,19 +7,21 @@
 
 pub(crate) mod files;
 pub(crate) mod memory;
+pub(crate) mod relations;
 pub mod shared;
 pub(crate) mod signals;
 pub(crate) mod sockets;
 pub(crate) mod task;
 pub(crate) mod timers;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use pageferry_image::model::files::{Descriptor, File, file};
 use pageferry_image::model::memory as model;
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::relations::Zombie;
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::model::timers::Passed;
 use pageferry_image::page::PageRange;
@@ -32,13 +34,16 @@ use self::memory::FirstTouch;
 use self::shared::{MovedFile, Objects, SharedPages};
 use self::task::{Answered, Cpus};
 use crate::survey::{
-    Member, Object, Refusal, RefusalKind, Survey, SurveyOptions, executable, relations,
+    self, Member, Object, Refusal, RefusalKind, Survey, SurveyOptions, executable,
     working_directory,
 };
 use crate::{Error, Result};
 
 /// Longest wait for the storage of written files, with the process frozen.
 const SYNC_WAIT_FROZEN: Duration = Duration::from_secs(5);
+
+/// Most processes that are looked at in the freeze for the first time.
+const NEWCOMERS_MAX: usize = 16;
 
 /// What one freeze yields.
 #[derive(Debug)]
@@ -111,7 +116,12 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         known: survey.known.clone(),
         shared: Objects::default(),
     };
-    let (stats, mut refusals) = ordered(survey.pid, &pids, survey)?;
+    let Ordered {
+        rows: stats,
+        zombies,
+        mut refusals,
+    } = ordered(survey.pid, &pids)?;
+    let newcomers = newcomers(&mut look, &stats, survey, &mut refusals)?;
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
     }
@@ -129,7 +139,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     let mut members = Vec::with_capacity(stats.len());
     for (pid, stat) in stats {
         look.pid = pid;
-        let surveyed = survey.members.get(&pid);
+        let surveyed = survey.members.get(&pid).or(newcomers.get(&pid));
         members.extend(Outside::of(
             &mut look,
             family.member(pid)?,
@@ -150,7 +160,10 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     }
 
     let cpus = Cpus::online()?;
-    let mut tree = Tree::default();
+    let mut tree = Tree {
+        zombies,
+        ..Tree::default()
+    };
     let mut pages = Vec::with_capacity(members.len());
     let mut clocks = Vec::with_capacity(members.len());
     let count = members.len();
@@ -185,10 +198,19 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
 }
 
 /// A process and its row in the process table.
-type Row = (i32, procfs::Stat);
+pub(crate) type Row = (i32, procfs::Stat);
 
-/// The frozen processes, parents before their children, and what of their relations is refused.
-fn ordered(root: i32, pids: &[i32], survey: &Survey) -> Result<(Vec<Row>, Vec<Refusal>)> {
+/// The frozen processes and their relations.
+struct Ordered {
+    /// Parents before their children.
+    rows: Vec<Row>,
+    /// Children of theirs that have ended.
+    zombies: Vec<Zombie>,
+    /// What of this is refused.
+    refusals: Vec<Refusal>,
+}
+
+fn ordered(root: i32, pids: &[i32]) -> Result<Ordered> {
     let mut refusals = Vec::new();
     let mut refuse = |pid, what| {
         refusals.push(Refusal {
@@ -198,15 +220,28 @@ fn ordered(root: i32, pids: &[i32], survey: &Survey) -> Result<(Vec<Row>, Vec<Re
         })
     };
     let mut left: BTreeSet<i32> = pids.iter().copied().filter(|&pid| pid != root).collect();
-    let mut stats = vec![(root, procfs::stat(root, root)?)];
+    let mut rows = vec![(root, procfs::stat(root, root)?)];
+    let mut zombies = Vec::new();
     let mut index = 0;
-    while let Some(&(pid, _)) = stats.get(index) {
+    while let Some(&(pid, _)) = rows.get(index) {
         for child in procfs::children(pid)? {
+            let stat = match procfs::stat(child, child) {
+                // It ended just now, and its parent does not want to know.
+                Err(error) if error.is_gone() && !left.contains(&child) => continue,
+                stat => stat?,
+            };
             if left.remove(&child) {
-                stats.push((child, procfs::stat(child, child)?));
-            } else {
-                // Only what has ended cannot be seized.
-                refuse(child, RefusalKind::Zombie);
+                rows.push((child, stat));
+                continue;
+            }
+            // Only what has ended could not be seized.
+            match stat.state {
+                'Z' => match relations::zombie(child, &stat)? {
+                    Ok(zombie) => zombies.push(zombie),
+                    Err(what) => refuse(child, what),
+                },
+                'X' => {}
+                _ => refuse(child, RefusalKind::Newcomer),
             }
         }
         index += 1;
@@ -215,13 +250,42 @@ fn ordered(root: i32, pids: &[i32], survey: &Survey) -> Result<(Vec<Row>, Vec<Re
         let parent = procfs::stat(pid, pid)?.ppid;
         refuse(pid, RefusalKind::Orphan { parent });
     }
-    for (pid, _) in &stats {
-        if !survey.members.contains_key(pid) {
-            refuse(*pid, RefusalKind::Newcomer);
+    refusals.extend(relations::making(&rows, &zombies).1);
+    Ok(Ordered {
+        rows,
+        zombies,
+        refusals,
+    })
+}
+
+/// Looks at the processes that came after the survey, if they are few and small: a program that makes short-lived ones all the
+/// time always has some. Larger ones are for another survey.
+fn newcomers(
+    look: &mut Look<'_>,
+    rows: &[Row],
+    survey: &Survey,
+    refusals: &mut Vec<Refusal>,
+) -> Result<BTreeMap<i32, Member>> {
+    let is_new = |row: &&Row| !survey.members.contains_key(&row.0);
+    let new: Vec<&Row> = rows.iter().filter(is_new).collect();
+    let mut found = BTreeMap::new();
+    for &(pid, stat) in &new {
+        look.pid = *pid;
+        let member = if new.len() > NEWCOMERS_MAX {
+            None
+        } else {
+            survey::newcomer(look, survey.pid, stat, refusals)?
+        };
+        match member {
+            Some(member) => drop(found.insert(*pid, member)),
+            None => refusals.push(Refusal {
+                pid: *pid,
+                object: Object::Process,
+                what: RefusalKind::Newcomer,
+            }),
         }
     }
-    refusals.extend(relations(&stats));
-    Ok((stats, refusals))
+    Ok(found)
 }
 
 /// What is had of a frozen process without asking it.
@@ -328,6 +392,7 @@ impl Outside {
             ppid: stat.ppid,
             pgid: stat.pgrp,
             sid: stat.session,
+            exit_signal: u32::try_from(stat.exit_signal).ok(),
             pending,
             descriptors,
             cwd,

@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_image::model::relations::Zombie;
 use pageferry_image::model::shared::Shared;
 use pageferry_image::model::sockets::State;
-use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::page::PageRange;
 use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey, Namespaces, Vma};
@@ -27,12 +27,15 @@ use pageferry_wire::message::{BoundSocket, Plan};
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
 use crate::capture::shared::Objects;
-use crate::capture::{memory, task, timers};
+use crate::capture::{memory, relations, task, timers};
 use crate::identity::FileCheck;
 use crate::{Error, Result};
 
 /// Longest wait for the storage of written files, with the process running.
 const SYNC_WAIT: Duration = Duration::from_secs(60);
+
+/// Largest memory of a process that is looked at in the freeze for the first time: its page tables are walked then.
+const NEWCOMER_KIB_MAX: u64 = 128 << 10;
 
 /// What to do with TCP connections (`--tcp`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,7 +79,8 @@ pub struct Survey {
     pub sockets: Vec<BoundSocket>,
     /// Files that will be made on the target.
     pub carried: Vec<Shared>,
-    /// Threads of all processes, the root's first.
+    /// Numbers that have to be free on the target: of the threads of all processes, the root's first, of what has ended, and of
+    /// sessions and groups whose leaders are gone.
     pub tids: Vec<i32>,
     /// Private anonymous memory in use, swapped included, and that of the shared objects.
     pub resident_bytes: u64,
@@ -104,6 +108,15 @@ pub(crate) struct Member {
 }
 
 impl Survey {
+    /// Whether what a freeze found to be refused may be gone, or be carried, after another survey: it is that the tree has changed,
+    /// or is about a process that came since, as one that shares its parent's memory until it executes a program.
+    pub fn is_passing(&self, refusal: &Refusal) -> bool {
+        matches!(
+            refusal.what,
+            RefusalKind::Newcomer | RefusalKind::Orphan { .. }
+        ) || !self.members.contains_key(&refusal.pid)
+    }
+
     /// The part of the plan that is about the process; what is about the host and the operator's wishes is left empty.
     pub fn plan(&self) -> Plan {
         Plan {
@@ -177,22 +190,25 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found.clock_offsets_ns = procfs::timens_offsets(root)?;
     found.notes.extend(identity_notes(root, &stat));
     let mut tables = Vec::new();
-    let mut stats = Vec::new();
+    let (mut stats, mut zombies) = (Vec::new(), Vec::new());
     for &pid in &pids {
         look.pid = pid;
-        match member(&mut look, root, &mut found) {
+        match member(&mut look, root, &mut found, &mut zombies) {
             Ok(Some((stat, entries))) => {
                 tables.push((pid, entries));
                 stats.push((pid, stat));
             }
             Ok(None) => {}
-            // It has ended meanwhile.
-            Err(Error::Process(error))
-                if error.is_gone() && pid != root && !procfs::exists(pid) => {}
+            // Half of what a process has is gone before the process is.
+            Err(_) if pid != root && has_ended(pid) => {}
             Err(error) => return Err(error),
         }
     }
-    found.refusals.extend(relations(&stats));
+    let (helpers, refusals) = relations::making(&stats, &zombies);
+    found.refusals.extend(refusals);
+    found.tids.extend(zombies.iter().map(|zombie| zombie.pid));
+    found.tids.extend(helpers);
+    found.notes.extend(zombies.iter().filter_map(core_note));
     let table = files::table(&mut look, &tables, Depth::Survey)?;
     found.refusals.extend(table.refusals.iter().cloned());
     found
@@ -230,11 +246,13 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     Ok(found)
 }
 
-/// Adds what one process has to `found`; its row in the process table and its descriptors. `None`: it is refused as a whole.
+/// Adds what one process has to `found`; its row in the process table and its descriptors. `None`: it is refused as a whole, or
+/// has ended and is one of `zombies`.
 fn member(
     look: &mut Look<'_>,
     root: i32,
     found: &mut Survey,
+    zombies: &mut Vec<Zombie>,
 ) -> Result<Option<(procfs::Stat, Vec<DescriptorEntry>)>> {
     let pid = look.pid;
     let mut refusals = Vec::new();
@@ -246,6 +264,14 @@ fn member(
         })
     };
     let stat = procfs::stat(pid, pid)?;
+    if pid != root && stat.state == 'Z' {
+        match relations::zombie(pid, &stat)? {
+            Ok(zombie) => zombies.push(zombie),
+            Err(what) => refuse(what),
+        }
+        found.refusals.extend(refusals);
+        return Ok(None);
+    }
     if let Some(what) = no_program(pid, &stat)? {
         refuse(what);
         found.refusals.extend(refusals);
@@ -259,8 +285,15 @@ fn member(
         refuse(what);
     }
     let tids = procfs::tids(pid)?;
+    if status.tracer_pid != 0 {
+        refuse(RefusalKind::Traced {
+            by: status.tracer_pid,
+        });
+    } else if matches!(status.state, 'T' | 't') {
+        refuse(RefusalKind::Stopped);
+    }
     process(root, pid, look.options, &stat, &status, &mut refusals)?;
-    threads(pid, &tids, &mut refusals)?;
+    threads(pid, &tids, false, &mut refusals)?;
     refusals.extend(timers::refusals(pid)?);
     let entries = procfs::descriptors(pid)?;
     let all = procfs::smaps(pid)?;
@@ -291,45 +324,32 @@ fn member(
     Ok(Some((stat, entries)))
 }
 
-/// Sessions and groups that cannot be made again, from the rows of a tree in the process table, the root's first.
-pub(crate) fn relations(stats: &[(i32, procfs::Stat)]) -> Vec<Refusal> {
-    let tree = Tree {
-        processes: stats
-            .iter()
-            .map(|(pid, stat)| Process {
-                pid: *pid,
-                ppid: stat.ppid,
-                pgid: stat.pgrp,
-                sid: stat.session,
-                ..Process::default()
-            })
-            .collect(),
-        ..Tree::default()
-    };
-    let sessions: BTreeMap<i32, i32> = stats
-        .iter()
-        .map(|(pid, stat)| (*pid, stat.session))
-        .collect();
-    let mut found = Vec::new();
-    for (process, leader) in tree.processes.iter().zip(tree.group_leaders()).skip(1) {
-        let mut refuse = |what| {
-            found.push(Refusal {
-                pid: process.pid,
-                object: Object::Process,
-                what,
-            })
-        };
-        if process.sid != process.pid && sessions.get(&process.ppid) != Some(&process.sid) {
-            refuse(RefusalKind::Session {
-                session: process.sid,
-            });
-        } else if leader.is_none() {
-            refuse(RefusalKind::Group {
-                group: process.pgid,
-            });
-        }
+fn has_ended(pid: i32) -> bool {
+    procfs::stat(pid, pid).map_or_else(
+        |error| error.is_gone(),
+        |stat| matches!(stat.state, 'Z' | 'X'),
+    )
+}
+
+/// Looks at a frozen process that came after the survey: at what that would have found, and what capture does not look at
+/// again. `None` if it has so much memory that the freeze would last.
+pub(crate) fn newcomer(
+    look: &Look<'_>,
+    root: i32,
+    stat: &procfs::Stat,
+    refusals: &mut Vec<Refusal>,
+) -> Result<Option<Member>> {
+    let pid = look.pid;
+    let status = procfs::status(pid, pid)?;
+    if status.vm_rss_kib > NEWCOMER_KIB_MAX {
+        return Ok(None);
     }
-    found
+    process(root, pid, look.options, stat, &status, refusals)?;
+    threads(pid, &procfs::tids(pid)?, true, refusals)?;
+    let vmas = procfs::smaps(pid)?;
+    refusals.extend(memory_policies(pid)?);
+    let guards = memory::guards(pid, &vmas, |_| true)?;
+    Ok(Some(Member { vmas, guards }))
 }
 
 fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
@@ -392,13 +412,6 @@ fn process(
     };
     if status.ns_pid.last() == Some(&1) {
         refuse(RefusalKind::Init);
-    }
-    if status.tracer_pid != 0 {
-        refuse(RefusalKind::Traced {
-            by: status.tracer_pid,
-        });
-    } else if matches!(status.state, 'T' | 't') {
-        refuse(RefusalKind::Stopped);
     }
     if status.core_dumping {
         refuse(RefusalKind::CoreDumping);
@@ -497,9 +510,9 @@ fn shared_context(pid: i32, other: i32) -> Result<Option<&'static str>> {
     Ok(None)
 }
 
-fn threads(pid: i32, tids: &[i32], refusals: &mut Vec<Refusal>) -> Result<()> {
+fn threads(pid: i32, tids: &[i32], is_held: bool, refusals: &mut Vec<Refusal>) -> Result<()> {
     for &tid in tids {
-        match thread(pid, tid) {
+        match thread(pid, tid, is_held) {
             Ok(found) => refusals.extend(found),
             Err(Error::Process(error)) if error.is_gone() && tid != pid => {}
             Err(error) => return Err(error),
@@ -508,7 +521,8 @@ fn threads(pid: i32, tids: &[i32], refusals: &mut Vec<Refusal>) -> Result<()> {
     Ok(())
 }
 
-fn thread(pid: i32, tid: i32) -> Result<Vec<Refusal>> {
+/// `is_held`: it is we who trace it.
+fn thread(pid: i32, tid: i32, is_held: bool) -> Result<Vec<Refusal>> {
     let status = procfs::status(pid, tid)?;
     let mut found = task::thread_refusals(pid, tid, &status);
     let mut refuse = |what| {
@@ -519,7 +533,7 @@ fn thread(pid: i32, tid: i32) -> Result<Vec<Refusal>> {
         })
     };
     if tid != pid {
-        if status.tracer_pid != 0 {
+        if status.tracer_pid != 0 && !is_held {
             refuse(RefusalKind::Traced {
                 by: status.tracer_pid,
             });
@@ -610,6 +624,16 @@ fn memory_policies(pid: i32) -> Result<Vec<Refusal>> {
             })
         })
         .collect())
+}
+
+fn core_note(zombie: &Zombie) -> Option<String> {
+    zombie.dumped_core().then(|| {
+        format!(
+            "pid {} has ended with a core dump: on the target its parent learns of the signal {} and of no dump",
+            zombie.pid,
+            zombie.signal()
+        )
+    })
 }
 
 fn identity_notes(pid: i32, stat: &procfs::Stat) -> Vec<String> {

@@ -4,10 +4,10 @@
 //! kernel is asked by the agent planted in the husk; files and sockets are opened by us and handed over. The husk is
 //! privileged until the last batch of each thread, which drops to the captured credentials.
 //!
-//! First the husk of the root makes those of its children, and they of theirs, so that parenthood is real; each leads its
-//! session or group before it has children. Then each process is built, parents first. An open file that several have is made
-//! once, when the first of them is built, and handed to each. Shared objects are made and filled before the husks are touched, and
-//! sealed when the last process is built.
+//! First the husk of the root makes those of its children, and they of theirs, so that parenthood, sessions and groups are real;
+//! those that had ended end. Then each process is built, parents first. An open file that several have is made once, when the
+//! first of them is built, and handed to each. Shared objects are made and filled before the husks are touched, and sealed when the
+//! last process is built.
 //!
 //! Order within a process, and why:
 //! 1. plant the agent in a hole that both the husk and the final layout leave free;
@@ -30,12 +30,13 @@ use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
 use pageferry_tracee::Error as TraceeError;
 use pageferry_tracee::family::Family;
 use pageferry_tracee::host::Clocks;
-use pageferry_tracee::injection::{Arg, Batch, Injection, Leads, Slot, ThreadStart};
+use pageferry_tracee::injection::{Arg, Batch, Injection, Slot, ThreadStart};
 use pageferry_tracee::tree::Tracee;
 use pageferry_tracee::uffd::Uffd;
 
 pub mod files;
 pub mod memory;
+pub mod relations;
 pub mod shared;
 pub mod signals;
 pub mod sockets;
@@ -330,18 +331,18 @@ pub fn rebuild(
             what: format!("the prepared processes are {:?}", family.pids()),
         });
     }
-    make_husks(family, tree)?;
+    relations::make(family, tree)?;
 
     let Eager {
         objects, mut pages, ..
     } = eager;
     let mut files = files::Files::new(tree, objects)?;
     let mut rebuilt = Vec::with_capacity(tree.processes.len());
-    for (object, (process, leader)) in (1..).zip(tree.processes.iter().zip(tree.group_leaders())) {
+    for (object, process) in (1..).zip(&tree.processes) {
         let eager = pages.remove(&object).unwrap_or_default();
         let member = family.member(process.pid)?;
         rebuilt.push(rebuild_process(
-            member, process, leader, tree, &mut files, &eager, &clock,
+            member, process, tree, &mut files, &eager, &clock,
         )?);
     }
     let new_files = files.objects.finish()?;
@@ -355,31 +356,9 @@ pub fn rebuild(
     }
 }
 
-/// Makes the husks of all descendants. The root leads a session already.
-fn make_husks(family: &mut Family, tree: &Tree) -> Result<()> {
-    let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
-    for process in tree.processes.iter().skip(1) {
-        children.entry(process.ppid).or_default().push(process.pid);
-    }
-    for (index, process) in tree.processes.iter().enumerate() {
-        let leads = match index {
-            0 => Leads::Nothing,
-            _ if process.sid == process.pid => Leads::Session,
-            _ if process.pgid == process.pid => Leads::Group,
-            _ => Leads::Nothing,
-        };
-        let children = children.remove(&process.pid).unwrap_or_default();
-        if leads != Leads::Nothing || !children.is_empty() {
-            family.beget(process.pid, leads, &children)?;
-        }
-    }
-    Ok(())
-}
-
 fn rebuild_process(
     husk: &mut Tracee,
     process: &Process,
-    group_leader: Option<i32>,
     tree: &Tree,
     files: &mut files::Files,
     eager: &[EagerPage],
@@ -396,8 +375,7 @@ fn rebuild_process(
         process.threads.len(),
     )?;
     let mut injection = husk.plant_with_room(Some(hole), process.threads.len())?;
-    let built = task::join_group(&mut injection, process, group_leader)
-        .and_then(|()| build(&mut injection, process, space, tree, files, eager, clock));
+    let built = build(&mut injection, process, space, tree, files, eager, clock);
     let (rebuilt, starts) = match built {
         Ok(built) => built,
         Err(error) => {
@@ -443,6 +421,7 @@ fn build(
     }
     signals::rebuild_actions(injection, process)?;
     task::rebuild_process(injection, process)?;
+    relations::forget_ends(injection, process, tree)?;
     signals::rebuild_pending(injection, process)?;
     handed.end(injection)?;
     timers::rebuild(injection, process, tree, passed)?;

@@ -455,7 +455,7 @@ impl Shared {
     /// length.
     pub(crate) fn clone_arguments(&mut self, index: usize, flags: u64, tid: i32) -> (u64, u64) {
         let address = self.slot_address(index) + CLONE_OFFSET as u64;
-        let arguments = CloneArguments::new(flags, 0, tid);
+        let arguments = CloneArguments::new(flags, 0, Some(tid));
         let slot = self.slot_pointer(index);
         // SAFETY: within the mapping; the agent waits.
         unsafe { (&raw mut (*slot).clone).write(arguments.words_at(address)) };
@@ -463,12 +463,12 @@ impl Shared {
     }
 }
 
-/// `struct clone_args` (linux/sched.h) for a task with a chosen id, and behind it that id.
+/// `struct clone_args` (linux/sched.h) for a task, and behind it the id chosen for it, if any.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CloneArguments {
     flags: u64,
     exit_signal: u64,
-    tid: i32,
+    tid: Option<i32>,
 }
 
 impl CloneArguments {
@@ -478,7 +478,7 @@ impl CloneArguments {
     /// Bytes of the whole.
     pub(crate) const MEMORY_LEN: u64 = Self::WORDS as u64 * 8;
 
-    pub(crate) fn new(flags: u64, exit_signal: u64, tid: i32) -> Self {
+    pub(crate) fn new(flags: u64, exit_signal: u64, tid: Option<i32>) -> Self {
         Self {
             flags,
             exit_signal,
@@ -491,9 +491,11 @@ impl CloneArguments {
         let mut words = [0_u64; Self::WORDS];
         words[0] = self.flags;
         words[4] = self.exit_signal;
-        words[8] = address + Self::LEN; // set_tid
-        words[9] = 1; // set_tid_size
-        words[Self::LEN as usize / 8] = u64::from(self.tid as u32);
+        if let Some(tid) = self.tid {
+            words[8] = address + Self::LEN; // set_tid
+            words[9] = 1; // set_tid_size
+            words[Self::LEN as usize / 8] = u64::from(tid as u32);
+        }
         words
     }
 }

@@ -121,6 +121,16 @@ pub enum Error {
         /// What was being waited for.
         what: &'static str,
     },
+    /// A husk ended otherwise than it was told to.
+    #[error("process {pid} ended with the wait status {found:#x}, not {wanted:#x}")]
+    WrongEnd {
+        /// Process id.
+        pid: i32,
+        /// Wait status it was to have.
+        wanted: i32,
+        /// The one it has.
+        found: i32,
+    },
     /// More work than a limit allows.
     #[error("{what}: {asked} is more than {limit}")]
     TooMuch {

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::injection::Leads;
+use crate::injection::{Birth, End};
 use crate::tree::{self, Group};
 use crate::{Error, Held, Result, SeizeOptions, Tracee, procfs};
 
@@ -58,14 +58,50 @@ impl Family {
             })
     }
 
-    /// Makes children of a husk, see [`Tracee::beget`], and takes them in.
+    /// Makes children of a husk, see [`Tracee::bear`], and takes them in.
     ///
     /// # Errors
-    /// As [`Tracee::beget`]; [`Error::WrongState`] if `pid` is not of the family.
-    pub fn beget(&mut self, pid: i32, leads: Leads, children: &[i32]) -> Result<()> {
-        let born = self.member(pid)?.beget(leads, children)?;
+    /// As [`Tracee::bear`]; [`Error::WrongState`] if `parent` is not of the family.
+    pub fn bear(&mut self, parent: i32, children: &[Birth]) -> Result<()> {
+        let born = self.member(parent)?.bear(children)?;
         self.members.extend(born);
         Ok(())
+    }
+
+    /// Makes a husk in the session of `leader`, which descends from `parent`, and leaves it to `parent`, as a subreaper gets it.
+    ///
+    /// # Errors
+    /// As [`Tracee::bear`], whose [`Error::PidTaken`] may also be about the husk that passes by; [`Error::WrongState`] if one of the
+    /// two is not of the family.
+    pub fn foster(&mut self, parent: i32, leader: i32, child: Birth) -> Result<()> {
+        // 1. From here on the parent gets what is left by those below it. No husk was a subreaper before.
+        self.member(parent)?.set_subreaper(true)?;
+        // 2. The leader has a child, and that another one.
+        let passing = self.member(leader)?.bear(&[Birth {
+            pid: None,
+            exit_signal: 0,
+        }])?;
+        for mut passing in passing {
+            let pid = passing.pid();
+            self.members.extend(passing.bear(&[child])?);
+            // 3. The first ends, and nothing is left of it.
+            passing.end(&End::default())?;
+            self.member(leader)?.reap(pid)?;
+        }
+        self.member(parent)?.set_subreaper(false)
+    }
+
+    /// Ends a husk, see [`Tracee::end`]; its parent is still to wait for it.
+    ///
+    /// # Errors
+    /// As [`Tracee::end`]; [`Error::WrongState`] if `pid` is not of the family.
+    pub fn end(&mut self, pid: i32, end: &End) -> Result<()> {
+        let index = self.members.iter().position(|member| member.pid() == pid);
+        let index = index.ok_or(Error::WrongState {
+            tid: pid,
+            what: "ending in another family",
+        })?;
+        self.members.remove(index).end(end)
     }
 
     /// Stops every thread of every process within `budget`, as [`Tracee::freeze`] does for one process; on success there is

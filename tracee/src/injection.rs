@@ -18,14 +18,16 @@
 //!
 //! Nothing here ever traps or single-steps: the kernel resets a blocked or ignored SIGTRAP for that.
 
+mod birth;
+
 use std::fs::OpenOptions;
 use std::ops::Range;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
 use crate::agent::{self, CloneArguments, Shared};
 use crate::choke::{self, Kind};
-use crate::husk;
 use crate::interrupted::{self, NO_CALL};
 use crate::leftover;
 use crate::memory::RemoteMemory;
@@ -34,6 +36,8 @@ use crate::ptrace::{self, Report, Stop};
 use crate::registers::{Frame, Registers};
 use crate::tree::{CodePlaces, Rseq, SeizeOptions, Thread, below_red_zone, stack_start, twice};
 use crate::{Error, Result, Tracee};
+
+pub use self::birth::{Birth, End};
 
 /// The place of one call in a batch; later calls may use its result as an argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,17 +166,6 @@ pub struct ThreadStart {
     pub sigmask: u64,
 }
 
-/// What a husk is to lead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leads {
-    /// Neither a session nor a group.
-    Nothing,
-    /// A process group.
-    Group,
-    /// A session, and its first group.
-    Session,
-}
-
 /// Linux user code on x86-64; anything else is 32-bit code, whose system calls are others.
 const USER_CODE_64: u64 = 0x33;
 /// Signals cannot be blocked more than this; the kernel leaves SIGKILL and SIGSTOP out by itself.
@@ -181,6 +174,8 @@ const ALL_SIGNALS: u64 = u64::MAX;
 /// kernel gives a new program 128 KiB.
 const BELOW_GATE_LEN: u64 = 32 << 10;
 const _: () = assert!(agent::FRAME_LEN as u64 + CloneArguments::MEMORY_LEN <= BELOW_GATE_LEN);
+/// How long a husk may take to die.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the agent may work at one batch before it is given up.
 const BATCH_SECONDS: u64 = 60;
 /// How often a silent agent is looked after.
@@ -244,74 +239,6 @@ impl<'a> Injection<'a> {
             injection.unmap(agent.start, agent.end - agent.start)?;
         }
         injection.cure()
-    }
-
-    /// See [`Tracee::beget`]. By calls through the gate alone, since the agent's memory would be shared with the children.
-    pub(crate) fn beget(
-        tracee: &'a mut Tracee,
-        leads: Leads,
-        children: &[i32],
-    ) -> Result<Vec<Tracee>> {
-        let (pid, options) = (tracee.pid(), tracee.options);
-        let mut injection = Self::new(tracee, 0)?;
-        injection.open_first_gate()?;
-        let lead = match leads {
-            Leads::Nothing => None,
-            Leads::Group => Some(("setpgid", libc::SYS_setpgid)),
-            Leads::Session => Some(("setsid", libc::SYS_setsid)),
-        };
-        if let Some((what, number)) = lead {
-            injection
-                .call(what, number, [0; 6])?
-                .map_err(|errno| Error::Injected {
-                    what,
-                    tid: pid,
-                    errno,
-                })?;
-        }
-        // A child arrives attached, with the same options, before it has run an instruction.
-        injection.narrowed = true;
-        injection.tracee.set_options(SeizeOptions {
-            follow: true,
-            ..options
-        })?;
-        let mut born = Vec::with_capacity(children.len());
-        for &child in children {
-            born.push(injection.bear(child)?);
-        }
-        injection.cure()?;
-        Ok(born)
-    }
-
-    fn bear(&mut self, pid: i32) -> Result<Tracee> {
-        choke::pass(Kind::Spawn).map_err(|errno| Error::kernel("clone3", pid, errno))?;
-        let place = below_red_zone(self.homes[0].registers.rsp, BELOW_GATE_LEN);
-        let words = CloneArguments::new(0, libc::SIGCHLD as u64, pid).words_at(place);
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        self.memory.write(place, &bytes)?;
-        let made = self.call(
-            "clone3",
-            libc::SYS_clone3,
-            [place, CloneArguments::LEN, 0, 0, 0, 0],
-        )?;
-        match made {
-            Ok(_) => {}
-            Err(Errno::EEXIST) => {
-                return Err(Error::PidTaken {
-                    pid,
-                    holder: husk::holder_of(pid),
-                });
-            }
-            Err(errno) => {
-                return Err(Error::Injected {
-                    what: "clone3",
-                    tid: pid,
-                    errno,
-                });
-            }
-        }
-        let home = &self.homes[0];
-        Tracee::newborn(pid, self.tracee.options, &home.healed, home.sigmask)
     }
 
     fn new(tracee: &'a mut Tracee, room: usize) -> Result<Self> {

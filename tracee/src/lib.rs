@@ -37,7 +37,7 @@ pub mod uffd;
 
 pub use error::{Error, Result};
 pub use family::Family;
-pub use injection::{Arg, Batch, Injection, Leads, Slot, ThreadStart};
+pub use injection::{Arg, Batch, Birth, End, Injection, Slot, ThreadStart};
 pub use memory::{Pod, RemoteMemory, RemotePtr};
 pub use registers::Registers;
 pub use tree::{Held, Pumped, RseqConfiguration, SeizeOptions, Tracee};

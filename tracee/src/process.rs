@@ -338,6 +338,21 @@ pub fn set_signal_mask(mask: u64) -> Result<u64> {
     Ok(old)
 }
 
+/// Makes SIGCHLD one that a signalfd can read in whichever thread: of children, and of those that any thread of ours traces. For
+/// this thread and all it makes from here on.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn queue_child_signals() -> Result<()> {
+    // SAFETY: no handler is set, so nothing of ours runs for it. Ignored, as a parent of ours may have left it, it would not be
+    // raised when a tracee stops.
+    if unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) } == libc::SIG_ERR {
+        return Err(failed("signal", Errno::last()));
+    }
+    let now = set_signal_mask(u64::MAX)?;
+    set_signal_mask(now | 1 << (libc::SIGCHLD - 1)).map(drop)
+}
+
 /// Every signal is blocked in this thread until this is dropped.
 #[derive(Debug)]
 pub struct BlockedSignals {

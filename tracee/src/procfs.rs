@@ -122,12 +122,13 @@ pub fn tids(pid: i32) -> Result<Vec<i32>> {
     Ok(tids)
 }
 
-/// Children of all threads of a process, ascending. Zombies count.
+/// Children of all threads of a process, each once, in the order in which a wait looks at those of one thread: as they were
+/// born, or came from others. Zombies count.
 ///
 /// # Errors
 /// [`Error::Gone`]; [`Error::Path`] without `CONFIG_PROC_CHILDREN`.
 pub fn children(pid: i32) -> Result<Vec<i32>> {
-    let mut found = BTreeSet::new();
+    let (mut found, mut known) = (Vec::new(), BTreeSet::new());
     for tid in tids(pid)? {
         let path = format!("/proc/{pid}/task/{tid}/children");
         let text = match read_text(tid, &path) {
@@ -136,10 +137,14 @@ pub fn children(pid: i32) -> Result<Vec<i32>> {
             Err(error) => return Err(error),
         };
         for word in text.split_ascii_whitespace() {
-            found.insert(Origin(&path).decimal::<i32>(Some(word), "child")?);
+            let child = Origin(&path).decimal::<i32>(Some(word), "child")?;
+            // It may be passed on from one thread to another while we look.
+            if known.insert(child) {
+                found.push(child);
+            }
         }
     }
-    Ok(found.into_iter().collect())
+    Ok(found)
 }
 
 /// A process and all that descend from it now, parents before their children. Zombies count.
@@ -158,6 +163,27 @@ pub fn descendants(root: i32) -> Result<Vec<i32>> {
         index += 1;
     }
     Ok(all)
+}
+
+/// The process groups and sessions that there are, whether their leaders are there or not. Processes that end meanwhile are left
+/// out. Counts once at the choke point: how many processes there are on a host is chance.
+///
+/// # Errors
+/// [`Error::Path`] when `/proc` cannot be listed.
+pub fn groups_and_sessions() -> Result<BTreeSet<i32>> {
+    choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
+    let pids: Vec<i32> =
+        list_numbers("/proc").map_err(|error| failed("list", 0, "/proc", &error))?;
+    let mut found = BTreeSet::new();
+    for pid in pids {
+        let path = format!("/proc/{pid}/stat");
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            continue;
+        };
+        let stat = parse_stat(&text, &path)?;
+        found.extend([stat.pgrp, stat.session]);
+    }
+    Ok(found)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -439,6 +465,8 @@ pub struct Stat {
     pub env_start: u64,
     /// End of the environment.
     pub env_end: u64,
+    /// Wait status of a zombie; 0 for a reader that may not trace it.
+    pub exit_code: u32,
 }
 
 /// Reads the stat line of one thread.
@@ -483,6 +511,7 @@ fn parse_stat(text: &str, path: &str) -> Result<Stat> {
         arg_end: origin.decimal(field(49), "arg_end")?,
         env_start: origin.decimal(field(50), "env_start")?,
         env_end: origin.decimal(field(51), "env_end")?,
+        exit_code: origin.decimal(field(52), "exit_code")?,
     })
 }
 
@@ -1427,7 +1456,7 @@ mod tests {
     fn odd_names_do_not_shift_the_fields() {
         let line = "7 (a) R (b) 1) S 3 4 5 0 -1 4194304 0 0 0 0 11 12 0 0 20 0 2 0 99 1 2 \
                     18446744073709551615 21 22 23 0 0 0 0 0 0 0 0 0 17 1 0 0 0 0 0 \
-                    31 32 33 34 35 36 37 0";
+                    31 32 33 34 35 36 37 768";
         let stat = parse_stat(line, "stat").expect("stat");
         assert_eq!(
             (stat.state, stat.ppid, stat.pgrp, stat.session),
@@ -1435,6 +1464,7 @@ mod tests {
         );
         assert_eq!((stat.utime, stat.stime, stat.num_threads), (11, 12, 2));
         assert_eq!((stat.start_time_ticks, stat.exit_signal), (99, 17));
+        assert_eq!(stat.exit_code, 3 << 8);
         assert_eq!(
             (stat.start_code, stat.end_code, stat.start_stack),
             (21, 22, 23)

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::choke::{self, Kind};
-use crate::injection::{Injection, Leads};
+use crate::injection::Injection;
 use crate::interrupted::{self, Timeout};
 use crate::leftover;
 use crate::memory::{RemoteMemory, RemotePtr};
@@ -195,16 +195,6 @@ impl Tracee {
         ptrace::set_sigmask(pid, sigmask)?;
         child.frozen_at = Some(Instant::now());
         Ok(child)
-    }
-
-    /// In a frozen husk: makes it a leader, and then its children, each with its process id. A child is a husk as its
-    /// parent is, with memory of its own, frozen, and with the same [`SeizeOptions`]: with `exit_kill` none outlives us.
-    ///
-    /// # Errors
-    /// [`Error::PidTaken`]; [`Error::Injected`] with what setsid(2), setpgid(2) or clone3(2) said: `EPERM` without
-    /// CAP_CHECKPOINT_RESTORE in the pid namespace. The husk is then good for nothing but to be killed.
-    pub fn beget(&mut self, leads: Leads, children: &[i32]) -> Result<Vec<Self>> {
-        Injection::beget(self, leads, children)
     }
 
     /// Process id.

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use pageferry_tracee::choke;
 use pageferry_tracee::{
-    Arg, Batch, Error, Family, Injection, Leads, RemoteMemory, SeizeOptions, ThreadStart, Tracee,
-    agent, husk, procfs,
+    Arg, Batch, Birth, End, Error, Family, Injection, RemoteMemory, SeizeOptions, ThreadStart,
+    Tracee, agent, husk, procfs,
 };
 
 const BUDGET: Duration = Duration::from_millis(200);
@@ -957,16 +957,18 @@ fn a_family_is_killed_whole() {
     );
 }
 
+/// Numbers that nobody has, below one that no other test gives.
+fn chosen_pids(below: i32, count: usize) -> Vec<i32> {
+    let free = (10_000..below).rev().filter(|&pid| !procfs::exists(pid));
+    free.take(count).collect()
+}
+
 #[test]
 fn husks_have_children_of_their_own() {
     if !able() {
         return;
     }
-    let pids: Vec<i32> = (10_000..20_000)
-        .rev()
-        .filter(|&pid| !procfs::exists(pid))
-        .take(4)
-        .collect();
+    let pids = chosen_pids(20_000, 4);
     forked(|| husk_family_story(&pids));
     // Its tracer's end was theirs.
     wait_for("the end of every husk", || {
@@ -986,10 +988,14 @@ fn husk_family_story(pids: &[i32]) {
     };
     let mut family = Family::seize(root, options).unwrap();
     family.freeze(BUDGET, ATTEMPTS).unwrap();
-    family
-        .beget(root, Leads::Session, &[leader, follower])
-        .unwrap();
-    family.beget(leader, Leads::Group, &[member]).unwrap();
+    let born = |pid| Birth {
+        pid: Some(pid),
+        exit_signal: libc::SIGCHLD as u32,
+    };
+    family.member(root).unwrap().lead_session().unwrap();
+    family.bear(root, &[born(leader), born(follower)]).unwrap();
+    family.member(leader).unwrap().join_group(leader).unwrap();
+    family.bear(leader, &[born(member)]).unwrap();
     assert_eq!(family.pids(), [root, leader, follower, member]);
     let stat = |pid| {
         let stat = procfs::stat(pid, pid).unwrap();
@@ -1000,7 +1006,7 @@ fn husk_family_story(pids: &[i32]) {
     assert_eq!(stat(member), (leader, leader, root));
     // The first process there is.
     assert!(matches!(
-        family.beget(follower, Leads::Nothing, &[1]),
+        family.bear(follower, &[born(1)]),
         Err(Error::PidTaken { pid: 1, .. })
     ));
     for pid in [root, leader, member, follower] {
@@ -1023,6 +1029,78 @@ fn husk_family_story(pids: &[i32]) {
         assert!(procfs::maps(pid).unwrap().len() <= 6);
     }
     std::mem::forget(family);
+}
+
+#[test]
+fn husks_end_as_they_are_told_and_leave_others_behind() {
+    if !able() {
+        return;
+    }
+    let pids = chosen_pids(19_000, 5);
+    forked(|| husk_ends_story(&pids));
+}
+
+fn husk_ends_story(pids: &[i32]) {
+    let [root, leader, left, early, late] = *pids else {
+        panic!("five pids");
+    };
+    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
+    let options = SeizeOptions {
+        exit_kill: true,
+        ..SeizeOptions::default()
+    };
+    let mut family = Family::seize(root, options).unwrap();
+    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    let born = |pid, exit_signal| Birth {
+        pid: Some(pid),
+        exit_signal,
+    };
+    let stat = |pid| procfs::stat(pid, pid).unwrap();
+    // A session whose leader goes, and one of its members that another has.
+    family.bear(root, &[born(leader, 0)]).unwrap();
+    family.member(leader).unwrap().lead_session().unwrap();
+    family.foster(root, leader, born(left, 17)).unwrap();
+    family.end(leader, &End::default()).unwrap();
+    family.member(root).unwrap().reap(leader).unwrap();
+    assert!(!procfs::exists(leader));
+    let found = stat(left);
+    assert_eq!(
+        (found.ppid, found.pgrp, found.session),
+        (root, leader, leader)
+    );
+    assert_eq!(found.exit_signal, libc::SIGCHLD);
+    // The number is that of a session, and of nobody.
+    assert!(matches!(
+        family.bear(root, &[born(leader, 0)]),
+        Err(Error::PidTaken { .. })
+    ));
+
+    family
+        .bear(left, &[born(early, 17), born(late, 10)])
+        .unwrap();
+    let end = |status| End {
+        status,
+        uid: 65_534,
+        comm: "fifteen_letters_and_more".into(),
+    };
+    family.end(late, &end(0x80 | libc::SIGSEGV as u32)).unwrap();
+    family.end(early, &end(7 << 8)).unwrap();
+    for (pid, status) in [(early, 7 << 8), (late, libc::SIGSEGV as u32)] {
+        let found = stat(pid);
+        assert_eq!(
+            (found.state, found.exit_code, found.ppid),
+            ('Z', status, left)
+        );
+        let status = procfs::status(pid, pid).unwrap();
+        assert_eq!(
+            (status.uid[0], status.name.as_str()),
+            (65_534, "fifteen_letters")
+        );
+    }
+    assert_eq!(procfs::children(left).unwrap(), [early, late]);
+    let pending = family.member(left).unwrap().pending(left, true).unwrap();
+    assert_eq!(pending.len(), 2, "each has told of its end");
+    family.kill().unwrap();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@
     reason = "generated fields are documented in image/proto/task.proto"
 )]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::files::File;
+use super::relations::{Making, Member, Obstacle, Zombie};
 use super::shared::Shared;
 use super::signals::{Action, Pending};
 use super::timers::{Itimer, Posix};
@@ -24,6 +25,7 @@ const ROBUST_LIST_HEAD_LEN: u64 = 24;
 const COMM_LEN: usize = 45;
 /// Bits of `membarrier(2)` registrations: global, private expedited, its sync-core and rseq forms.
 const MEMBARRIERS: u32 = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8;
+const SIGCHLD: u32 = 17;
 
 impl Scheduling {
     fn validate(&self, object: &str) -> Result<(), Invalid> {
@@ -187,6 +189,11 @@ impl Process {
         )?;
         ensure(self.dumpable <= 2, object, "is dumpable in no known way")?;
         ensure(
+            self.end_signal() <= limits::SIGNAL,
+            object,
+            "tells its end by an impossible signal",
+        )?;
+        ensure(
             self.membarrier & !MEMBARRIERS == 0,
             object,
             "has unknown membarrier registrations",
@@ -232,45 +239,51 @@ impl Tree {
             "process list".into()
         })?;
         self.processes.iter().try_for_each(Process::validate)?;
-        let mut by_pid: BTreeMap<i32, &Process> = BTreeMap::new();
-        for process in &self.processes {
-            let object = || format!("process {}", process.pid);
-            // Only parents that have been passed are in the map: that also rules out circles.
-            let parent = by_pid.get(&process.ppid).copied();
+        at_most(self.zombies.len(), limits::PROCESSES, || {
+            "list of ended processes".into()
+        })?;
+        self.zombies.iter().try_for_each(Zombie::validate)?;
+        let mut seen = BTreeSet::new();
+        for member in self.members() {
+            let object = || format!("process {}", member.pid);
+            // Only parents that have been passed are in the set: that also rules out circles.
+            let has_parent = member.pid == root.pid || seen.contains(&member.ppid);
+            ensure(seen.insert(member.pid), object, "is in the tree twice")?;
             ensure(
-                by_pid.insert(process.pid, process).is_none(),
+                has_parent,
                 object,
-                "is in the tree twice",
+                "has a parent that does not stand before it",
             )?;
-            if process.pid != root.pid {
-                let parent = parent.ok_or_else(|| {
-                    Invalid::new(object(), "has a parent that does not stand before it")
-                })?;
-                ensure(
-                    process.sid == process.pid || process.sid == parent.sid,
-                    object,
-                    "is in a session that is neither its own nor its parent's",
-                )?;
-            }
             ensure(
-                process.sid != process.pid || process.pgid == process.pid,
+                member.sid != member.pid || member.pgid == member.pid,
                 object,
                 "leads a session and no group",
             )?;
         }
+        let ended: BTreeSet<i32> = self.zombies.iter().map(|zombie| zombie.pid).collect();
+        for zombie in &self.zombies {
+            ensure(
+                !ended.contains(&zombie.ppid),
+                || format!("process {}", zombie.pid),
+                "is the child of one that has ended",
+            )?;
+        }
         ensure(
-            !by_pid.contains_key(&root.ppid)
-                && (root.sid == root.pid || !by_pid.contains_key(&root.sid)),
+            !seen.contains(&root.ppid) && (root.sid == root.pid || !seen.contains(&root.sid)),
             || format!("process {}", root.pid),
             "is the root, and has its parent or its session in the tree",
         )?;
-        for (process, leader) in self.processes.iter().zip(self.group_leaders()) {
-            ensure(
-                leader.is_some(),
-                || format!("process {}", process.pid),
-                "is in a group without a leader in its session",
-            )?;
-        }
+        let making = self.making().map_err(|obstacles| match obstacles.first() {
+            Some(Obstacle::Session { pid, session }) => Invalid::new(
+                format!("process {pid}"),
+                format!("is in session {session}, into which there is no way"),
+            ),
+            Some(Obstacle::Group { pid, group }) => Invalid::new(
+                format!("process {pid}"),
+                format!("is in process group {group}, into which there is no way"),
+            ),
+            None => Invalid::new("tree", "cannot be made"),
+        })?;
         let mut tids: Vec<i32> = self.processes.iter().flat_map(Process::tids).collect();
         tids.sort_unstable();
         let twice = tids.windows(2).find(|pair| pair[0] == pair[1]);
@@ -279,6 +292,15 @@ impl Tree {
                 format!("thread {}", pair[0]),
                 "is in two processes",
             ));
+        }
+        // Those of ended processes and of leaders that are gone must be free, too.
+        let numbers = self.zombies.iter().map(|zombie| zombie.pid);
+        for number in numbers.chain(making.helpers) {
+            ensure(
+                tids.binary_search(&number).is_err(),
+                || format!("thread {number}"),
+                "has the number of an ended process, a session or a group",
+            )?;
         }
         let tables: Vec<_> = self
             .processes
@@ -294,29 +316,33 @@ impl Tree {
         Shared::validate_all(&self.shared, mappings, &self.files)
     }
 
-    /// For each process, who leads its group when the tree has been made again; `None` if nobody can. The root then leads
-    /// a session and a group of its own, in which also those are that were in the root's before.
-    pub fn group_leaders(&self) -> Vec<Option<i32>> {
-        let Some(root) = self.processes.first() else {
-            return Vec::new();
-        };
-        let leaders: BTreeSet<(i32, i32)> = self
-            .processes
-            .iter()
-            .filter(|process| process.pgid == process.pid)
-            .map(|leader| (leader.pid, leader.sid))
-            .collect();
-        let leader = |process: &Process| {
-            let group = (process.pgid, process.sid);
-            if process.pid == root.pid
-                || (group == (root.pgid, root.sid)) && !leaders.contains(&group)
-            {
-                Some(root.pid)
-            } else {
-                leaders.contains(&group).then_some(process.pgid)
-            }
-        };
-        self.processes.iter().map(leader).collect()
+    /// All processes as far as their relations go, ended ones last.
+    pub fn members(&self) -> Vec<Member> {
+        let running = self.processes.iter().map(|process| Member {
+            pid: process.pid,
+            ppid: process.ppid,
+            pgid: process.pgid,
+            sid: process.sid,
+        });
+        running
+            .chain(self.zombies.iter().map(Member::from))
+            .collect()
+    }
+
+    /// How its processes are made again.
+    ///
+    /// # Errors
+    /// As [`Making::of`].
+    pub fn making(&self) -> Result<Making, Vec<Obstacle>> {
+        Making::of(&self.members())
+    }
+
+    /// Every number that has to be free where it is to run: of threads, of ended processes, and of leaders that are gone.
+    pub fn numbers(&self) -> Vec<i32> {
+        let helpers = self.making().map_or(Vec::new(), |making| making.helpers);
+        let threads = self.processes.iter().flat_map(Process::tids);
+        let ended = self.zombies.iter().map(|zombie| zombie.pid);
+        threads.chain(ended).chain(helpers).collect()
     }
 }
 
@@ -324,6 +350,11 @@ impl Process {
     /// The ids of its threads.
     pub fn tids(&self) -> impl Iterator<Item = i32> + '_ {
         self.threads.iter().map(|thread| thread.tid)
+    }
+
+    /// The signal that its parent gets when it ends; 0: none.
+    pub fn end_signal(&self) -> u32 {
+        self.exit_signal.unwrap_or(SIGCHLD)
     }
 }
 
@@ -581,11 +612,7 @@ mod tests {
             (12, 8, 8, 8),
             (10, 9, 9, 7),
         ];
-        assert!(
-            tree(&good).validate().is_err(),
-            "group 9 has a leader that is in another group"
-        );
-        assert_eq!(tree(&good[..4]).validate(), Ok(()));
+        assert_eq!(tree(&good).validate(), Ok(()));
         for (why, bad) in [
             (
                 "a parent later",
@@ -608,21 +635,27 @@ mod tests {
     }
 
     #[test]
-    fn sessions_and_groups_have_leaders() {
-        // As a shell starts a pipeline: the root belongs to a session and a group of others.
-        let pipeline = tree(&[(7, 1, 5, 4), (8, 7, 5, 4), (9, 7, 9, 4), (10, 7, 9, 4)]);
-        assert_eq!(pipeline.validate(), Ok(()));
-        assert_eq!(
-            pipeline.group_leaders(),
-            [Some(7), Some(7), Some(9), Some(9)]
-        );
+    fn sessions_and_groups_can_be_made_again() {
+        for (why, good) in [
+            (
+                "as a shell starts a pipeline, in a session and a group of others",
+                vec![(7, 1, 5, 4), (8, 7, 5, 4), (9, 7, 9, 4), (10, 7, 9, 4)],
+            ),
+            ("a dead leader of a group", vec![(7, 1, 7, 7), (8, 7, 6, 7)]),
+            (
+                "a dead leader of a session",
+                vec![(7, 1, 7, 7), (8, 7, 8, 6)],
+            ),
+        ] {
+            assert_eq!(tree(&good).validate(), Ok(()), "{why}");
+        }
         for (why, bad) in [
-            ("a dead leader", vec![(7, 1, 7, 7), (8, 7, 6, 7)]),
+            ("a group of init", vec![(7, 1, 7, 7), (8, 7, 1, 7)]),
+            ("a session of nobody", vec![(7, 1, 7, 7), (8, 7, 8, 0)]),
             (
                 "a group of another session",
                 vec![(7, 1, 7, 7), (8, 7, 8, 8), (9, 7, 8, 7)],
             ),
-            ("a session of nobody", vec![(7, 1, 7, 7), (8, 7, 8, 6)]),
             (
                 "a leader in another's group",
                 vec![(7, 1, 7, 7), (8, 7, 7, 8)],
@@ -630,5 +663,127 @@ mod tests {
         ] {
             assert!(tree(&bad).validate().is_err(), "{why}");
         }
+        let mut taken = tree(&[(7, 1, 7, 7), (8, 7, 6, 7)]);
+        assert_eq!(taken.numbers(), [7, 8, 6]);
+        taken.processes[0].threads.push(thread(6));
+        assert!(taken.validate().is_err(), "a group with a thread's number");
+    }
+
+    #[test]
+    fn ended_processes_are_children() {
+        let with = |zombie: Zombie| Tree {
+            zombies: vec![zombie],
+            ..tree(&[(7, 1, 7, 7), (8, 7, 7, 7)])
+        };
+        let good = Zombie {
+            pid: 9,
+            ppid: 8,
+            pgid: 9,
+            sid: 7,
+            status: 3 << 8,
+            comm: "a".into(),
+            exit_signal: 17,
+            ..Zombie::default()
+        };
+        assert_eq!(with(good.clone()).validate(), Ok(()));
+        assert_eq!(with(good.clone()).numbers(), [7, 8, 9]);
+        for status in [0, 0xff00, 9, 6, 0x80 | 6, 64] {
+            let zombie = Zombie {
+                status,
+                ..good.clone()
+            };
+            assert_eq!(with(zombie).validate(), Ok(()), "{status:#x}");
+        }
+        for (why, bad) in [
+            (
+                "of nobody",
+                Zombie {
+                    ppid: 5,
+                    ..good.clone()
+                },
+            ),
+            (
+                "of itself",
+                Zombie {
+                    ppid: 9,
+                    ..good.clone()
+                },
+            ),
+            (
+                "twice",
+                Zombie {
+                    pid: 8,
+                    ..good.clone()
+                },
+            ),
+            (
+                "first of its namespace",
+                Zombie {
+                    pid: 1,
+                    ..good.clone()
+                },
+            ),
+            (
+                "stopped",
+                Zombie {
+                    status: 0x137f,
+                    ..good.clone()
+                },
+            ),
+            (
+                "of a harmless signal",
+                Zombie {
+                    status: 17,
+                    ..good.clone()
+                },
+            ),
+            (
+                "of a signal and by itself",
+                Zombie {
+                    status: 0x109,
+                    ..good.clone()
+                },
+            ),
+            (
+                "a core dump of nothing",
+                Zombie {
+                    status: 0x80,
+                    ..good.clone()
+                },
+            ),
+            (
+                "out of range",
+                Zombie {
+                    status: 0x1_0000,
+                    ..good.clone()
+                },
+            ),
+            (
+                "no signal",
+                Zombie {
+                    exit_signal: 65,
+                    ..good.clone()
+                },
+            ),
+            (
+                "a long name",
+                Zombie {
+                    comm: "a".repeat(46),
+                    ..good.clone()
+                },
+            ),
+        ] {
+            assert!(with(bad).validate().is_err(), "{why}");
+        }
+        let mut child = with(good.clone());
+        child.zombies.push(Zombie {
+            pid: 10,
+            ppid: 9,
+            ..good.clone()
+        });
+        assert!(child.validate().is_err(), "a child of one that has ended");
+        let mut shared = with(good);
+        shared.processes[0].threads.push(thread(9));
+        assert!(shared.validate().is_err(), "the number of a thread");
     }
 }

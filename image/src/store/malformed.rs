@@ -15,6 +15,7 @@ use crate::model::files::{
     Descriptor, Device, Epoll, EpollItem, Eventfd, File, Pipe, PipeEnd, Regular, SharedFile, file,
 };
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
+use crate::model::relations::Zombie;
 use crate::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
 use crate::model::signals::Action;
 use crate::model::sockets::{Socket, State};
@@ -208,6 +209,7 @@ fn tree() -> Tree {
             vdso: b"the vdso".to_vec(),
             page_size: 4096,
         }),
+        ..Tree::default()
     }
 }
 
@@ -384,6 +386,23 @@ impl Parts {
             child.threads[0].tid = 4720;
             change(&mut child);
             tree.processes.push(child);
+        });
+    }
+
+    /// Adds an ended child of the root, changed.
+    fn zombie(&mut self, change: impl FnOnce(&mut Zombie)) {
+        self.tree(|tree| {
+            let mut zombie = Zombie {
+                pid: 4725,
+                ppid: 4711,
+                pgid: 4711,
+                sid: 4711,
+                status: 3 << 8,
+                exit_signal: 17,
+                ..Zombie::default()
+            };
+            change(&mut zombie);
+            tree.zombies.push(zombie);
         });
     }
 
@@ -973,13 +992,46 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ),
         (
             "session-of-nobody",
-            Built(|parts| parts.child(|child| child.sid = 4242)),
-            "`tree`: process 4720 is in a session that is neither its own nor its parent's",
+            Built(|parts| parts.child(|child| child.sid = 0)),
+            "`tree`: process 4720 is in session 0, into which there is no way",
         ),
         (
-            "group-without-leader",
-            Built(|parts| parts.child(|child| child.pgid = 4242)),
-            "`tree`: process 4720 is in a group without a leader in its session",
+            "group-of-another-session",
+            Built(|parts| {
+                parts.child(|child| (child.pgid, child.sid) = (4720, 4720));
+                parts.tree(|tree| {
+                    let mut other = tree.processes[1].clone();
+                    (other.pid, other.sid) = (4730, 4711);
+                    other.threads[0].tid = 4730;
+                    tree.processes.push(other);
+                });
+            }),
+            "`tree`: process 4730 is in process group 4720, into which there is no way",
+        ),
+        (
+            "group-of-a-thread",
+            Built(|parts| parts.child(|child| child.pgid = 4712)),
+            "`tree`: thread 4712 has the number of an ended process, a session or a group",
+        ),
+        (
+            "ended-of-nobody",
+            Built(|parts| parts.zombie(|zombie| zombie.ppid = 4242)),
+            "`tree`: process 4725 has a parent that does not stand before it",
+        ),
+        (
+            "ended-without-an-end",
+            Built(|parts| parts.zombie(|zombie| zombie.status = 0x137f)),
+            "`tree`: ended process 4725 has ended in an impossible way",
+        ),
+        (
+            "ended-and-running",
+            Built(|parts| parts.zombie(|zombie| zombie.pid = 4712)),
+            "`tree`: thread 4712 has the number of an ended process, a session or a group",
+        ),
+        (
+            "exit-signal",
+            Built(|parts| parts.root(|root| root.exit_signal = Some(65))),
+            "`tree`: process 4711 tells its end by an impossible signal",
         ),
         (
             "process-uncounted",

@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 
 /* Whatever the one who runs the tests has left open. */
 __attribute__((constructor)) static void tidy(void) { syscall(SYS_close_range, 3, ~0U, 0); }

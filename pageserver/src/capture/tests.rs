@@ -328,8 +328,6 @@ int main(void) {
     flock(locked, LOCK_SH);
     open("/dev/ptmx", O_RDWR);
     syscall(SYS_pidfd_open, getpid(), 0);
-    if (fork() == 0) _exit(0);
-    usleep(20000);
     ready();
 }
 "#,
@@ -339,7 +337,6 @@ int main(void) {
     keys.dedup();
     for expected in [
         "accept-queue",
-        "zombie",
         "connected-udp",
         "ghost-limit",
         "epoll-foreign",
@@ -530,47 +527,131 @@ int main(void) {{
 }
 
 #[test]
-fn what_of_a_tree_cannot_be_made_again_is_refused() {
-    let leaderless = Subject::start(&format!(
+fn what_has_ended_is_told_with_its_end() {
+    let subject = Subject::start(&format!(
         r#"{CHILD}
 int main(void) {{
-    int leader = child(1), member = child(0);
+    signal(SIGUSR2, SIG_IGN);
+    int leader = child(1), member = child(0), killed = child(0), odd = syscall(SYS_clone, SIGUSR2, 0, 0, 0, 0);
+    if (odd == 0) _exit(9);
     setpgid(member, leader);
     kill(leader, SIGKILL);
     waitpid(leader, 0, 0);
+    kill(killed, SIGTERM);
+    siginfo_t info;
+    waitid(P_PID, killed, &info, WEXITED | WNOWAIT);
+    waitid(P_PID, odd, &info, WEXITED | WNOWAIT | __WALL);
+    printf("leader=%d\nmember=%d\nkilled=%d\nodd=%d\n", leader, member, killed, odd);
     ready();
 }}
 "#
     ));
-    assert_eq!(leaderless.refused(), ["group"]);
-    let zombie = Subject::start(&format!(
-        "{CHILD} int main(void) {{ kill(child(0), SIGKILL); ready(); }}"
-    ));
-    assert_eq!(zombie.refused(), ["zombie"]);
-    // What it started before it left its session stays in that.
-    let left = Subject::start(&format!(
-        "{CHILD} int main(void) {{ child(0); setsid(); ready(); }}"
-    ));
-    assert_eq!(left.refused(), ["session"]);
+    let number = |name| subject.said(name) as i32;
+    subject.captured(|captured| {
+        let tree = &captured.tree;
+        let members: Vec<i32> = tree.members().iter().map(|member| member.pid).collect();
+        let [leader, member, killed, odd] = ["leader", "member", "killed", "odd"].map(number);
+        assert_eq!(members, [subject.pid(), member, killed, odd]);
+        assert_eq!(tree.processes[1].pgid, leader);
+        assert_eq!(
+            tree.making().expect("nothing is in the way").helpers,
+            [leader]
+        );
+        let ends: Vec<_> = tree
+            .zombies
+            .iter()
+            .map(|zombie| (zombie.status, zombie.exit_signal, zombie.comm.as_str()))
+            .collect();
+        assert_eq!(
+            ends,
+            [
+                (libc::SIGTERM as u32, libc::SIGCHLD as u32, "subject"),
+                (9 << 8, libc::SIGUSR2 as u32, "subject")
+            ]
+        );
+    });
+    let numbers = survey(subject.pid(), &SurveyOptions::default())
+        .expect("surveyed")
+        .tids;
+    for name in ["leader", "member", "killed", "odd"] {
+        assert!(numbers.contains(&number(name)), "{name} of {numbers:?}");
+    }
 }
 
 #[test]
-fn a_child_that_came_after_the_survey_is_refused() {
+fn a_first_thread_that_has_ended_before_others_is_refused() {
     let subject = Subject::start(&format!(
-        "{CHILD} static void late(int signo) {{ child(0); }} int main(void) {{ signal(SIGUSR1, late); ready(); }}"
+        r#"{CHILD}
+static void *others(void *nothing) {{ for (;;) pause(); }}
+int main(void) {{
+    if (child(0) && fork() == 0) {{
+        pthread_t thread;
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        close(1);
+        pthread_create(&thread, 0, others, 0);
+        pthread_exit(0);
+    }}
+    usleep(50000);
+    ready();
+}}
+"#
+    ));
+    assert_eq!(subject.refused(), ["dead-leader"]);
+}
+
+/// The survey, then a child with this much memory, then the capture.
+fn captured_with_a_newcomer(memory_mib: usize) -> std::result::Result<Vec<i32>, Vec<Refusal>> {
+    let subject = Subject::start(&format!(
+        r#"{CHILD}
+static void late(int signo) {{
+    long len = {memory_mib}L << 20;
+    char *block = mmap(NULL, len + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memset(block, 1, len + 1);
+    child(0);
+}}
+int main(void) {{ signal(SIGUSR1, late); ready(); }}
+"#
     ));
     let options = SurveyOptions::default();
     let found = survey(subject.pid(), &options).expect("surveyed");
     assert!(found.refusals.is_empty());
     pageferry_tracee::process::kill(subject.pid(), libc::SIGUSR1).expect("sent");
-    std::thread::sleep(Duration::from_millis(100));
+    while procfs::children(subject.pid())
+        .expect("children")
+        .is_empty()
+    {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // It has said so, and closed what that took.
+    std::thread::sleep(Duration::from_millis(200));
     let mut family = Family::seize(subject.pid(), SeizeOptions::default()).expect("seized");
     family
         .freeze(Duration::from_millis(500), 5)
         .expect("frozen");
-    match capture(&mut family, &found, &options) {
-        Err(Error::Refused(refusals)) => assert_eq!(refusals[0].what, RefusalKind::Newcomer),
-        other => panic!("{other:?}"),
-    }
+    let pids = family.pids();
+    let captured = capture(&mut family, &found, &options);
     family.thaw().expect("thawed");
+    let captured = match captured {
+        Err(Error::Refused(refusals)) => {
+            assert!(refusals.iter().all(|refusal| found.is_passing(refusal)));
+            return Err(refusals);
+        }
+        captured => captured.expect("captured"),
+    };
+    assert_eq!(captured.tree.validate(), Ok(()));
+    let found: Vec<i32> = captured.tree.processes.iter().map(|one| one.pid).collect();
+    assert_eq!(found, pids);
+    Ok(found)
+}
+
+#[test]
+fn a_child_that_came_after_the_survey_is_looked_at_in_the_freeze() {
+    assert_eq!(captured_with_a_newcomer(1).expect("captured").len(), 2);
+}
+
+#[test]
+fn a_large_child_that_came_after_the_survey_needs_another() {
+    let refusals = captured_with_a_newcomer(192).expect_err("refused");
+    assert_eq!(refusals.len(), 1, "{refusals:?}");
+    assert_eq!(refusals[0].what, RefusalKind::Newcomer);
 }

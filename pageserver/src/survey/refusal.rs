@@ -105,7 +105,7 @@ refusals! {
     } = "not-leader", "is a thread of process {leader} (name that)";
     /// A kernel thread.
     KernelThread = "kernel-thread", "is a kernel thread (name a program)";
-    /// It has ended.
+    /// It has ended, and nobody is left to move.
     Zombie = "zombie", "has ended and is a zombie (start it again)";
     /// The leader has ended, other threads go on.
     DeadLeader = "dead-leader", "its first thread has ended while others run, which is not carried (let the first thread wait for them)";
@@ -119,29 +119,29 @@ refusals! {
     /// It is writing a core dump.
     CoreDumping = "core-dumping", "is writing a core dump (it is about to end)";
     /// It came after the survey.
-    Newcomer = "newcomer", "was made while the tree was being looked at (try again)";
+    Newcomer = "newcomer", "was made after the tree was looked at, and is too large, or one of too many, for that to be made up for in the freeze (try again)";
     /// Its parent has ended, and left it to a process outside of the tree.
     Orphan {
         /// Who is its parent now.
         parent: i32,
     } = "orphan", "lost its parent and belongs to process {parent} now, which stays here (try again)";
-    /// Its session is neither its own nor its parent's.
+    /// No order of births leads to its session.
     Session {
         /// The session.
         session: i32,
-    } = "session", "is in session {session}, which is neither its own nor its parent's and cannot be made again yet (start it in its parent's session)";
-    /// Its group has no leader that can make it again.
+    } = "session", "is in session {session}, into which no way leads from its parent (start it in its parent's session)";
+    /// Its group cannot be made in its session.
     Group {
         /// The group.
         group: i32,
-    } = "group", "is in process group {group}, which has no leader in its session and cannot be made again yet (keep the first process of the group)";
+    } = "group", "is in process group {group}, which cannot be made again (start it in a group of its own)";
     /// Another process shares its memory, descriptor table or file-system context.
     SharedWith {
         /// The other process.
         other: i32,
         /// What is shared.
         what: &'static str,
-    } = "shared-context", "shares its {what} with process {other}, which stays here (stop that process)";
+    } = "shared-context", "shares its {what} with process {other}, as after vfork(2) or a clone(2) that shares, which is not carried (wait until one of them has ended or executes another program)";
     /// A thread that left the descriptor table or file-system context of its process.
     Unshared {
         /// What it does not share.

@@ -42,30 +42,6 @@ fn prctl(work: &mut Work<'_, '_>, object: &str, call: &'static str, option: u64,
     work.call(object, call, libc::SYS_prctl, &args);
 }
 
-/// Puts the process into the group of `leader`, unless it is there already: the group of a husk is its parent's.
-pub(crate) fn join_group(
-    injection: &mut Injection<'_>,
-    process: &Process,
-    leader: Option<i32>,
-) -> Result<()> {
-    let pid = process.pid;
-    let Some(leader) = leader.filter(|&leader| leader != pid) else {
-        return Ok(());
-    };
-    if procfs::stat(pid, pid)?.pgrp == leader {
-        return Ok(());
-    }
-    let mut work = Work::new(injection, pid);
-    work.call(
-        format!("process group {leader}"),
-        "setpgid",
-        libc::SYS_setpgid,
-        &[0u64.into(), leader.into()],
-    );
-    work.run()?;
-    Ok(())
-}
-
 /// Makes room for the descriptors while the table is filled; the captured limit comes in [`limits_last`].
 pub(crate) fn limits_first(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
     let needed = process

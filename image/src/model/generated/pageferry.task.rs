@@ -165,6 +165,9 @@ pub struct Process {
     /// them without a fault: ascending, disjoint, private anonymous memory.
     #[prost(message, repeated, tag = "20")]
     pub first_touch: ::prost::alloc::vec::Vec<super::memory::Range>,
+    /// what its parent gets when it ends, 0: nothing; SIGCHLD if it is not told
+    #[prost(uint32, optional, tag = "24")]
+    pub exit_signal: ::core::option::Option<u32>,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS: the registration commands to give again, one bit each
     #[prost(uint32, tag = "19")]
     pub membarrier: u32,
@@ -210,6 +213,9 @@ pub struct Tree {
     pub realtime_ns: u64,
     #[prost(message, repeated, tag = "8")]
     pub shared: ::prost::alloc::vec::Vec<super::shared::Shared>,
+    /// What has ended and was not waited for: behind each other those of one parent, in the order in which it will be told.
+    #[prost(message, repeated, tag = "16")]
+    pub zombies: ::prost::alloc::vec::Vec<super::relations::Zombie>,
     /// where it was captured; not in a state that travels, where the plan has told it
     #[prost(message, optional, tag = "7")]
     pub host: ::core::option::Option<Host>,
