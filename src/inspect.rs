@@ -370,6 +370,7 @@ fn described(file: &File, objects: &[Shared]) -> (&'static str, String) {
             let end = if *write_end { "write end" } else { "read end" };
             ("pipe", format!("{pipe}, {end}"))
         }
+        Some(file::Kind::Fifo(fifo)) => ("named pipe", fifo.path.clone()),
         Some(file::Kind::Eventfd(eventfd)) => ("eventfd", format!("at {}", eventfd.count)),
         Some(file::Kind::Epoll(epoll)) => ("epoll", format!("of {}", epoll.items.len())),
         Some(file::Kind::Timerfd(timerfd)) => ("timerfd", format!("clock {}", timerfd.clock)),
@@ -403,6 +404,9 @@ fn described_socket(socket: &sockets::Socket) -> String {
     if socket.pair != 0 {
         let queued: usize = socket.queue.iter().map(Vec::len).sum();
         text += &format!(", pair {}, {queued} bytes unread", socket.pair);
+    }
+    if let Some(name) = sockets::unix_name(&socket.local) {
+        text += &format!(", {name}");
     }
     // A port is the second half-word of both Internet addresses, in network order.
     if let (2 | 10, Some(port)) = (socket.family, socket.local.get(2..4)) {

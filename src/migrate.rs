@@ -21,7 +21,7 @@ use pageferry_pageserver::capture::shared::{MovedFile, SharedPages};
 use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
-use pageferry_wire::message::{BoundSocket, Done, Hello, MapEnd, Plan, Role, State};
+use pageferry_wire::message::{Done, Hello, MapEnd, Plan, Role, State};
 use pageferry_wire::session::{Record, Source, SourceAction, SourceEnd};
 use pageferry_wire::{Frame, Phase, Tag};
 use tokio::sync::oneshot;
@@ -1003,21 +1003,12 @@ fn make_plan(args: &MigrateArgs, survey: &Survey) -> Result<Plan, pageferry_trac
         tids: survey.tids.clone(),
         files: survey.files.clone(),
         carried: survey.carried.clone(),
+        sockets: survey.sockets.clone(),
         resident_bytes: survey.resident_bytes,
         locked_bytes: survey.locked_bytes,
         user_address_end: survey.user_address_end,
         ..Plan::default()
     };
-    for bound in &survey.sockets {
-        plan.sockets.push(BoundSocket {
-            fd: bound.fd,
-            family: bound.family,
-            kind: bound.kind,
-            protocol: bound.protocol,
-            address: bound.address.clone(),
-            listening: bound.listening,
-        });
-    }
     plan.host = Some(plan::this_host()?);
     plan.set_file_check(plan::file_check(args.carry.file_check));
     plan.same_file = args

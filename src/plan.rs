@@ -3,19 +3,22 @@
 //! that is wrong at once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::libc;
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_image::model::shared::{Shared, shared};
-use pageferry_image::model::sockets::State;
+use pageferry_image::model::sockets::{unix_name, unix_path};
 use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_pageserver::identity;
 use pageferry_pageserver::survey::{SurveyOptions, TcpPolicy};
+use pageferry_restorer::rebuild::sockets::names;
 use pageferry_tracee::{host, procfs, socket};
 use pageferry_wire::message::{self, BoundSocket, Plan, Refusal, Verdict};
 
@@ -55,7 +58,7 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
         }
     }
     for bound in &plan.sockets {
-        if let Err(text) = judge_address(bound) {
+        if let Err(text) = judge_address(bound, plan) {
             refusals.push(refusal(format!("{process} fd {}", bound.fd), text));
         }
     }
@@ -208,23 +211,21 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
             .iter()
             .flat_map(|process| &process.descriptors)
     };
-    let number = |value: i32| u32::try_from(value).unwrap_or(0);
-    let bound = tree.files.iter().filter_map(|file| {
+    let mut bound: Vec<BoundSocket> = Vec::new();
+    for file in &tree.files {
         let Some(file::Kind::Socket(socket)) = &file.kind else {
-            return None;
+            continue;
         };
-        let listening = socket.state() == State::Listening;
-        (listening || socket.state() == State::Bound).then(|| BoundSocket {
-            fd: descriptors()
-                .find(|descriptor| descriptor.file == file.id)
-                .map_or(0, |descriptor| descriptor.fd),
-            family: number(socket.family),
-            kind: number(socket.r#type),
-            protocol: number(socket.protocol),
-            address: socket.local.clone(),
-            listening,
-        })
-    });
+        let fd = descriptors()
+            .find(|descriptor| descriptor.file == file.id)
+            .map_or(0, |descriptor| descriptor.fd);
+        // A name that several have is looked at once.
+        for name in BoundSocket::of(fd, socket) {
+            if bound.iter().all(|other| other.address != name.address) {
+                bound.push(name);
+            }
+        }
+    }
     let threads = root.map_or(&[][..], |root| &root.threads);
     Plan {
         pid: root.map_or(0, |root| root.pid),
@@ -239,7 +240,7 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
             .filter(|shared| matches!(shared.kind, Some(shared::Kind::Carried(_))))
             .cloned()
             .collect(),
-        sockets: bound.collect(),
+        sockets: bound,
         host: tree.host.clone(),
         monotonic_ns: tree.monotonic_ns,
         boottime_ns: tree.boottime_ns,
@@ -339,8 +340,18 @@ fn judge_carried(file: &Shared) -> Option<String> {
 }
 
 /// Whether the address can be bound here: tried, and given back at once.
-fn judge_address(bound: &BoundSocket) -> Result<(), String> {
+fn judge_address(bound: &BoundSocket, plan: &Plan) -> Result<(), String> {
     let number = |value: u32| i32::try_from(value).unwrap_or(0);
+    if number(bound.family) == libc::AF_UNIX {
+        let path = unix_path(&bound.address).map(|path| Path::new(OsStr::from_bytes(path)));
+        let is_same = |path: &Path| plan.same_file.iter().any(|prefix| path.starts_with(prefix));
+        let own = path.is_some_and(is_same).then_some(bound.inode);
+        let judged = names::judge(&bound.address, number(bound.kind), own.unwrap_or(0));
+        return judged.map_err(|text| {
+            let name = unix_name(&bound.address).unwrap_or_default();
+            format!("UNIX socket {name} {text}")
+        });
+    }
     let tried = socket::create(
         number(bound.family),
         number(bound.kind),

@@ -42,6 +42,9 @@ pub(crate) const THERE_AND_BACK: &[Action] = &[
     Verify,
 ];
 
+/// Files that are a host's, and stay there when the subject that opened them has gone: subject, beginning of its lines.
+const FILES: &[(&str, &str)] = &[("fifos", "file /tmp/fifo.")];
+
 /// A subject goes through a list of actions; both hosts are then as they were.
 #[track_caller]
 pub(crate) fn lifecycle(
@@ -55,6 +58,11 @@ pub(crate) fn lifecycle(
         return;
     }
     let pair = Pair::new(clocks);
+    for host in [&pair.a, &pair.b] {
+        for (_, files) in FILES.iter().filter(|(subject, _)| *subject == name) {
+            pair.leaves(host, files);
+        }
+    }
     let before = Before::of(&pair);
     let Some(mut subject) = Subject::start(&pair, &pair.a, name, privileges, arguments) else {
         return;
@@ -306,5 +314,8 @@ objects! {
     sessions_and_groups_outlive_their_leaders_on_the_way: "leaders", ORDINARY, Behind;
     exit_signals_of_children_cross: "exit_signals", ORDINARY, FarAhead;
     programs_that_make_children_all_the_time_cross: "restless", ORDINARY, Behind;
+    descriptors_that_processes_share_cross: "shared_descriptors", ORDINARY, FarAhead;
+    unix_sockets_cross_with_names_and_connections: "unix_sockets", ORDINARY, Behind;
+    named_pipes_cross_with_their_contents: "fifos", ORDINARY, FarAhead;
     blocking_calls_cross_without_returning: "blocking", ORDINARY, Behind;
 }

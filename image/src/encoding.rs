@@ -100,14 +100,18 @@ const PROCESS: Shape = of::<task::Process>(fields! {
     11 "descriptors": of::<files::Descriptor>(&[]), 14 "limits": of::<task::Limit>(&[]),
     20 "first_touch": RANGE,
 });
-const SOCKET: Shape = of::<sockets::Socket>(fields! {7 "options": of::<sockets::Option>(&[])});
+const SOCKET: Shape = of::<sockets::Socket>(fields! {
+    7 "options": of::<sockets::Option>(&[]), 14 "file": of::<sockets::SocketFile>(&[]),
+    16 "peer": of::<sockets::Ids>(&[]), 17 "attached": of::<sockets::Attached>(&[]),
+});
 // The kinds are part of the file itself.
 const FILE: Shape = of::<files::File>(fields! {
     3 "owner": of::<files::Owner>(&[]), 4 "regular": of::<files::Regular>(fields! {1 "identity": IDENTITY}),
     5 "directory": of::<files::Directory>(&[]), 6 "device": of::<files::Device>(&[]),
     7 "pipe": of::<files::PipeEnd>(&[]), 8 "eventfd": of::<files::Eventfd>(&[]),
     9 "epoll": of::<files::Epoll>(fields! {1 "items": of::<files::EpollItem>(&[])}),
-    10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET, 13 "shared": of::<files::SharedFile>(&[]),
+    10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET,
+    13 "shared": of::<files::SharedFile>(&[]), 14 "fifo": of::<files::Fifo>(&[]),
 });
 const SHARED: Shape = of::<shared::Shared>(
     fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[]), 5 "carried": of::<shared::Carried>(&[])},

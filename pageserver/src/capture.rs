@@ -133,8 +133,9 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     let mut table = files::table(&mut look, &entries, Depth::Capture)?;
     refusals.append(&mut table.refusals);
     let unknown: BTreeSet<u64> = table.inodes.difference(&survey.inodes).copied().collect();
-    if !unknown.is_empty() {
-        refusals.extend(files::held_outside(&entries, &unknown)?);
+    let fifos: BTreeSet<(u64, u64)> = table.fifos.difference(&survey.fifos).copied().collect();
+    if !unknown.is_empty() || !fifos.is_empty() {
+        refusals.extend(files::held_outside(&entries, &unknown, &fifos)?);
     }
     let mut members = Vec::with_capacity(stats.len());
     for (pid, stat) in stats {

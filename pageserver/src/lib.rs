@@ -14,6 +14,5 @@ pub mod shared;
 pub mod survey;
 
 mod error;
-mod unix_peers;
 
 pub use error::{Error, Result};

@@ -96,6 +96,8 @@ pub struct Survey {
     pub(crate) inodes: BTreeSet<u64>,
     /// Shared objects.
     pub(crate) shared: BTreeSet<FileKey>,
+    /// Named pipes, by device and inode.
+    pub(crate) fifos: BTreeSet<(u64, u64)>,
     pub(crate) known: KnownFiles,
 }
 
@@ -213,7 +215,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found.refusals.extend(table.refusals.iter().cloned());
     found
         .refusals
-        .extend(files::held_outside(&tables, &table.inodes)?);
+        .extend(files::held_outside(&tables, &table.inodes, &table.fifos)?);
     found.shared = look.shared.keys();
     let outside = look.shared.held_outside(&pids, &found.shared)?;
     found.refusals.extend(outside);
@@ -241,7 +243,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
             true
         }
     });
-    found.inodes = table.inodes;
+    (found.inodes, found.fifos) = (table.inodes, table.fifos);
     found.known = look.known;
     Ok(found)
 }
@@ -370,6 +372,7 @@ fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
         members: BTreeMap::new(),
         inodes: BTreeSet::new(),
         shared: BTreeSet::new(),
+        fifos: BTreeSet::new(),
         known: KnownFiles::default(),
     }
 }
@@ -699,20 +702,16 @@ fn sockets(
     })
 }
 
+/// Every name once. One that several processes have is seen once for each of them.
 fn bound_sockets(table: &Table) -> Vec<BoundSocket> {
     let mut bound: Vec<BoundSocket> = Vec::new();
     for (_, fd, socket) in sockets(table) {
-        let is_bound = matches!(socket.state(), State::Bound | State::Listening);
-        // One that several processes have is seen once for each of them.
-        if is_bound && bound.iter().all(|other| other.address != socket.local) {
-            bound.push(BoundSocket {
-                fd,
-                family: (socket.family as u32),
-                kind: (socket.r#type as u32),
-                protocol: (socket.protocol as u32),
-                address: socket.local.clone(),
-                listening: socket.state() == State::Listening,
-            });
+        for name in BoundSocket::of(fd, socket) {
+            match bound.iter_mut().find(|other| other.address == name.address) {
+                // Those that were accepted have the name and not the file.
+                Some(other) => other.inode = other.inode.max(name.inode),
+                None => bound.push(name),
+            }
         }
     }
     bound

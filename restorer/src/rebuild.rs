@@ -5,9 +5,9 @@
 //! privileged until the last batch of each thread, which drops to the captured credentials.
 //!
 //! First the husk of the root makes those of its children, and they of theirs, so that parenthood, sessions and groups are real;
-//! those that had ended end. Then each process is built, parents first. An open file that several have is made once, when the
-//! first of them is built, and handed to each. Shared objects are made and filled before the husks are touched, and sealed when the
-//! last process is built.
+//! those that had ended end. Then the UNIX sockets are made, which know by whom and may be connected over any two processes. Then
+//! each process is built, parents first. Any other open file that several have is made once, when the first of them is built, and
+//! handed to each. Shared objects are made and filled before the husks are touched, and sealed when the last process is built.
 //!
 //! Order within a process, and why:
 //! 1. plant the agent in a hole that both the husk and the final layout leave free;
@@ -33,6 +33,8 @@ use pageferry_tracee::host::Clocks;
 use pageferry_tracee::injection::{Arg, Batch, Injection, Slot, ThreadStart};
 use pageferry_tracee::tree::Tracee;
 use pageferry_tracee::uffd::Uffd;
+
+use self::sockets::names::Names;
 
 pub mod files;
 pub mod memory;
@@ -336,7 +338,9 @@ pub fn rebuild(
     let Eager {
         objects, mut pages, ..
     } = eager;
-    let mut files = files::Files::new(tree, objects)?;
+    let mut names = Names::default();
+    let sockets = sockets::unix::make(family, tree, &mut names)?;
+    let mut files = files::Files::new(tree, objects, sockets, &mut names)?;
     let mut rebuilt = Vec::with_capacity(tree.processes.len());
     for (object, process) in (1..).zip(&tree.processes) {
         let eager = pages.remove(&object).unwrap_or_default();
@@ -345,7 +349,8 @@ pub fn rebuild(
             member, process, tree, &mut files, &eager, &clock,
         )?);
     }
-    let new_files = files.objects.finish()?;
+    let mut new_files = files.objects.finish()?;
+    new_files.names = names;
     match pages.keys().next() {
         None => Ok((rebuilt, new_files)),
         Some(object) => Err(model::Invalid::new(

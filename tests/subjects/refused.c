@@ -76,8 +76,11 @@ static void setup(void) {
     snprintf(name.sun_path, sizeof name.sun_path, "/tmp/refused.%d", getpid());
     int named = socket(AF_UNIX, SOCK_STREAM, 0);
     MUST(bind(named, (struct sockaddr *)&name, sizeof name) == 0 && listen(named, 1) == 0);
+    int waiting = socket(AF_UNIX, SOCK_STREAM, 0);
+    MUST(connect(waiting, (struct sockaddr *)&name, sizeof name) == 0);
     unlink(name.sun_path);
-    holds("unix-listener", named);
+    holds("unix-accept-queue", named);
+    holds("unix-unaccepted", waiting);
     struct sockaddr_in dgram = {.sin_family = AF_INET, .sin_port = htons(9), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int udp = socket(AF_INET, SOCK_DGRAM, 0);
     MUST(connect(udp, (struct sockaddr *)&dgram, sizeof dgram) == 0);

@@ -34,6 +34,7 @@ pub mod socket;
 pub mod timer;
 pub mod tree;
 pub mod uffd;
+pub mod unix_diag;
 
 pub use error::{Error, Result};
 pub use family::Family;

@@ -108,21 +108,25 @@ pub fn create(capacity: u32, content: &[u8]) -> Result<(OwnedFd, OwnedFd)> {
             .map_err(|errno| failed("pipe2", errno))?;
         (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1]))
     };
-    if self::capacity(&write_end)? != capacity {
+    fill(&write_end, capacity, content)?;
+    Ok((read_end, write_end))
+}
+
+/// Gives an empty pipe this capacity, bytes, and content.
+///
+/// # Errors
+/// As [`create`].
+pub fn fill(write_end: &OwnedFd, capacity: u32, content: &[u8]) -> Result<()> {
+    if self::capacity(write_end)? != capacity {
         let wanted =
             i32::try_from(capacity).map_err(|_| failed("fcntl(F_SETPIPE_SZ)", Errno::EINVAL))?;
-        fcntl(
-            &write_end,
-            libc::F_SETPIPE_SZ,
-            wanted,
-            "fcntl(F_SETPIPE_SZ)",
-        )?;
+        fcntl(write_end, libc::F_SETPIPE_SZ, wanted, "fcntl(F_SETPIPE_SZ)")?;
     }
     if content.is_empty() {
-        return Ok((read_end, write_end));
+        return Ok(());
     }
     // The write below must not be able to wait.
-    let limit = self::capacity(&write_end)? as usize;
+    let limit = self::capacity(write_end)? as usize;
     if content.len() > limit {
         return Err(Error::TooMuch {
             what: "bytes in a pipe",
@@ -130,14 +134,14 @@ pub fn create(capacity: u32, content: &[u8]) -> Result<(OwnedFd, OwnedFd)> {
             limit,
         });
     }
-    let mut writer = File::from(write_end);
-    writer.write_all(content).map_err(|error| {
+    let wrote = |error: std::io::Error| {
         failed(
             "write",
             Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
         )
-    })?;
-    Ok((read_end, OwnedFd::from(writer)))
+    };
+    let mut writer = File::from(write_end.try_clone().map_err(wrote)?);
+    writer.write_all(content).map_err(wrote)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -967,8 +967,38 @@ fn pipe_or_socket_inode(link: &str) -> Option<u64> {
 /// [`Error::Path`] when `/proc` cannot be listed, or when a process may not be looked at.
 pub fn pipe_or_socket_holders(inodes: &BTreeSet<u64>) -> Result<BTreeMap<u64, BTreeSet<i32>>> {
     choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
-    let mut holders: BTreeMap<u64, BTreeSet<i32>> = BTreeMap::new();
-    if inodes.is_empty() {
+    holders(inodes, |_, link| {
+        link.to_str().and_then(pipe_or_socket_inode)
+    })
+}
+
+/// Which processes of this pid namespace have a descriptor of the named pipes with these devices and inodes.
+///
+/// As [`pipe_or_socket_holders`]; it looks at every open file with a path, and only when there are named pipes to look for.
+///
+/// # Errors
+/// As [`pipe_or_socket_holders`].
+pub fn fifo_holders(fifos: &BTreeSet<(u64, u64)>) -> Result<BTreeMap<(u64, u64), BTreeSet<i32>>> {
+    choke::pass(Kind::Proc).map_err(|errno| Error::path("list", "/proc", errno))?;
+    holders(fifos, |path, link| {
+        if !link.has_root() {
+            return None;
+        }
+        let found = std::fs::metadata(path).ok()?;
+        found
+            .file_type()
+            .is_fifo()
+            .then(|| (found.dev(), found.ino()))
+    })
+}
+
+/// Who has which of `wanted`, told by the path of a descriptor and what it links to.
+fn holders<K: Ord>(
+    wanted: &BTreeSet<K>,
+    key: impl Fn(&Path, &Path) -> Option<K>,
+) -> Result<BTreeMap<K, BTreeSet<i32>>> {
+    let mut holders: BTreeMap<K, BTreeSet<i32>> = BTreeMap::new();
+    if wanted.is_empty() {
         return Ok(holders);
     }
     let pids: Vec<i32> =
@@ -988,12 +1018,8 @@ pub fn pipe_or_socket_holders(inodes: &BTreeSet<u64>) -> Result<BTreeMap<u64, BT
             let Ok(link) = std::fs::read_link(entry.path()) else {
                 continue;
             };
-            if let Some(inode) = link
-                .to_str()
-                .and_then(pipe_or_socket_inode)
-                .filter(|inode| inodes.contains(inode))
-            {
-                holders.entry(inode).or_default().insert(pid);
+            if let Some(found) = key(&entry.path(), &link).filter(|found| wanted.contains(found)) {
+                holders.entry(found).or_default().insert(pid);
             }
         }
     }

@@ -6,7 +6,6 @@
 //! # Safety
 //! Each unsafe block is one system call with buffers that outlive it and whose lengths are stated with them.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use nix::errno::Errno;
@@ -574,6 +573,60 @@ pub fn listen(socket: BorrowedFd<'_>, backlog: u32) -> Result<()> {
     done(answer, "listen")
 }
 
+/// Sends one datagram to `address`, as [`send`] does.
+///
+/// # Errors
+/// [`Error::Kernel`]: `EAGAIN` when it does not fit, `ECONNREFUSED` when nobody has that address.
+pub fn send_to(socket: BorrowedFd<'_>, message: &[u8], address: &[u8]) -> Result<()> {
+    const WHAT: &str = "sendto";
+    loop {
+        pass(WHAT)?;
+        // SAFETY: `message` and `address` are readable for the lengths given.
+        let answer = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                message.as_ptr().cast(),
+                message.len(),
+                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+                address.as_ptr().cast(),
+                address.len() as libc::socklen_t,
+            )
+        };
+        match Errno::result(answer) {
+            // A datagram goes as a whole or not at all.
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(failed(WHAT, errno)),
+        }
+    }
+}
+
+/// The next connection that waits at a listening socket, close-on-exec and blocking. Waits itself, unless the listening socket
+/// does not block.
+///
+/// # Errors
+/// [`Error::Kernel`]: `EAGAIN` when there is none.
+pub fn accept(listener: BorrowedFd<'_>) -> Result<OwnedFd> {
+    const WHAT: &str = "accept4";
+    loop {
+        pass(WHAT)?;
+        // SAFETY: the address may be null.
+        let answer = unsafe {
+            libc::accept4(
+                listener.as_raw_fd(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                libc::SOCK_CLOEXEC,
+            )
+        };
+        match Errno::result(answer) {
+            Ok(fd) => return own(fd, WHAT),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(failed(WHAT, errno)),
+        }
+    }
+}
+
 /// Ends receiving, sending or both.
 ///
 /// # Errors
@@ -618,214 +671,11 @@ pub fn send(socket: BorrowedFd<'_>, message: &[u8]) -> Result<()> {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// UNIX sockets of this network namespace (sock_diag(7))
-
-/// What the kernel tells about one UNIX socket.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct UnixSocket {
-    /// Type, `SOCK_*`.
-    pub socket_type: u8,
-    /// State, as of TCP: [`TCP_ESTABLISHED`] connected, [`TCP_CLOSE`] not, [`TCP_LISTEN`].
-    pub state: u8,
-    /// Inode of the other end; `None` when there is none or it has been closed.
-    pub peer: Option<u64>,
-    /// Unread bytes; of a listening socket the connections that wait.
-    pub unread: u32,
-    /// Receiving has been shut down.
-    pub shut_read: bool,
-    /// Sending has been shut down. A closed peer shows as both.
-    pub shut_write: bool,
-    /// Bound name without the address family; an abstract one begins with a zero byte. Empty: unbound.
-    pub name: Vec<u8>,
-    /// Inodes of the far ends of connections that wait to be accepted.
-    pub waiting: Vec<u64>,
-}
-
-/// `struct nlmsghdr`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct NetlinkHeader {
-    len: u32,
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    pid: u32,
-}
-
-/// `struct nlmsghdr` and `struct unix_diag_req`.
-#[repr(C)]
-struct UnixQuestion {
-    header: NetlinkHeader,
-    family: u8,
-    protocol: u8,
-    pad: u16,
-    states: u32,
-    inode: u32,
-    show: u32,
-    cookie: [u32; 2],
-}
-const _: () = assert!(size_of::<NetlinkHeader>() == 16);
-const _: () = assert!(size_of::<UnixQuestion>() == 40);
-
-/// Length of `struct unix_diag_msg`, which the attributes follow.
-const UNIX_ANSWER_LEN: usize = 16;
-
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const SHOW_NAME: u32 = 1;
-const SHOW_PEER: u32 = 4;
-const SHOW_WAITING: u32 = 8;
-const SHOW_QUEUE: u32 = 16;
-const ATTRIBUTE_NAME: u16 = 0;
-const ATTRIBUTE_PEER: u16 = 2;
-const ATTRIBUTE_WAITING: u16 = 3;
-const ATTRIBUTE_QUEUE: u16 = 4;
-const ATTRIBUTE_SHUTDOWN: u16 = 6;
-
-/// Every UNIX socket of *our* network namespace by its inode, which is the number in `socket:[n]`.
-///
-/// # Errors
-/// [`Error::Kernel`]: `EPROTONOSUPPORT` without `CONFIG_UNIX_DIAG`.
-pub fn unix_sockets() -> Result<BTreeMap<u64, UnixSocket>> {
-    const WHAT: &str = "sock_diag";
-    let netlink = create(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG)?;
-    let question = UnixQuestion {
-        header: NetlinkHeader {
-            len: size_of::<UnixQuestion>() as u32,
-            kind: SOCK_DIAG_BY_FAMILY,
-            flags: (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16,
-            sequence: 1,
-            pid: 0,
-        },
-        family: libc::AF_UNIX as u8,
-        protocol: 0,
-        pad: 0,
-        states: u32::MAX,
-        inode: 0,
-        show: SHOW_NAME | SHOW_PEER | SHOW_WAITING | SHOW_QUEUE,
-        cookie: [0; 2],
-    };
-    pass(WHAT)?;
-    // SAFETY: a plain structure without padding, readable for its size.
-    let answer = unsafe {
-        libc::send(
-            netlink.as_raw_fd(),
-            (&raw const question).cast(),
-            size_of::<UnixQuestion>(),
-            0,
-        )
-    };
-    Errno::result(answer).map_err(|errno| failed(WHAT, errno))?;
-    let mut found = BTreeMap::new();
-    // The kernel fills at most 32 KiB at a time for a reader that offers as much.
-    let mut buffer = vec![0_u8; 32 * 1024];
-    loop {
-        // SAFETY: the buffer is writable for its length.
-        let answer = unsafe {
-            libc::recv(
-                netlink.as_raw_fd(),
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-                libc::MSG_TRUNC,
-            )
-        };
-        let len = match Errno::result(answer) {
-            Ok(len) => len as usize,
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(failed(WHAT, errno)),
-        };
-        let answer = buffer
-            .get(..len)
-            .ok_or_else(|| failed(WHAT, Errno::EMSGSIZE))?;
-        if !take_answers(answer, &mut found).map_err(|errno| failed(WHAT, errno))? {
-            return Ok(found);
-        }
-    }
-}
-
-/// Reads one datagram of answers; whether more will follow.
-fn take_answers(
-    mut answers: &[u8],
-    found: &mut BTreeMap<u64, UnixSocket>,
-) -> std::result::Result<bool, Errno> {
-    const HEADER_LEN: usize = size_of::<NetlinkHeader>();
-    while answers.len() >= HEADER_LEN {
-        let len = word(answers, 0)? as usize;
-        let body = answers.get(HEADER_LEN..len).ok_or(Errno::EBADMSG)?;
-        match i32::from(half(answers, 4)?) {
-            libc::NLMSG_DONE => return Ok(false),
-            libc::NLMSG_ERROR => {
-                return Err(Errno::from_raw((word(body, 0)? as i32).wrapping_neg()));
-            }
-            _ => {
-                let (inode, socket) = decode_unix(body)?;
-                found.insert(inode, socket);
-            }
-        }
-        answers = answers.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Ok(true)
-}
-
-fn decode_unix(body: &[u8]) -> std::result::Result<(u64, UnixSocket), Errno> {
-    const RECEIVE: u8 = 1;
-    const SEND: u8 = 2;
-    let &[_family, socket_type, state, ..] = body else {
-        return Err(Errno::EBADMSG);
-    };
-    let inode = word(body, 4)?;
-    let mut socket = UnixSocket {
-        socket_type,
-        state,
-        ..UnixSocket::default()
-    };
-    let mut rest = body.get(UNIX_ANSWER_LEN..).ok_or(Errno::EBADMSG)?;
-    while rest.len() >= 4 {
-        let len = usize::from(half(rest, 0)?);
-        let value = rest.get(4..len).ok_or(Errno::EBADMSG)?;
-        match half(rest, 2)? {
-            ATTRIBUTE_NAME => socket.name = value.to_vec(),
-            ATTRIBUTE_PEER => socket.peer = Some(word(value, 0)?.into()).filter(|&peer| peer != 0),
-            ATTRIBUTE_WAITING => {
-                for at in (0..value.len() / 4 * 4).step_by(4) {
-                    socket.waiting.push(word(value, at)?.into());
-                }
-            }
-            ATTRIBUTE_QUEUE => socket.unread = word(value, 0)?,
-            ATTRIBUTE_SHUTDOWN => {
-                let bits = *value.first().ok_or(Errno::EBADMSG)?;
-                socket.shut_read = bits & RECEIVE != 0;
-                socket.shut_write = bits & SEND != 0;
-            }
-            _ => {}
-        }
-        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Ok((inode.into(), socket))
-}
-
-fn word(bytes: &[u8], at: usize) -> std::result::Result<u32, Errno> {
-    let word = bytes.get(at..at + 4).and_then(|word| word.try_into().ok());
-    word.map(u32::from_ne_bytes).ok_or(Errno::EBADMSG)
-}
-
-fn half(bytes: &[u8], at: usize) -> std::result::Result<u16, Errno> {
-    let half = bytes.get(at..at + 2).and_then(|half| half.try_into().ok());
-    half.map(u16::from_ne_bytes).ok_or(Errno::EBADMSG)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::{TcpListener, UdpSocket};
     use std::os::fd::AsFd as _;
-
-    fn inode_of(socket: &OwnedFd) -> u64 {
-        procfs::descriptor(own_pid(), socket.as_raw_fd() as u32)
-            .expect("own descriptor")
-            .pipe_or_socket_inode()
-            .expect("a socket")
-    }
 
     fn contents(queue: Queue) -> Vec<Vec<u8>> {
         queue.messages.into_iter().map(|m| m.bytes).collect()
@@ -941,24 +791,5 @@ mod tests {
             kind(listener.as_fd()).expect("kind"),
             (libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP)
         );
-    }
-
-    #[test]
-    fn sock_diag_matches_pairs() {
-        let (near, far) = create_pair(libc::SOCK_STREAM).expect("pair");
-        send(near.as_fd(), b"hello").expect("send");
-        let (near_inode, far_inode) = (inode_of(&near), inode_of(&far));
-        let sockets = unix_sockets().expect("sock_diag");
-        assert_eq!(sockets[&near_inode].peer, Some(far_inode));
-        assert_eq!(sockets[&far_inode].peer, Some(near_inode));
-        assert_eq!(sockets[&far_inode].unread, 5);
-        assert_eq!(sockets[&far_inode].state, TCP_ESTABLISHED);
-        let (pid, uid, _) = peer_credentials(far.as_fd()).expect("credentials");
-        assert_eq!((pid, uid), (own_pid(), nix::unistd::getuid().as_raw()));
-        shutdown(near.as_fd(), false, true).expect("shutdown");
-        let sockets = unix_sockets().expect("sock_diag");
-        assert!(sockets[&far_inode].shut_read && !sockets[&far_inode].shut_write);
-        drop(near);
-        assert_eq!(unix_sockets().expect("sock_diag")[&far_inode].peer, None);
     }
 }

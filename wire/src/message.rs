@@ -2,6 +2,7 @@
 //! believes it. Every message from a peer has passed `Checked::check` when it leaves the decoder.
 
 use bytes::Bytes;
+use pageferry_image::model::sockets::{self, Socket};
 use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use prost::Message as _;
@@ -113,6 +114,22 @@ impl Checked for Welcome {
             self.host_name.len(),
             limits::HOST_NAME_LEN_MAX,
         )
+    }
+}
+
+impl BoundSocket {
+    /// The names that must be free for `socket`, which is open as `fd`.
+    pub fn of(fd: u32, socket: &Socket) -> impl Iterator<Item = Self> {
+        let number = |value: i32| u32::try_from(value).unwrap_or(0);
+        socket.names().map(move |name| Self {
+            fd,
+            family: number(socket.family),
+            kind: number(socket.r#type),
+            protocol: number(socket.protocol),
+            address: name.to_vec(),
+            listening: socket.state() == sockets::State::Listening,
+            inode: socket.file.map_or(0, |file| file.inode),
+        })
     }
 }
 

@@ -5,6 +5,7 @@
     reason = "generated fields are documented in image/proto/files.proto"
 )]
 
+use super::sockets::Socket;
 use super::{Invalid, absolute, ascending, at_most, ensure, limits};
 
 include!("generated/pageferry.files.rs");
@@ -93,6 +94,11 @@ impl File {
             Some(file::Kind::Shared(shared)) => {
                 ensure(shared.object != 0, object, "names no shared object")
             }
+            Some(file::Kind::Fifo(fifo)) => {
+                ensure(fifo.pipe != 0, object, "names no pipe")?;
+                ensure(fifo.mode <= 0o7777, object, "has an impossible mode")?;
+                absolute(&fifo.path, object)
+            }
             Some(file::Kind::Timerfd(_) | file::Kind::Signalfd(_)) => Ok(()),
         }
     }
@@ -129,17 +135,43 @@ impl File {
         )?;
         Pipe::validate_all(pipes, files)?;
         Epoll::validate_all(files, tables)?;
-        pairs(files)
+        Socket::validate_all(files.iter().filter_map(|file| match &file.kind {
+            Some(file::Kind::Socket(socket)) => Some(socket),
+            _ => None,
+        }))
     }
 }
 
 impl Pipe {
     fn validate_all(pipes: &[Self], files: &[File]) -> Result<(), Invalid> {
         let mut named = std::collections::BTreeSet::new();
+        let mut paths = std::collections::BTreeMap::new();
         for file in files {
-            if let Some(file::Kind::Pipe(end)) = &file.kind {
-                named.insert(end.pipe);
+            match &file.kind {
+                Some(file::Kind::Pipe(end)) => {
+                    named.insert(end.pipe);
+                    paths.insert(end.pipe, None);
+                }
+                Some(file::Kind::Fifo(fifo)) => {
+                    named.insert(fifo.pipe);
+                    paths.entry(fifo.pipe).or_insert(Some(&fifo.path));
+                }
+                _ => {}
             }
+        }
+        for file in files {
+            let path = match &file.kind {
+                Some(file::Kind::Pipe(end)) => paths.get(&end.pipe).map(|path| path.is_none()),
+                Some(file::Kind::Fifo(fifo)) => {
+                    paths.get(&fifo.pipe).map(|path| *path == Some(&fifo.path))
+                }
+                _ => None,
+            };
+            ensure(
+                path != Some(false),
+                || format!("open file {}", file.id),
+                "is an end of a pipe of another name",
+            )?;
         }
         ensure(
             named.iter().copied().eq(pipes.iter().map(|pipe| pipe.id)),
@@ -231,35 +263,9 @@ impl Epoll {
     }
 }
 
-/// Every socket pair has two ends of one type, or one whose other end is closed.
-fn pairs(files: &[File]) -> Result<(), Invalid> {
-    let mut ends: std::collections::BTreeMap<u32, Vec<&super::sockets::Socket>> =
-        std::collections::BTreeMap::new();
-    for file in files {
-        if let Some(file::Kind::Socket(socket)) = &file.kind {
-            if socket.pair != 0 {
-                ends.entry(socket.pair).or_default().push(socket);
-            }
-        }
-    }
-    for (pair, ends) in ends {
-        let is_whole = match ends.as_slice() {
-            [one] => one.peer_closed,
-            [one, other] => !one.peer_closed && !other.peer_closed && one.r#type == other.r#type,
-            _ => false,
-        };
-        ensure(
-            is_whole,
-            || format!("socket pair {pair}"),
-            "has not its two ends",
-        )?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::sockets::{Socket, State};
+    use super::super::sockets::State;
     use super::*;
 
     fn open(id: u32, kind: file::Kind) -> File {
@@ -361,6 +367,38 @@ mod tests {
         assert!(validate(&[end(1, 2)], &[pipe(4096, b"x")]).is_err());
         assert!(validate(&[], &[pipe(4096, b"x")]).is_err());
         assert!(validate(&[end(1, 1)], &[pipe(1, b"xy")]).is_err());
+    }
+
+    #[test]
+    fn a_named_pipe_has_one_name() {
+        let fifo = |id, path: &str| {
+            open(
+                id,
+                file::Kind::Fifo(Fifo {
+                    pipe: 1,
+                    path: path.into(),
+                    mode: 0o600,
+                    ..Fifo::default()
+                }),
+            )
+        };
+        let pipes = [Pipe {
+            id: 1,
+            capacity: 4096,
+            content: Vec::new(),
+        }];
+        assert_eq!(validate(&[fifo(1, "/a"), fifo(2, "/a")], &pipes), Ok(()));
+        assert!(validate(&[fifo(1, "/a"), fifo(2, "/b")], &pipes).is_err());
+        assert!(validate(&[fifo(1, "a")], &pipes).is_err(), "a relative one");
+        assert!(validate(&[fifo(1, "/a")], &[]).is_err(), "no pipe");
+        let end = open(
+            2,
+            file::Kind::Pipe(PipeEnd {
+                pipe: 1,
+                write_end: true,
+            }),
+        );
+        assert!(validate(&[fifo(1, "/a"), end], &pipes).is_err(), "both");
     }
 
     #[test]

@@ -12,7 +12,8 @@ use prost::Message as _;
 
 use super::*;
 use crate::model::files::{
-    Descriptor, Device, Epoll, EpollItem, Eventfd, File, Pipe, PipeEnd, Regular, SharedFile, file,
+    Descriptor, Device, Epoll, EpollItem, Eventfd, Fifo, File, Pipe, PipeEnd, Regular, SharedFile,
+    file,
 };
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use crate::model::relations::Zombie;
@@ -536,6 +537,16 @@ fn shared_file(parts: &mut Parts) {
         position: 0,
     };
     parts.file(1, file::Kind::Shared(object));
+}
+
+fn listener(local: &[u8]) -> file::Kind {
+    file::Kind::Socket(Socket {
+        family: 1,
+        r#type: 1,
+        state: State::Listening.into(),
+        local: local.to_vec(),
+        ..Socket::default()
+    })
 }
 
 /// Name, what is done to the image, and the sentence that tells it.
@@ -1098,6 +1109,60 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "pair-with-one-end",
             Built(|parts| parts.file(5, file::Kind::Eventfd(Eventfd::default()))),
             "`tree`: socket pair 1 has not its two ends",
+        ),
+        (
+            "socket-file-back-up",
+            Built(|parts| parts.file(7, listener(b"\x01\0/run/../etc/a\0"))),
+            "`tree`: socket has no address that fits its state",
+        ),
+        (
+            "socket-name-twice",
+            Built(|parts| {
+                parts.file(7, listener(b"\x01\0\0a"));
+                parts.file(1, listener(b"\x01\0\0a"));
+            }),
+            "`tree`: UNIX socket has a name that another has",
+        ),
+        (
+            "socket-accepted-by-nobody",
+            Built(|parts| {
+                parts.tree(|tree| {
+                    if let Some(file::Kind::Socket(end)) = &mut tree.files[4].kind {
+                        end.local = b"\x01\0/run/a\0".to_vec();
+                    }
+                })
+            }),
+            "`tree`: socket pair 1 has names but was not connected by one, or the reverse",
+        ),
+        (
+            "socket-sends-to-nobody",
+            Built(|parts| {
+                parts.file(
+                    7,
+                    file::Kind::Socket(Socket {
+                        family: 1,
+                        r#type: 2,
+                        state: State::Unbound.into(),
+                        remote: b"\x01\0/run/a\0".to_vec(),
+                        ..Socket::default()
+                    }),
+                )
+            }),
+            "`tree`: datagram socket names a socket that is not there",
+        ),
+        (
+            "fifo-of-no-pipe",
+            Built(|parts| {
+                parts.file(
+                    7,
+                    file::Kind::Fifo(Fifo {
+                        pipe: 9,
+                        path: "/run/a".into(),
+                        ..Fifo::default()
+                    }),
+                )
+            }),
+            "`tree`: pipes are not those their ends name",
         ),
         (
             "path-back-up",

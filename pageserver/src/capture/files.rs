@@ -3,6 +3,8 @@
 //! Only copies of descriptors are used, and nothing is read from or written to through them: a pipe's content is duplicated
 //! inside the kernel (tee(2)). Descriptors that share an open file description are found by the kernel's own order of them.
 
+mod fifos;
+
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fs::{self, Metadata};
@@ -17,8 +19,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::statfs::statfs;
 use pageferry_image::model::files::{
-    Descriptor, Device, Directory, Epoll, EpollItem, Eventfd, File, Owner, Pipe, PipeEnd, Regular,
-    SharedFile, Signalfd, Timerfd, file,
+    Descriptor, Device, Directory, Epoll, EpollItem, Eventfd, Fifo, File, Owner, Pipe, PipeEnd,
+    Regular, SharedFile, Signalfd, Timerfd, file,
 };
 use pageferry_image::model::memory::FileIdentity;
 use pageferry_tracee::choke::{self, Kind as Call};
@@ -275,6 +277,7 @@ pub(crate) enum Shape {
     Directory(String),
     Device { path: &'static str, rdev: u64 },
     Pipe { inode: u64, write_end: bool },
+    Fifo(Fifo),
     Eventfd,
     Epoll,
     Timerfd,
@@ -393,7 +396,7 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     })?;
     let file_type = open.file_type();
     if file_type.is_fifo() {
-        return Ok(Err(RefusalKind::Fifo { path }));
+        return Ok(fifos::shape(path, &open));
     }
     if file_type.is_char_device() || file_type.is_block_device() {
         return Ok(device_shape(path, &open));
@@ -487,6 +490,8 @@ pub(crate) struct Table {
     pub refusals: Vec<Refusal>,
     /// Inodes of all pipes and sockets, for the question who else holds them.
     pub inodes: BTreeSet<u64>,
+    /// The same of named pipes, by device and inode.
+    pub fifos: BTreeSet<(u64, u64)>,
 }
 
 /// How deep a look at the tables goes.
@@ -561,9 +566,25 @@ pub(crate) fn table(look: &mut Look<'_>, tables: &[Entries], depth: Depth) -> Re
         }
         table.inodes.extend(entry.pipe_or_socket_inode());
     }
+    for (id, what) in sockets::finish(&mut table.files) {
+        // Numbers are given in the order of the groups.
+        if let Some(Row { pid, entry, .. }) = groups.get(id as usize - 1).map(|group| group[0]) {
+            table.refusals.push(Refusal {
+                pid,
+                object: Object::Fd(entry.fd),
+                what,
+            });
+        }
+    }
     for descriptors in table.descriptors.values_mut() {
         descriptors.sort_by_key(|descriptor| descriptor.fd);
     }
+    table.fifos = sight
+        .pipes
+        .keys()
+        .copied()
+        .filter(|(device, _)| *device != 0)
+        .collect();
     table.pipes = sight.pipes.into_values().collect();
     table.pipes.sort_by_key(|pipe| pipe.id);
     Ok(table)
@@ -670,7 +691,8 @@ struct Sight<'e> {
     depth: Depth,
     pidfds: BTreeMap<i32, PidFd>,
     sockets: sockets::Pairs,
-    pipes: BTreeMap<u64, Pipe>,
+    /// By device and inode; unnamed pipes are on device 0.
+    pipes: BTreeMap<(u64, u64), Pipe>,
 }
 
 impl Sight<'_> {
@@ -693,7 +715,10 @@ impl Sight<'_> {
             path: format!("/proc/{pid}/fdinfo/{}", entry.fd),
             what,
         };
-        let can_signal = matches!(shape, Shape::Pipe { .. } | Shape::Socket { .. });
+        let can_signal = matches!(
+            shape,
+            Shape::Pipe { .. } | Shape::Fifo(_) | Shape::Socket { .. }
+        );
         let kind = match shape {
             Shape::Regular(identity) => file::Kind::Regular(Regular {
                 identity: Some(identity),
@@ -743,7 +768,7 @@ impl Sight<'_> {
             Shape::Pipe { inode, write_end } => {
                 let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
                 let next = u32::try_from(self.pipes.len() + 1).unwrap_or(u32::MAX);
-                let pipe = self.pipes.entry(inode).or_insert(Pipe {
+                let pipe = self.pipes.entry((0, inode)).or_insert(Pipe {
                     id: next,
                     capacity: 0,
                     content: Vec::new(),
@@ -762,6 +787,20 @@ impl Sight<'_> {
                     pipe: pipe.id,
                     write_end,
                 })
+            }
+            Shape::Fifo(mut fifo) => {
+                let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
+                let next = u32::try_from(self.pipes.len() + 1).unwrap_or(u32::MAX);
+                let pipe = self.pipes.entry(fifos::key(&copy)?).or_insert(Pipe {
+                    id: next,
+                    capacity: pipe::capacity(&copy)?,
+                    content: Vec::new(),
+                });
+                fifo.pipe = pipe.id;
+                if depth == Depth::Capture && pipe.content.is_empty() {
+                    pipe.content = fifos::contents(&copy, &fifo.path)?;
+                }
+                file::Kind::Fifo(fifo)
             }
             Shape::Socket { inode } => {
                 let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
@@ -841,13 +880,17 @@ fn epoll_of(row: Row<'_>, entries: &[DescriptorEntry]) -> Result<Verdict<Epoll>>
     Ok(Ok(Epoll { items, holder }))
 }
 
-/// Pipes and sockets of the tables that other processes hold too.
-pub(crate) fn held_outside(tables: &[Entries], inodes: &BTreeSet<u64>) -> Result<Vec<Refusal>> {
+/// Pipes and sockets of the tables that other processes hold too, and the same of named pipes.
+pub(crate) fn held_outside(
+    tables: &[Entries],
+    inodes: &BTreeSet<u64>,
+    fifos: &BTreeSet<(u64, u64)>,
+) -> Result<Vec<Refusal>> {
+    let mut found = fifos::held_outside(tables, fifos)?;
     let holders = procfs::pipe_or_socket_holders(inodes)?;
     // Our own copies, taken for this very look, do not count.
     let own = std::process::id() as i32;
     let is_inside = |holder: i32| holder == own || tables.iter().any(|(pid, _)| *pid == holder);
-    let mut found = Vec::new();
     let rows = tables
         .iter()
         .flat_map(|(pid, entries)| entries.iter().map(move |entry| (*pid, entry)));

@@ -1,6 +1,8 @@
-//! Sockets: their kind, addresses, options and, for UNIX pairs inside the process, what lies unread.
+//! Sockets: their kind, addresses, options and, for UNIX sockets inside the tree, what lies unread.
 //!
 //! Nothing is read out of a socket and no option of one is changed, except the peek offset for the length of one peek.
+
+mod unix;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -9,12 +11,14 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use nix::errno::Errno;
 use pageferry_image::model::sockets::{Option as SocketOption, Socket, State};
 use pageferry_tracee::procfs::DescriptorEntry;
+use pageferry_tracee::unix_diag::UnixDiag;
 use pageferry_tracee::{Error as ProcessError, socket};
 
 use super::files::{Depth, Look, Verdict};
 use crate::Result;
 use crate::survey::{RefusalKind, TcpPolicy};
-use crate::unix_peers::UnixPeers;
+
+pub(crate) use self::unix::finish;
 
 const SO_RCVBUFFORCE: i32 = 33;
 const SO_SNDBUFFORCE: i32 = 32;
@@ -87,7 +91,7 @@ type Kind = (i32, i32, i32);
 pub(crate) struct Pairs {
     own: BTreeSet<u64>,
     numbers: BTreeMap<u64, u32>,
-    peers: Option<UnixPeers>,
+    diag: Option<UnixDiag>,
     /// The options of a socket just made, by its kind.
     fresh: BTreeMap<Kind, Vec<Value>>,
 }
@@ -102,17 +106,17 @@ impl Pairs {
         Self {
             own,
             numbers: BTreeMap::new(),
-            peers: None,
+            diag: None,
             fresh: BTreeMap::new(),
         }
     }
 
-    fn peers(&mut self) -> Result<&UnixPeers> {
-        let peers = match self.peers.take() {
-            Some(peers) => peers,
-            None => UnixPeers::open()?,
+    fn diag(&mut self) -> Result<&UnixDiag> {
+        let diag = match self.diag.take() {
+            Some(diag) => diag,
+            None => UnixDiag::open()?,
         };
-        Ok(self.peers.insert(peers))
+        Ok(self.diag.insert(diag))
     }
 
     /// The number both ends of a pair carry.
@@ -137,7 +141,7 @@ pub(crate) fn socket(
             tcp(fd, look.options.tcp)?
         }
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => udp(fd)?,
-        (libc::AF_UNIX, ..) => unix(entry, inode, fd, depth, pairs)?,
+        (libc::AF_UNIX, kind, _) => unix::socket(entry, inode, fd, kind, depth, pairs)?,
         (family, kind, protocol) => Err(RefusalKind::OtherSocket {
             kind: other_kind(family, kind, protocol),
         }),
@@ -292,89 +296,6 @@ fn udp(fd: BorrowedFd<'_>) -> Result<Verdict<Socket>> {
     })
 }
 
-/// A UNIX address as ss(8) writes it; `None` without one.
-fn unix_name(address: &[u8]) -> Option<String> {
-    match address.get(2..)? {
-        [] => None,
-        [0, abstract_name @ ..] => Some(format!("@{}", String::from_utf8_lossy(abstract_name))),
-        path => Some(
-            String::from_utf8_lossy(path.split(|&byte| byte == 0).next().unwrap_or_default())
-                .into_owned(),
-        ),
-    }
-}
-
-fn unix(
-    entry: &DescriptorEntry,
-    inode: u64,
-    fd: BorrowedFd<'_>,
-    depth: Depth,
-    pairs: &mut Pairs,
-) -> Result<Verdict<Socket>> {
-    const SHUT_READ: u8 = 1;
-    const SHUT_WRITE: u8 = 2;
-    if let Some(name) = unix_name(&socket::local_address(fd)?) {
-        return Ok(Err(RefusalKind::UnixNamed { name }));
-    }
-    if let Some(count @ 1..) = entry.info.scm_fds {
-        return Ok(Err(RefusalKind::UnixInFlight { count }));
-    }
-    let Some(connection) = pairs.peers()?.connection(inode)? else {
-        return Ok(Err(RefusalKind::UnixState {
-            what: "no answer about its other end",
-        }));
-    };
-    let mut socket = Socket {
-        state: State::Paired.into(),
-        ..Socket::default()
-    };
-    match connection.peer.map(u64::from) {
-        None => {
-            return Ok(Ok(Socket {
-                state: State::Unbound.into(),
-                ..Socket::default()
-            }));
-        }
-        Some(0) => {
-            socket.peer_closed = true;
-            socket.pair = pairs.number(inode, inode);
-        }
-        Some(peer) if pairs.own.contains(&peer) => {
-            // A datagram socket may be connected to one that is not connected back.
-            let back = pairs
-                .peers()?
-                .connection(peer)?
-                .and_then(|connection| connection.peer);
-            if back.map(u64::from) != Some(inode) || peer == inode {
-                return Ok(Err(RefusalKind::UnixState {
-                    what: "a one-sided connection",
-                }));
-            }
-            socket.pair = pairs.number(inode, peer);
-            socket.shut_read = connection.shutdown & SHUT_READ != 0;
-            socket.shut_write = connection.shutdown & SHUT_WRITE != 0;
-        }
-        Some(_) => {
-            let name = socket::peer_address(fd)?.and_then(|peer| unix_name(&peer));
-            return Ok(Err(RefusalKind::UnixOutside {
-                name: name.map_or_else(String::new, |name| format!(" at {name}")),
-            }));
-        }
-    }
-    if depth == Depth::Capture {
-        let queue = socket::peek_all(fd)?;
-        if queue.descriptors {
-            return Ok(Err(RefusalKind::UnixInFlight { count: 1 }));
-        }
-        socket.queue = queue
-            .messages
-            .into_iter()
-            .map(|message| message.bytes)
-            .collect();
-    }
-    Ok(Ok(socket))
-}
-
 /// The options that make this socket different from one just made, in the form in which they are set.
 fn options(
     fd: BorrowedFd<'_>,
@@ -504,12 +425,6 @@ mod tests {
         mapped.extend_from_slice(&[0; 4]);
         assert_eq!(text(&mapped), "10.0.0.1:6379");
         assert_eq!(text(&[2, 0]), "?");
-        assert_eq!(unix_name(&[1, 0]), None);
-        assert_eq!(
-            unix_name(b"\x01\0/run/x.sock\0").as_deref(),
-            Some("/run/x.sock")
-        );
-        assert_eq!(unix_name(b"\x01\0\0name").as_deref(), Some("@name"));
     }
 
     #[test]

@@ -315,9 +315,24 @@ int main(void) {
     connect(client, (void *)&address, length);
     int udp = socket(AF_INET, SOCK_DGRAM, 0);
     connect(udp, (void *)&address, length);
-    int named = socket(AF_UNIX, SOCK_DGRAM, 0);
+    int named = socket(AF_UNIX, SOCK_STREAM, 0);
     struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = "\0pageferry-subject"};
     bind(named, (void *)&name, sizeof name);
+    listen(named, 5);
+    connect(socket(AF_UNIX, SOCK_STREAM, 0), (void *)&name, sizeof name);
+    int relative = socket(AF_UNIX, SOCK_DGRAM, 0), pair[2];
+    struct sockaddr_un back = {.sun_family = AF_UNIX, .sun_path = "/tmp/../tmp/pageferry-subject.sock"};
+    unlink(back.sun_path);
+    bind(relative, (void *)&back, sizeof back);
+    unlink(back.sun_path);
+    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    struct { struct cmsghdr header; int fd; } rights = {{CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}, named};
+    struct iovec part = {"x", 1};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = sizeof rights};
+    sendmsg(pair[0], &message, 0);
+    mkfifo("/tmp/pageferry-subject.fifo", 0600);
+    open("/tmp/pageferry-subject.fifo", O_RDWR);
+    unlink("/tmp/pageferry-subject.fifo");
     int epoll = epoll_create1(0);
     int watched = eventfd(0, 0);
     struct epoll_event watch = {.events = EPOLLIN};
@@ -340,6 +355,7 @@ int main(void) {
         "connected-udp",
         "ghost-limit",
         "epoll-foreign",
+        "fifo",
         "file-lock",
         "inotify",
         "kernel-file",
@@ -350,7 +366,10 @@ int main(void) {
         "sysv-memory",
         "tcp",
         "terminal",
+        "unix-accept-queue",
+        "unix-in-flight",
         "unix-named",
+        "unix-state",
     ] {
         assert!(keys.contains(&expected), "{expected} in {keys:?}");
     }

@@ -324,14 +324,23 @@ refusals! {
     } = "connected-udp", "connected UDP {local} → {remote}, which is not carried yet (close it)";
     /// A UNIX socket whose other end is elsewhere.
     UnixOutside {
-        /// Where it is bound or connected, if it has a name.
+        /// The other end's name, as ss(8) writes it.
         name: String,
-    } = "unix-outside", "UNIX socket connected to another process{name} (close it)";
-    /// A UNIX socket that listens or has a name.
+        /// The other end's inode.
+        inode: u64,
+    } = "unix-outside", "UNIX connection to {name} (inode {inode}), which is outside of the tree (close it)";
+    /// A UNIX socket whose path cannot be given again.
     UnixNamed {
         /// The name.
         name: String,
-    } = "unix-named", "UNIX socket {name}, bound or listening, which is not carried yet (close it)";
+    } = "unix-named", "UNIX socket {name}, whose path is relative or goes back up, which is not carried (bind it by a plain absolute path)";
+    /// Connections nobody has accepted yet.
+    UnixAcceptQueue {
+        /// The name.
+        name: String,
+        /// How many.
+        count: u32,
+    } = "unix-accept-queue", "listening UNIX socket {name} has {count} connection(s) waiting to be accepted, which are not carried yet (let the program accept them)";
     /// Descriptors in flight.
     UnixInFlight {
         /// How many.
@@ -374,11 +383,18 @@ refusals! {
         /// What.
         what: &'static str,
     } = "pipe-special", "pipe {what}, which is not carried yet (drain it)";
-    /// A named pipe.
+    /// A named pipe whose name is gone.
     Fifo {
         /// Its path.
         path: String,
-    } = "fifo", "named pipe {path}, which is not carried yet (close it)";
+    } = "fifo", "named pipe that {path} no longer leads to, which is not carried (close it)";
+    /// A named pipe that others have open too.
+    FifoOutside {
+        /// Its path.
+        path: String,
+        /// Who holds it.
+        holders: Pids,
+    } = "fifo-outside", "named pipe {path} is also held by process {holders} (close it there)";
     /// A terminal.
     Terminal {
         /// Its path.

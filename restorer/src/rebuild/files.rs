@@ -1,5 +1,7 @@
 //! Rebuilds the descriptor table. Open file descriptions are made in our own process and handed over, so that all
-//! kinds go one way; only what records its maker (UNIX socket pairs) or names descriptors (epoll) is made in the husk.
+//! kinds go one way; only what records its maker (UNIX sockets) or names descriptors (epoll) is done in the husk.
+
+mod fifos;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File as StdFile, OpenOptions};
@@ -8,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use pageferry_image::model::Invalid;
-use pageferry_image::model::files::{Descriptor, File, Timerfd, file};
+use pageferry_image::model::files::{Descriptor, File, Pipe, Timerfd, file};
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_image::model::timers::Passed;
 use pageferry_tracee::injection::Injection;
@@ -16,6 +18,7 @@ use pageferry_tracee::procfs::TimerfdInfo;
 use pageferry_tracee::{descriptor, pipe, timer};
 
 use super::shared::Objects;
+use super::sockets::names::Names;
 use super::{Error, Result, Work, sockets};
 
 /// Status flags that fcntl(F_SETFL) or open(2) can set again.
@@ -181,6 +184,8 @@ impl Handover {
 #[derive(Debug)]
 pub(crate) struct Files {
     pipes: BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    /// Named ones, for reading and writing.
+    fifos: BTreeMap<u32, OwnedFd>,
     first_of_pipe: BTreeSet<(u32, bool)>,
     made: BTreeMap<u32, OwnedFd>,
     /// Those that a process has by now.
@@ -190,9 +195,17 @@ pub(crate) struct Files {
 }
 
 impl Files {
-    pub(crate) fn new(tree: &Tree, objects: Objects) -> Result<Self> {
+    /// `sockets`: those that are made already.
+    pub(crate) fn new(
+        tree: &Tree,
+        objects: Objects,
+        sockets: BTreeMap<u32, OwnedFd>,
+        names: &mut Names,
+    ) -> Result<Self> {
+        let fifos = fifos::make(tree, names)?;
         let mut pipes = BTreeMap::new();
-        for carried in &tree.pipes {
+        let is_unnamed = |pipe: &&Pipe| !fifos.contains_key(&pipe.id);
+        for carried in tree.pipes.iter().filter(is_unnamed) {
             let ends = pipe::create(carried.capacity, &carried.content).map_err(|error| {
                 Error::object(
                     format!("pipe {}", carried.id),
@@ -204,8 +217,9 @@ impl Files {
         }
         Ok(Self {
             pipes,
+            fifos,
             first_of_pipe: BTreeSet::new(),
-            made: BTreeMap::new(),
+            made: sockets,
             handed: BTreeSet::new(),
             objects,
         })
@@ -214,7 +228,6 @@ impl Files {
     /// Makes what no process before this one has.
     fn make_new(
         &mut self,
-        injection: &mut Injection<'_>,
         process: &Process,
         tree: &Tree,
         passed: impl Fn() -> Result<Passed>,
@@ -230,12 +243,8 @@ impl Files {
                 continue;
             };
             let made = self.make(carried, fd, &passed)?;
-            if let Some(made) = made {
-                self.made.insert(carried.id, made);
-            }
+            self.made.insert(carried.id, made);
         }
-        let pairs = sockets::make_pairs(injection, process.pid, &new, tree)?;
-        self.made.extend(pairs);
         Ok(())
     }
 
@@ -249,7 +258,7 @@ impl Files {
         passed: impl Fn() -> Result<Passed>,
     ) -> Result<()> {
         let pid = process.pid;
-        self.make_new(injection, process, tree, passed)?;
+        self.make_new(process, tree, passed)?;
         let is_root = tree.processes.first().is_some_and(|root| root.pid == pid);
 
         let mut work = Work::new(injection, pid);
@@ -337,7 +346,7 @@ impl Files {
         carried: &File,
         fd: u32,
         passed: impl Fn() -> Result<Passed>,
-    ) -> Result<Option<OwnedFd>> {
+    ) -> Result<OwnedFd> {
         let object = || format!("fd {fd}");
         let kernel = |call: &'static str| {
             move |error: pageferry_tracee::Error| {
@@ -419,10 +428,16 @@ impl Files {
             file::Kind::Signalfd(carried) => {
                 descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?
             }
-            file::Kind::Socket(socket) => match sockets::make(socket, &object())? {
-                Some(fd) => fd,
-                None => return Ok(None),
-            },
+            file::Kind::Socket(socket) => sockets::make(socket, &object())?,
+            file::Kind::Fifo(fifo) => {
+                let object = format!("fd {fd} ({})", fifo.path);
+                let ours = self.fifos.get(&fifo.pipe).ok_or_else(|| {
+                    Invalid::new(object.as_str(), "names a pipe that is not there")
+                })?;
+                let path = format!("/proc/self/fd/{}", ours.as_raw_fd());
+                open(&path, carried.flags, None)
+                    .map_err(|error| Error::object(object, "open", error))?
+            }
         };
         if !matches!(
             kind,
@@ -434,7 +449,7 @@ impl Files {
             set_status(&made, carried.flags)
                 .map_err(|errno| Error::object(object(), "fcntl(F_SETFL)", errno))?;
         }
-        Ok(Some(made))
+        Ok(made)
     }
 }
 

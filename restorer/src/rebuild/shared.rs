@@ -15,11 +15,16 @@ use pageferry_image::model::task::Tree;
 use pageferry_image::store::ObjectId;
 use pageferry_tracee::shared as kernel;
 
+use super::sockets::names::Names;
 use super::{Error, Result};
 
 /// Files that were made at their paths. Dropped before they are kept, they are removed again.
 #[derive(Debug, Default)]
-pub struct NewFiles(Vec<NewFile>);
+pub struct NewFiles {
+    made: Vec<NewFile>,
+    /// Those of sockets and named pipes.
+    pub(super) names: Names,
+}
 
 #[derive(Debug)]
 struct NewFile {
@@ -31,13 +36,14 @@ struct NewFile {
 impl NewFiles {
     /// The tree runs: they are its files.
     pub fn keep(&mut self) {
-        self.0.clear();
+        self.made.clear();
+        self.names.keep();
     }
 }
 
 impl Drop for NewFiles {
     fn drop(&mut self) {
-        for file in &self.0 {
+        for file in &self.made {
             let found = file.path.symlink_metadata();
             if found.is_ok_and(|found| (found.dev(), found.ino()) == file.key) {
                 // What stays is refused by name at the next attempt.
@@ -225,7 +231,7 @@ fn make_file(carried: &Carried, size: u64, name: &str, new_files: &mut NewFiles)
         let metadata = file
             .metadata()
             .map_err(|error| Error::object(name, "fstat", error))?;
-        new_files.0.push(NewFile {
+        new_files.made.push(NewFile {
             path: path.to_owned(),
             key: (metadata.dev(), metadata.ino()),
         });

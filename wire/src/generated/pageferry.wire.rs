@@ -28,7 +28,7 @@ pub struct Open {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
 }
-/// A listening or bound socket: the target checks that the address is free and its own.
+/// A name that a socket has: the target checks that the address is free and its own.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BoundSocket {
     #[prost(uint32, tag = "1")]
@@ -46,6 +46,9 @@ pub struct BoundSocket {
     pub address: ::prost::alloc::vec::Vec<u8>,
     #[prost(bool, tag = "6")]
     pub listening: bool,
+    /// UNIX: of the file that it has there; 0: it has none
+    #[prost(uint64, tag = "7")]
+    pub inode: u64,
 }
 /// What is about to come, known without touching the process.
 #[derive(Clone, PartialEq, ::prost::Message)]

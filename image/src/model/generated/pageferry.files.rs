@@ -20,7 +20,7 @@ pub struct File {
     pub flags: u32,
     #[prost(message, optional, tag = "3")]
     pub owner: ::core::option::Option<Owner>,
-    #[prost(oneof = "file::Kind", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "file::Kind", tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub kind: ::core::option::Option<file::Kind>,
 }
 /// Nested message and enum types in `File`.
@@ -47,6 +47,8 @@ pub mod file {
         Socket(super::super::sockets::Socket),
         #[prost(message, tag = "13")]
         Shared(super::SharedFile),
+        #[prost(message, tag = "14")]
+        Fifo(super::Fifo),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -95,6 +97,20 @@ pub struct PipeEnd {
     pub pipe: u32,
     #[prost(bool, tag = "2")]
     pub write_end: bool,
+}
+/// A named pipe, open: the pipe is as others are. mode, uid, gid: of the file.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Fifo {
+    #[prost(uint32, tag = "1")]
+    pub pipe: u32,
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Pipe {

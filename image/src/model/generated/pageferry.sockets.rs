@@ -9,6 +9,36 @@ pub struct Option {
     #[prost(bytes = "vec", tag = "3")]
     pub value: ::prost::alloc::vec::Vec<u8>,
 }
+/// A process and its user and group, as the kernel noted them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ids {
+    #[prost(sint32, tag = "1")]
+    pub pid: i32,
+    #[prost(uint32, tag = "2")]
+    pub uid: u32,
+    #[prost(uint32, tag = "3")]
+    pub gid: u32,
+}
+/// The file that bind(2) made for a UNIX socket. inode: its number where it was captured.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SocketFile {
+    #[prost(uint32, tag = "1")]
+    pub mode: u32,
+    #[prost(uint32, tag = "2")]
+    pub uid: u32,
+    #[prost(uint32, tag = "3")]
+    pub gid: u32,
+    #[prost(uint64, tag = "4")]
+    pub inode: u64,
+}
+/// What comes with a message that lies unread: its place in the queue, from 0; the sender's struct sockaddr.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Attached {
+    #[prost(uint32, tag = "1")]
+    pub message: u32,
+    #[prost(bytes = "vec", tag = "2")]
+    pub address: ::prost::alloc::vec::Vec<u8>,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Socket {
     /// AF_INET, AF_INET6, AF_UNIX
@@ -21,7 +51,7 @@ pub struct Socket {
     pub protocol: i32,
     #[prost(enumeration = "State", tag = "4")]
     pub state: i32,
-    /// struct sockaddr, for BOUND and LISTENING
+    /// struct sockaddr, for BOUND, LISTENING, and PAIRED if it has a name
     #[prost(bytes = "vec", tag = "5")]
     pub local: ::prost::alloc::vec::Vec<u8>,
     #[prost(uint32, tag = "6")]
@@ -31,7 +61,7 @@ pub struct Socket {
     /// PAIRED: the two ends carry the same number, from 1
     #[prost(uint32, tag = "8")]
     pub pair: u32,
-    /// PAIRED: what lies unread at this end, one entry a message (stream: one entry)
+    /// UNIX: what lies unread, one entry a message (stream: one entry)
     #[prost(bytes = "vec", repeated, tag = "9")]
     pub queue: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
     #[prost(bool, tag = "10")]
@@ -41,6 +71,21 @@ pub struct Socket {
     /// PAIRED: the other end is closed
     #[prost(bool, tag = "12")]
     pub peer_closed: bool,
+    /// struct sockaddr: of a closed other end; of whom a datagram socket sends to that is not connected back
+    #[prost(bytes = "vec", tag = "13")]
+    pub remote: ::prost::alloc::vec::Vec<u8>,
+    /// UNIX: at the path in `local`; none: it is gone
+    #[prost(message, optional, tag = "14")]
+    pub file: ::core::option::Option<SocketFile>,
+    /// PAIRED: has its name from the listening socket that it was accepted from
+    #[prost(bool, tag = "15")]
+    pub accepted: bool,
+    /// UNIX: SO_PEERCRED, if any was noted
+    #[prost(message, optional, tag = "16")]
+    pub peer: ::core::option::Option<Ids>,
+    /// ascending
+    #[prost(message, repeated, tag = "17")]
+    pub attached: ::prost::alloc::vec::Vec<Attached>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -49,7 +94,7 @@ pub enum State {
     Unbound = 1,
     Bound = 2,
     Listening = 3,
-    /// one end of a UNIX socketpair inside the tree
+    /// one of two UNIX sockets inside the tree that are connected to each other
     Paired = 4,
     /// an established connection that --tcp close gives up: the program finds it closed
     Dropped = 5,
