@@ -1026,8 +1026,8 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ),
         (
             "ended-of-nobody",
-            Built(|parts| parts.zombie(|zombie| zombie.ppid = 4242)),
-            "`tree`: process 4725 has a parent that does not stand before it",
+            Built(|parts| parts.zombie(|zombie| (zombie.pid, zombie.ppid) = (4726, 4242))),
+            "`tree`: process 4726 has a parent that does not stand before it",
         ),
         (
             "ended-without-an-end",
@@ -1036,8 +1036,8 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ),
         (
             "ended-and-running",
-            Built(|parts| parts.zombie(|zombie| zombie.pid = 4712)),
-            "`tree`: thread 4712 has the number of an ended process, a session or a group",
+            Built(|parts| parts.zombie(|zombie| zombie.pid = 4711)),
+            "`tree`: thread 4711 has the number of an ended process, a session or a group",
         ),
         (
             "exit-signal",
