@@ -5,6 +5,7 @@
 //! like Docker's default. They check themselves; the tests compare what only an outsider sees.
 
 use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::FromRawFd;
@@ -957,9 +958,17 @@ fn a_family_is_killed_whole() {
     );
 }
 
-/// Numbers that nobody has, below one that no other test gives.
+/// Numbers that nobody has, not even a group or session whose leader is gone, below one that no other test gives.
 fn chosen_pids(below: i32, count: usize) -> Vec<i32> {
-    let free = (10_000..below).rev().filter(|&pid| !procfs::exists(pid));
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let led: HashSet<i32> = processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| procfs::stat(pid, pid).ok())
+        .flat_map(|stat| [stat.pgrp, stat.session])
+        .collect();
+    let free = (10_000..below)
+        .rev()
+        .filter(|pid| !led.contains(pid) && !procfs::exists(*pid));
     free.take(count).collect()
 }
 
