@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pageferry::cli::{Cli, Verb};
 use pageferry::{
     check, dump, identity, image, inspect, migrate, page_server, receive, report, restore,
@@ -14,6 +15,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     report::set_up_log(&cli.common);
     pageferry_tracee::choke::configure_from_environment();
+    // All descriptors of a tree are ours for a moment; without more of them a large one is refused when it comes to that.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
     let code = match &cli.verb {
         Verb::Check => check::run(&cli.common),
         Verb::Identity(args) => identity::run(args, &cli.common),

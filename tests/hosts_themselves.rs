@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::hosts::{
     Before, Clocks, LIBRARY_THAT_DIFFERS, Pair, compile, eventually, list_groups, skip,
 };
-use crate::lifecycle::SUBJECTS;
+use crate::lifecycle::{FILES, SUBJECTS};
 use crate::subject::{ORDINARY, Subject};
 
 fn monotonic_s(pair: &Pair, of_b: bool) -> f64 {
@@ -199,6 +199,9 @@ fn subjects_pass_when_nothing_is_done_to_them() {
     names.push(("steadfast", ORDINARY));
     names.dedup_by_key(|row| row.0);
     let pair = Pair::new(Clocks::Behind);
+    for (_, files) in FILES {
+        pair.leaves(&pair.a, files);
+    }
     let before = Before::of(&pair);
     for group in names.chunks(5) {
         let mut subjects: Vec<Subject> = group

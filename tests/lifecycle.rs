@@ -43,7 +43,7 @@ pub(crate) const THERE_AND_BACK: &[Action] = &[
 ];
 
 /// Files that are a host's, and stay there when the subject that opened them has gone: subject, beginning of its lines.
-const FILES: &[(&str, &str)] = &[("fifos", "file /tmp/fifo.")];
+pub(crate) const FILES: &[(&str, &str)] = &[("fifos", "file /tmp/fifo.")];
 
 /// A subject goes through a list of actions; both hosts are then as they were.
 #[track_caller]

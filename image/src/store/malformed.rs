@@ -1037,7 +1037,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "ended-and-running",
             Built(|parts| parts.zombie(|zombie| zombie.pid = 4711)),
-            "`tree`: thread 4711 has the number of an ended process, a session or a group",
+            "`tree`: process 4711 is in the tree twice",
         ),
         (
             "exit-signal",

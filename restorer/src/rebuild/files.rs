@@ -39,6 +39,8 @@ pub struct Handover {
     /// Descriptor of a pidfd of ours inside the husk: one above all that the process has.
     pidfd: u64,
     used: BTreeSet<u64>,
+    /// No number below is free.
+    lowest: u64,
 }
 
 impl Handover {
@@ -48,6 +50,7 @@ impl Handover {
             pid,
             pidfd: 0,
             used: BTreeSet::new(),
+            lowest: 0,
         })
     }
 
@@ -87,14 +90,20 @@ impl Handover {
         let mut work = Work::new(injection, self.pid);
         work.call("our pidfd", "close", libc::SYS_close, &[self.pidfd.into()]);
         work.run()?;
-        self.used.remove(&self.pidfd);
+        self.give_up(self.pidfd);
         Ok(())
     }
 
-    fn lowest_free(&self) -> u64 {
-        (0..)
-            .find(|number| !self.used.contains(number))
-            .unwrap_or(u64::MAX)
+    fn lowest_free(&mut self) -> u64 {
+        while self.used.contains(&self.lowest) {
+            self.lowest += 1;
+        }
+        self.lowest
+    }
+
+    fn give_up(&mut self, number: u64) {
+        self.used.remove(&number);
+        self.lowest = self.lowest.min(number);
     }
 
     fn take(&mut self, work: &mut Work<'_, '_>, ours: &impl AsFd, object: &str) -> u64 {
@@ -123,7 +132,7 @@ impl Handover {
     pub(crate) fn take_back(&mut self, work: &mut Work<'_, '_>, fd: u64) -> Result<()> {
         work.room()?;
         work.call(format!("fd {fd}"), "close", libc::SYS_close, &[fd.into()]);
-        self.used.remove(&fd);
+        self.give_up(fd);
         Ok(())
     }
 
@@ -183,10 +192,12 @@ impl Handover {
 /// The open file descriptions of a tree, made in our own process, each when the first process that has it is built.
 #[derive(Debug)]
 pub(crate) struct Files {
-    pipes: BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    /// Ends of pipes, true: for writing, that no description has yet.
+    pipes: BTreeMap<(u32, bool), OwnedFd>,
     /// Named ones, for reading and writing.
     fifos: BTreeMap<u32, OwnedFd>,
-    first_of_pipe: BTreeSet<(u32, bool)>,
+    /// The description that got an end.
+    first_of_pipe: BTreeMap<(u32, bool), u32>,
     made: BTreeMap<u32, OwnedFd>,
     /// Those that a process has by now.
     handed: BTreeSet<u32>,
@@ -206,19 +217,21 @@ impl Files {
         let mut pipes = BTreeMap::new();
         let is_unnamed = |pipe: &&Pipe| !fifos.contains_key(&pipe.id);
         for carried in tree.pipes.iter().filter(is_unnamed) {
-            let ends = pipe::create(carried.capacity, &carried.content).map_err(|error| {
-                Error::object(
-                    format!("pipe {}", carried.id),
-                    "pipe2",
-                    std::io::Error::other(error),
-                )
-            })?;
-            pipes.insert(carried.id, ends);
+            let (read, write) =
+                pipe::create(carried.capacity, &carried.content).map_err(|error| {
+                    Error::object(
+                        format!("pipe {}", carried.id),
+                        "pipe2",
+                        std::io::Error::other(error),
+                    )
+                })?;
+            pipes.insert((carried.id, false), read);
+            pipes.insert((carried.id, true), write);
         }
         Ok(Self {
             pipes,
             fifos,
-            first_of_pipe: BTreeSet::new(),
+            first_of_pipe: BTreeMap::new(),
             made: sockets,
             handed: BTreeSet::new(),
             objects,
@@ -238,8 +251,8 @@ impl Files {
                 new.entry(descriptor.file).or_insert(descriptor.fd);
             }
         }
-        for carried in &tree.files {
-            let Some(&fd) = new.get(&carried.id) else {
+        for (id, fd) in new {
+            let Some(carried) = file_of(tree, id) else {
                 continue;
             };
             let made = self.make(carried, fd, &passed)?;
@@ -278,10 +291,11 @@ impl Files {
             handed.put(&mut work, ours, descriptor)?;
             first_of.insert(descriptor.file, u64::from(descriptor.fd));
         }
-        for carried in &tree.files {
-            if let (Some(file::Kind::Epoll(epoll)), Some(&number)) =
-                (&carried.kind, first_of.get(&carried.id))
-            {
+        for (&id, &number) in &first_of {
+            let Some(carried) = file_of(tree, id) else {
+                continue;
+            };
+            if let Some(file::Kind::Epoll(epoll)) = &carried.kind {
                 let is_holder = epoll.holder == pid || (epoll.holder == 0 && is_root);
                 for item in epoll.items.iter().filter(|_| is_holder) {
                     work.room()?;
@@ -305,10 +319,10 @@ impl Files {
                     );
                 }
             }
-            if !first_of.contains_key(&carried.id) || !self.handed.insert(carried.id) {
+            if !self.handed.insert(id) {
                 continue;
             }
-            if let (Some(owner), Some(&number)) = (&carried.owner, first_of.get(&carried.id)) {
+            if let Some(owner) = &carried.owner {
                 if owner.id != 0 {
                     work.room()?;
                     let mut bytes = owner.kind.to_le_bytes().to_vec();
@@ -397,19 +411,20 @@ impl Files {
                 opened
             }
             file::Kind::Pipe(end) => {
-                let (read, write) = self.pipes.get(&end.pipe).ok_or_else(|| {
-                    Invalid::new(
-                        object(),
-                        format!("names pipe {}, which is not there", end.pipe),
-                    )
-                })?;
-                let ours = if end.write_end { write } else { read };
-                if self.first_of_pipe.insert((end.pipe, end.write_end)) {
+                let place = (end.pipe, end.write_end);
+                if let Some(ours) = self.pipes.remove(&place) {
                     // As pipe(2) made it: opening it anew would show in its flags.
-                    ours.try_clone()
-                        .map_err(|error| Error::object(object(), "dup", error))?
+                    self.first_of_pipe.insert(place, carried.id);
+                    ours
                 } else {
                     // A second description of the same end, which only an open can have made.
+                    let first = self.first_of_pipe.get(&place);
+                    let ours = first.and_then(|id| self.made.get(id)).ok_or_else(|| {
+                        Invalid::new(
+                            object(),
+                            format!("names pipe {}, which is not there", end.pipe),
+                        )
+                    })?;
                     let path = format!("/proc/self/fd/{}", ours.as_raw_fd());
                     open(&path, carried.flags, None)
                         .map_err(|error| Error::object(object(), "open of a pipe end", error))?
@@ -481,6 +496,12 @@ fn timerfd(
         }
         attempt += 1;
     }
+}
+
+/// The open file description with this id: they ascend.
+fn file_of(tree: &Tree, id: u32) -> Option<&File> {
+    let at = tree.files.binary_search_by_key(&id, |file| file.id).ok()?;
+    tree.files.get(at)
 }
 
 pub(crate) fn set_status(fd: &OwnedFd, flags: u32) -> nix::Result<()> {
