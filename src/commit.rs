@@ -315,7 +315,7 @@ pub struct TargetTree {
 pub type Ends = unbounded::UnboundedReceiver<(i32, i32)>;
 
 impl TargetTree {
-    /// Seizes the husk `pid` on a new thread. The caller's thread blocks SIGCHLD, which comes from those that are held.
+    /// Seizes the husk `pid` on a new thread. Every thread of ours must block SIGCHLD, which comes from those that are held.
     pub fn new(pid: i32) -> std::io::Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let (end, ended) = unbounded::unbounded_channel();

@@ -188,6 +188,11 @@ pub fn supervise(engine: impl FnOnce(Cradle) -> u8) -> Supervised {
         std::mem::forget(ours);
         // The terminal's signals come through the supervisor; its end is not ours.
         let _ = process::set_session();
+        // Those that are held tell of their stops by SIGCHLD, which one thread waits for: a thread that did not block it would
+        // have it ignored, and each stop would last until the next look.
+        let mut stops = SigSet::empty();
+        stops.add(Signal::SIGCHLD);
+        let _ = stops.thread_block();
         // Before there is a second thread. Without it, held processes are looked at now and then.
         let _ = process::queue_child_signals();
         match Cradle::new(theirs) {
