@@ -314,6 +314,16 @@ pub struct TargetTree {
 /// Which processes end while they are held: the process id and wait status of each.
 pub type Ends = unbounded::UnboundedReceiver<(i32, i32)>;
 
+/// The next process that ends; never, when none is held any more or nobody can tell.
+pub async fn next_end(ended: &mut Option<Ends>) -> (i32, i32) {
+    if let Some(ended) = ended {
+        if let Some(end) = ended.recv().await {
+            return end;
+        }
+    }
+    std::future::pending().await
+}
+
 impl TargetTree {
     /// Seizes the husk `pid` on a new thread. Every thread of ours must block SIGCHLD, which comes from those that are held.
     pub fn new(pid: i32) -> std::io::Result<Self> {
@@ -342,7 +352,8 @@ impl TargetTree {
         answer.await.map_err(|_| Error::Thread)?
     }
 
-    /// Rebuilds `tree` in the husk; the files that were made go again unless they are kept. The tree's clocks are this host's plus the two offsets, nanoseconds.
+    /// Rebuilds `tree` in the husk; the files that were made go again unless they are kept. The tree's clocks are this host's plus
+    /// the two offsets, nanoseconds.
     pub async fn rebuild(
         &self,
         tree: Tree,

@@ -20,7 +20,7 @@ use pageferry_wire::{Frame, PageBatch, PageKind, Phase};
 use tokio::task::JoinSet;
 
 use crate::cli::{Clock, Common, Drain, ReceiveArgs};
-use crate::commit::{self, Ends, TargetTree};
+use crate::commit::{self, Ends, TargetTree, next_end};
 use crate::cradle::{Cradle, HuskOrder, supervise};
 use crate::identity::{Identity, TrustSet};
 use crate::journal::Journal;
@@ -435,15 +435,7 @@ impl Shell<'_> {
                     _ => std::future::pending().await,
                 }
             };
-            let ended = async {
-                match &mut self.ended {
-                    Some(ended) => match ended.recv().await {
-                        Some(ended) => ended,
-                        None => std::future::pending().await,
-                    },
-                    None => std::future::pending().await,
-                }
-            };
+            let ended = next_end(&mut self.ended);
             tokio::select! {
                 frame = self.links.receiver.expect(), if !closed => match frame {
                     Ok(Frame::Pages(batch)) => {

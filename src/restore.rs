@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::cli::{Common, Drain, RestoreArgs};
-use crate::commit::{Ends, TargetTree};
+use crate::commit::{Ends, TargetTree, next_end};
 use crate::cradle::{Cradle, supervise};
 use crate::identity::Identity;
 use crate::origin::{self, Origin};
@@ -388,17 +388,6 @@ fn exit_of(status: i32) -> u8 {
     match status & 0x7f {
         0 => u8::try_from(status >> 8 & 0xff).unwrap_or(exit::FAILED),
         signal => exit::signalled(signal),
-    }
-}
-
-/// The next process that ends.
-async fn next_end(ended: &mut Option<Ends>) -> (i32, i32) {
-    match ended {
-        Some(ended) => match ended.recv().await {
-            Some(end) => end,
-            None => std::future::pending().await,
-        },
-        None => std::future::pending().await,
     }
 }
 

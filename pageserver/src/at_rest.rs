@@ -65,8 +65,8 @@ impl ImagePages {
         &self.image
     }
 
-    /// The first pages of a range of `object`, as many as one batch takes: go on at the end of the batch's range. Pages that the image does not
-    /// have, and those of a file that were never copied, are [`PageKind::Gone`].
+    /// The first pages of a range of `object`, as many as one batch takes: go on at the end of the batch's range. Pages that the
+    /// image does not have, and those of a file that were never copied, are [`PageKind::Gone`].
     ///
     /// # Errors
     /// [`Error::Image`](crate::Error::Image): the image is damaged there, or cannot be read.
@@ -143,8 +143,8 @@ impl ImagePages {
         mappings.any(|mapping| mapping.kind() != Kind::Anon)
     }
 
-    /// Hands on the ranges of `wanted` in `object` that have data, ascending, or guards that are not in the tree: what a page map tells. `wanted`
-    /// must be ascending and disjoint.
+    /// Hands on the ranges of `wanted` in `object` that have data, ascending, or guards that are not in the tree: what a page map
+    /// tells. `wanted` must be ascending and disjoint.
     ///
     /// # Errors
     /// [`Error::Image`](crate::Error::Image).
