@@ -143,11 +143,10 @@ pub(crate) fn journey<'a>(
             "it is not on {} {when}",
             here.name
         );
-        assert!(
-            there.process(pid).is_none(),
-            "it is still on {} {when}",
-            there.name
-        );
+        // Killed, it is its parent's to reap.
+        eventually(&format!("it to be gone from {} {when}", there.name), || {
+            there.process(pid).is_none().then_some(())
+        });
     }
     if at_home { &pair.a } else { &pair.b }
 }
