@@ -221,14 +221,16 @@ impl Plan {
                 plan.pgids.push(root.pid);
                 continue;
             }
-            // One that leads no session never did.
+            // One that leads no session never did. 0 stands for a number outside the pid namespace, 1 for its init: the root's
+            // descendants can have inherited only its session of those, which becomes the root's own.
             let led = plan.places.get(&member.sid);
-            if member.sid <= 1 || led.is_some_and(|&leader| members[leader].sid != member.sid) {
+            let is_nobodys = member.sid <= 1 && member.sid != root.sid;
+            if is_nobodys || led.is_some_and(|&leader| members[leader].sid != member.sid) {
                 obstacles.push(Obstacle::Session {
                     pid: member.pid,
                     session: member.sid,
                 });
-            } else if member.pgid <= 1 {
+            } else if member.pgid <= 1 && !of_root {
                 obstacles.push(Obstacle::Group {
                     pid: member.pid,
                     group: member.pgid,

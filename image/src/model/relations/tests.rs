@@ -303,14 +303,23 @@ proptest! {
 
     #[test]
     fn what_a_kernel_brings_about_is_made_again(
-        from_a_shell in any::<bool>(),
+        // Its own; a shell's; init's, as in a container; those of somebody outside the pid namespace, which read as 0.
+        (pgid, sid) in prop::sample::select(vec![(ROOT, ROOT), (60, 50), (60, 0), (1, 1), (0, 0)]),
         deeds in prop::collection::vec(deed(), 1..60),
     ) {
-        let mut kernel = if from_a_shell { Kernel::new(60, 50) } else { Kernel::new(ROOT, ROOT) };
+        let mut kernel = Kernel::new(pgid, sid);
         kernel.processes.get_mut(&ROOT).expect("it is there").is_subreaper = true;
         live(&mut kernel, &deeds);
         let members = kernel.members();
-        prop_assert_eq!(make(&members), Ok(()), "{:?}", members);
+        let made = make(&members);
+        // Nobody can bear these numbers for those that stayed when the root left such a group or session.
+        let stayed = |obstacle: &Obstacle| {
+            matches!(obstacle, Obstacle::Group { group: 0 | 1, .. } | Obstacle::Session { session: 0 | 1, .. })
+        };
+        let has_left = (members[0].pgid, members[0].sid) != (pgid, sid);
+        if !(has_left && made.as_ref().is_err_and(|obstacles| obstacles.iter().all(stayed))) {
+            prop_assert_eq!(made, Ok(()), "{:?}", members);
+        }
     }
 
     /// Whatever somebody claims, it is made or refused.
@@ -370,6 +379,25 @@ fn a_plain_tree_takes_no_detours() {
         ]
     );
     assert!(making.helpers.is_empty());
+}
+
+#[test]
+fn a_session_that_is_not_seen_from_here_becomes_the_roots() {
+    for unseen in [0, 1] {
+        let tree = members(&[(7, 1, unseen, unseen), (8, 7, unseen, unseen)]);
+        let making = Making::of(&tree).expect("nothing is in the way");
+        let bear = Step::Bear {
+            parent: 7,
+            child: 8,
+        };
+        assert_eq!(making.steps, [bear]);
+        let stray = members(&[(7, 1, 7, 7), (8, 7, unseen, unseen)]);
+        let obstacle = Obstacle::Session {
+            pid: 8,
+            session: unseen,
+        };
+        assert_eq!(Making::of(&stray), Err(vec![obstacle]));
+    }
 }
 
 #[test]
