@@ -17,6 +17,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+/// Before the privileges of a program: it leads no session.
+pub(crate) const NO_SESSION: &str = "--no-session";
+
 /// How long anything that must happen may take. A slow machine sets `PAGEFERRY_TEST_PATIENCE` (seconds).
 pub(crate) fn patience() -> Duration {
     static SECONDS: OnceLock<u64> = OnceLock::new();
@@ -476,10 +479,15 @@ impl Host {
     }
 
     /// Starts a program as an orphan of process 1, a session of its own, with /dev/null as its three standard files, as a
-    /// service manager would. `privileges` are arguments of setpriv(1).
+    /// service manager would. `privileges` are arguments of setpriv(1). With [`NO_SESSION`] before them it stays in the session
+    /// of the tests, whose number is 0 inside.
     pub(crate) fn start(&self, privileges: &[&str], program: &[&str]) {
+        let (session, privileges) = privileges.split_at(usize::from(
+            privileges.first().is_some_and(|&first| first == NO_SESSION),
+        ));
         let status = self
             .command(host_program("start"))
+            .args(session)
             .arg("setpriv")
             .args(privileges)
             .arg("--")

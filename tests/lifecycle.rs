@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Host, Pair, compile, eventually, skip};
+use crate::hosts::{Before, Clocks, Host, NO_SESSION, Pair, compile, eventually, skip};
 use crate::subject::{ORDINARY, ROOT, Subject};
 
 /// What may happen to a subject.
@@ -216,7 +216,8 @@ fn a_disarmed_interval_timer_that_keeps_its_interval_stays_disarmed() {
     );
 }
 
-/// Its session, and without job control its group too, are led by a shell that stays behind.
+/// Its session, and without job control its group too, are led by a shell that stays behind; or by somebody outside the
+/// container, whose number is 0 inside.
 #[test]
 fn programs_of_a_shell_lead_a_session_of_their_own_elsewhere() {
     if skip().is_some() {
@@ -224,13 +225,19 @@ fn programs_of_a_shell_lead_a_session_of_their_own_elsewhere() {
     }
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/subjects/leaders.c");
     let program = compile(&source, "leaders", &[]);
-    for before in ["", "set -m; "] {
+    let from_outside = [&[NO_SESSION], ORDINARY].concat();
+    for (privileges, script) in [
+        (ORDINARY, "\"$0\" \"$@\" & wait"),
+        (ORDINARY, "set -m; \"$0\" \"$@\" & wait"),
+        (&from_outside, "exec \"$0\" \"$@\""),
+    ] {
         let pair = Pair::new(Clocks::Behind);
-        let (own, state) = (program.display(), pair.path("leaders.state"));
-        let script = format!("{before}{own} --state {} & wait", state.display());
-        let command = ["bash", "-c", &script];
-        let mut subject = Subject::launch(&pair, &pair.a, "leaders", &program, ORDINARY, &command)
-            .expect("it needs nothing");
+        let (own, state) = (program.display().to_string(), pair.path("leaders.state"));
+        let state = state.display().to_string();
+        let command = ["bash", "-c", script, &own, "--state", &state];
+        let mut subject =
+            Subject::launch(&pair, &pair.a, "leaders", &program, privileges, &command)
+                .expect("it needs nothing");
         let pid = subject.pid;
         let mut is_at_home = true;
         let host = journey(
