@@ -326,10 +326,12 @@ fn member(
     Ok(Some((stat, entries)))
 }
 
+/// Or is about to: its memory is gone first, and then it has no program file, but is no zombie yet.
 fn has_ended(pid: i32) -> bool {
+    const PF_EXITING: u32 = 0x4;
     procfs::stat(pid, pid).map_or_else(
         |error| error.is_gone(),
-        |stat| matches!(stat.state, 'Z' | 'X'),
+        |stat| stat.flags & PF_EXITING != 0 || matches!(stat.state, 'Z' | 'X'),
     )
 }
 
