@@ -1,7 +1,9 @@
 //! `pageferry dump`: a process comes to rest in an image.
 //!
 //! It is held by ptrace, and by nothing that outlives us, until its image lies complete on the disk: whatever ends us
-//! before, it runs on, and what is left of the image has no name (`image ls` shows it, `image rm` takes it away).
+//! before, it runs on, and what is left of the image has no name (`image ls` shows it, `image rm` takes it away). Then it is
+//! stopped, all of it, before the first of its processes is killed: whatever ends us between two of them, none runs without
+//! the others.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -276,14 +278,11 @@ async fn dump(
                 });
             }
             Ok(header) => {
-                let ended = process.kill().await;
+                let ended = end(&process).await;
                 account(ledger);
-                if let Err(error) = ended {
-                    return Err(Failure::Alive {
-                        image: args.image.display().to_string(),
-                        pid,
-                        why: report::chain(&error),
-                    });
+                if let Err(why) = ended {
+                    let image = args.image.display().to_string();
+                    return Err(Failure::Alive { image, pid, why });
                 }
                 wait_until_gone(&members).await;
                 header
@@ -312,6 +311,24 @@ fn refused(report: &Report, pid: i32, refusals: &[survey::Refusal]) -> Failure {
         report.refusal(&refusal.to_string());
     }
     Failure::Refused { pid }
+}
+
+/// Ends the process that lies in an image. Why not, and how it is instead.
+async fn end(process: &SourceTree) -> Result<(), String> {
+    if let Err(error) = process.park().await {
+        let why = report::chain(&error);
+        return Err(match process.roll_back().await {
+            Ok(()) => why,
+            Err(also) => format!("{why}; and {}", report::chain(&also)),
+        });
+    }
+    let stays = |error| {
+        format!(
+            "{}; what is left of it stays stopped",
+            report::chain(&error)
+        )
+    };
+    process.kill().await.map_err(stays)
 }
 
 /// Whoever restores the image next wants their numbers. They are free when their parents have taken note of the ends, which may be

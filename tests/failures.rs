@@ -110,6 +110,18 @@ fn one_copy<'a>(pair: &'a Pair, subject: &mut Subject, what: &str) -> Option<&'a
         .filter(|host| goes_on(subject, host))
         .collect();
     assert!(running.len() <= 1, "{what}: two copies run");
+    for host in [&pair.a, &pair.b] {
+        if !running.iter().any(|other| other.name == host.name) {
+            eventually(
+                &format!("{what}: no part of it to run on {}", host.name),
+                || {
+                    let mut family = family(host).into_iter();
+                    let runs = |process: Process| matches!(process.state, 'R' | 'S' | 'D');
+                    (!family.any(runs)).then_some(())
+                },
+            );
+        }
+    }
     let host = *running.first()?;
     assert_eq!(subject.ask(), Answer::Pass, "{what}, on {}", host.name);
     Some(host)
@@ -156,37 +168,86 @@ fn read_calls(path: &Path) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// A subject on A that fails its own test when anything about it is touched.
-#[track_caller]
-fn fresh(pair: &Pair, arguments: &[&str]) -> Subject {
-    let mut subject =
-        Subject::start(pair, &pair.a, "steadfast", ORDINARY, arguments).expect("it needs nothing");
-    subject.must_pass("undisturbed");
-    subject
+/// So many runs in a row that were not disturbed say that there are no more calls at which one could be.
+const UNDISTURBED: u32 = 20;
+
+/// Whom a loop is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Subjects {
+    /// One process, with the machine to itself.
+    Alone,
+    /// One process beside others: a dozen that never rest would leave nothing for the crossings.
+    Beside,
+    /// A tree of processes beside others, with shared memory, files without a name and messages.
+    Families,
 }
 
-/// Whether a loop has the machine to itself.
-#[derive(Clone, Copy)]
-enum Beside {
-    Nobody,
-    /// A dozen that never rest would leave nothing for the crossings.
-    Others,
+impl Subjects {
+    /// The subject's arguments.
+    fn arguments(self, verb: &str) -> [String; 2] {
+        let words = match self {
+            Self::Alone => "",
+            Self::Beside => "rests",
+            Self::Families => "rests,family",
+        };
+        // A killed pageferry leaves the agent's mapping behind until the next attempt, and nothing else.
+        let words = match verb {
+            "kill" => format!("agent-may-stay,{words}"),
+            _ => words.to_owned(),
+        };
+        ["2".to_owned(), words]
+    }
+
+    /// A subject on A that fails its own test when anything about it is touched.
+    #[track_caller]
+    fn fresh(self, pair: &Pair, verb: &str) -> Subject {
+        let arguments = self.arguments(verb);
+        let arguments = arguments.each_ref().map(String::as_str);
+        let mut subject = Subject::start(pair, &pair.a, "steadfast", ORDINARY, &arguments)
+            .expect("it needs nothing");
+        subject.must_pass("undisturbed");
+        subject
+    }
+
+    /// Whether a mapping of an agent is left in any of its processes on A.
+    fn hold_an_agent(self, pair: &Pair) -> bool {
+        // Its shared memory looks the same.
+        let own = usize::from(self == Self::Families);
+        family(&pair.a).iter().any(|process| {
+            let maps = fs::read_to_string(process.proc("maps")).unwrap_or_default();
+            maps.matches("/dev/zero (deleted)").count() > own
+        })
+    }
+}
+
+/// The processes of the subject on this host.
+fn family(host: &Host) -> Vec<Process> {
+    let mut all = host.processes();
+    all.retain(|process| process.name == "steadfast");
+    all
+}
+
+/// The subject ends by itself, and all of it.
+#[track_caller]
+fn end(pair: &Pair, subject: Subject, host: &Host) {
+    subject.end(host);
+    all_gone(pair);
+}
+
+#[track_caller]
+fn all_gone(pair: &Pair) {
+    eventually("all of the subject to be gone", || {
+        (family(&pair.a).is_empty() && family(&pair.b).is_empty()).then_some(())
+    });
 }
 
 /// Makes call 1, 2, 3… of one side fail until a run passes; `steps` chooses which of them are tried.
 /// There are `total` calls in an undisturbed crossing.
 #[track_caller]
-fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64]) {
-    // A killed pageferry leaves the agent's mapping behind until the next attempt, and nothing else.
-    let argument: &[&str] = match (verb, beside) {
-        ("kill", Beside::Nobody) => &["2", "agent-may-stay"],
-        ("kill", Beside::Others) => &["2", "agent-may-stay,rests"],
-        (_, Beside::Nobody) => &["2"],
-        (_, Beside::Others) => &["2", "rests"],
-    };
+fn anomaly_loop(side: Side, verb: &str, subjects: Subjects, total: u64, steps: &[u64]) {
     let pair = Pair::new(Clocks::Behind);
     let ferry = Ferry::new(&pair);
-    let mut subject = fresh(&pair, argument);
+    let mut subject = subjects.fresh(&pair, verb);
     let mut before = Before::of(&pair);
     let mut passed = None;
     let mut in_a_row = 0;
@@ -207,8 +268,8 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64
             ferry.back().cross(subject.pid);
             assert!(subject.runs_on(&pair.a), "{fault}: it does not come back");
             // It has been elsewhere: what it compares itself with (its own maps) may have merged or split. A fresh one.
-            subject.end(&pair.a);
-            subject = fresh(&pair, argument);
+            end(&pair, subject, &pair.a);
+            subject = subjects.fresh(&pair, verb);
             before = Before::of(&pair);
             passed = Some(n);
             in_a_row += 1;
@@ -236,9 +297,7 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64
             (None | Some(1 | 3), Some("A")) if verb == "kill" => {
                 assert_rolled_back(&pair, &before, &mut subject, &fault, &ended);
                 // What may be left in it is named and no obstacle to another attempt.
-                let copy = subject.copy_on(&pair.a).expect("it runs");
-                let maps = fs::read_to_string(copy.proc("maps")).expect("it runs");
-                let is_left = maps.contains("/dev/zero (deleted)");
+                let is_left = subjects.hold_an_agent(&pair);
                 left += u64::from(is_left);
                 let (again, _) = ferry.cross(subject.pid);
                 assert_eq!(
@@ -254,8 +313,8 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64
                     "{fault}, and once more"
                 );
                 ferry.back().cross(subject.pid);
-                subject.end(&pair.a);
-                subject = fresh(&pair, argument);
+                end(&pair, subject, &pair.a);
+                subject = subjects.fresh(&pair, verb);
                 before = Before::of(&pair);
             }
             // Lost or undecided after COMMIT: the source copy must not run, and the code says so.
@@ -269,11 +328,8 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64
                         copy.signal(Signal::SIGKILL);
                     }
                 }
-                eventually("both copies to be gone", || {
-                    (subject.copy_on(&pair.a).is_none() && subject.copy_on(&pair.b).is_none())
-                        .then_some(())
-                });
-                subject = fresh(&pair, argument);
+                all_gone(&pair);
+                subject = subjects.fresh(&pair, verb);
                 before = Before::of(&pair);
             }
             (code, place) => panic!(
@@ -292,12 +348,16 @@ fn anomaly_loop(side: Side, verb: &str, beside: Beside, total: u64, steps: &[u64
         left > 0 || (side, verb) != (Side::Source, "kill"),
         "no kill hit a planted agent: choose other calls"
     );
-    subject.end(&pair.a);
+    end(&pair, subject, &pair.a);
 }
 
 /// Crossings of a twin that may be made to count the calls. Chance only adds calls: a retry of the freeze, a page that is
 /// touched before it came. So the fewest of all say what there are, and the most of a few cannot be below that.
 const COUNTED_CROSSINGS: usize = 6;
+
+fn sum(calls: &[(String, u64)]) -> u64 {
+    calls.iter().map(|(_, count)| count).sum()
+}
 
 /// How many calls one undisturbed crossing makes.
 ///
@@ -326,7 +386,6 @@ fn counted_calls(side: Side) -> u64 {
         println!("{side:?}: calls through the choke point: {calls:?}");
         calls
     };
-    let sum = |calls: &[(String, u64)]| calls.iter().map(|(_, count)| count).sum();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/choke-floor.txt");
     let mine = format!("{side:?} ").to_lowercase();
     let text = fs::read_to_string(&path).expect("the project holds it");
@@ -394,6 +453,15 @@ fn spread(total: u64, count: u64) -> Vec<u64> {
     numbers
 }
 
+/// About `count` numbers all over 1..=total, and one beyond the end for each loop.
+fn spread_with_ends(total: u64, count: u64) -> Vec<u64> {
+    let step = (total / count).max(1);
+    let within = (1..=total).step_by(usize::try_from(step).expect("it is small"));
+    within
+        .chain(total + 1001..=total + 1000 + LOOPS as u64)
+        .collect()
+}
+
 #[test]
 fn a_failing_call_on_the_source_leaves_the_program_as_it_was() {
     at_some_calls(Side::Source, "fail", 25);
@@ -428,7 +496,7 @@ fn at_some_calls(side: Side, verb: &str, count: u64) {
         numbers.sort_unstable();
         numbers.dedup();
     }
-    anomaly_loop(side, verb, Beside::Nobody, total, &numbers);
+    anomaly_loop(side, verb, Subjects::Alone, total, &numbers);
 }
 
 /// Every number up to well beyond the last call, or, to see a failure again, those of `PAGEFERRY_TEST_CALLS=FIRST-LAST`.
@@ -439,31 +507,34 @@ fn every_one(total: u64) -> Vec<u64> {
     let (first, last) = range.split_once('-').expect("FIRST-LAST");
     let number = |text: &str| text.parse().expect("a number");
     // Beyond the last there is one for each loop, which none disturbs.
-    let beyond = total + 1..=total + LOOPS;
+    let beyond = total + 1..=total + LOOPS as u64;
     (number(first)..=number(last)).chain(beyond).collect()
 }
 
 /// Loops over every call, each with hosts and a program of its own, that share the numbers among them: they wait more than they
 /// work.
-const LOOPS: u64 = 6;
+const LOOPS: usize = 6;
 
 fn at_every_call(side: Side, verb: &'static str) {
     if skip().is_some() {
         return;
     }
     let total = counted_calls(side);
-    let numbers = every_one(total);
-    std::thread::scope(|scope| {
-        for first in 0..LOOPS {
-            let mut mine = numbers.clone();
-            mine.retain(|n| n % LOOPS == first);
-            scope.spawn(move || anomaly_loop(side, verb, Beside::Others, total, &mine));
-        }
+    in_loops(&every_one(total), |steps| {
+        anomaly_loop(side, verb, Subjects::Beside, total, steps);
     });
 }
 
-/// So many runs in a row that were not disturbed say that there are no more calls at which one could be.
-const UNDISTURBED: u32 = 20;
+/// Shares the numbers among the loops.
+fn in_loops(numbers: &[u64], run: impl Fn(&[u64]) + Sync) {
+    std::thread::scope(|scope| {
+        for first in 0..LOOPS {
+            let mine = numbers.iter().copied().skip(first).step_by(LOOPS);
+            let (mine, run) = (mine.collect::<Vec<u64>>(), &run);
+            scope.spawn(move || run(&mine));
+        }
+    });
+}
 
 #[test]
 #[ignore = "long: every single call"]
@@ -487,6 +558,264 @@ fn every_single_call_on_the_source_may_be_the_last() {
 #[ignore = "long: a kill at every single call"]
 fn every_single_call_on_the_target_may_be_the_last() {
     at_every_call(Side::Target, "kill");
+}
+
+/// How many calls one crossing of such a subject makes.
+#[track_caller]
+fn calls_of(subjects: Subjects, side: Side) -> u64 {
+    let pair = Pair::new(Clocks::Behind);
+    let ferry = Ferry::new(&pair);
+    let subject = subjects.fresh(&pair, "fail");
+    let path = pair.path("calls");
+    let ended = crossing_with(&ferry, subject.pid, side, "", Some(&path));
+    assert_eq!((ended.source.code, ended.target.code), (Some(0), Some(0)));
+    end(&pair, subject, &pair.b);
+    sum(&read_calls(&path))
+}
+
+/// A tree that shares much makes several times the calls of one process, most of them the same again and again: a selection.
+fn at_many_calls_of_a_tree(side: Side, verb: &'static str) {
+    if skip().is_some() {
+        return;
+    }
+    let total = calls_of(Subjects::Families, side);
+    in_loops(&spread_with_ends(total, 240), |steps| {
+        anomaly_loop(side, verb, Subjects::Families, total, steps);
+    });
+}
+
+#[test]
+#[ignore = "long: many calls"]
+fn many_calls_on_the_source_of_a_tree_may_fail() {
+    at_many_calls_of_a_tree(Side::Source, "fail");
+}
+
+#[test]
+#[ignore = "long: many calls"]
+fn many_calls_on_the_target_of_a_tree_may_fail() {
+    at_many_calls_of_a_tree(Side::Target, "fail");
+}
+
+#[test]
+#[ignore = "long: a kill at many calls"]
+fn many_calls_on_the_source_of_a_tree_may_be_the_last() {
+    at_many_calls_of_a_tree(Side::Source, "kill");
+}
+
+#[test]
+#[ignore = "long: a kill at many calls"]
+fn many_calls_on_the_target_of_a_tree_may_be_the_last() {
+    at_many_calls_of_a_tree(Side::Target, "kill");
+}
+
+/// What was made of the calls of one verb.
+#[derive(Debug, Default)]
+struct Tally {
+    undisturbed: u32,
+    ended: u32,
+}
+
+/// Dumps of a tree in which a call fails or kills. Before the image is complete the tree runs on, and no image has the name;
+/// afterwards the image can be restored, and no part of the tree runs without the others.
+#[track_caller]
+fn dump_loop(verb: &str, steps: &[u64]) -> Tally {
+    let subjects = Subjects::Families;
+    let pair = Pair::new(Clocks::Behind);
+    let undisturbed = Ferry::new(&pair);
+    let mut subject = subjects.fresh(&pair, verb);
+    let mut before = Before::of(&pair);
+    let image = pair.path("image");
+    let mut tally = Tally::default();
+    let mut in_a_row = 0;
+    for (turn, &n) in steps.iter().enumerate() {
+        let fault = format!("{verb}:{n}");
+        println!("dump: {fault}");
+        let mut ferry = undisturbed.clone();
+        ferry.migrate_environment = vec![("PAGEFERRY_FAULT", fault.clone())];
+        let stays = turn % 2 == 0;
+        let options: &[&str] = if stays { &["--leave-running"] } else { &[] };
+        let finished = ferry.dump(subject.pid, &image, options);
+        let is_complete = image.exists();
+        if finished.code == Some(0) {
+            assert!(is_complete, "{fault}: no image");
+            tally.undisturbed += 1;
+            in_a_row += 1;
+        } else {
+            tally.ended += 1;
+            in_a_row = 0;
+            assert!(
+                matches!(
+                    (verb, finished.code),
+                    ("fail", Some(1 | 3 | 6 | 7)) | ("kill", None | Some(3))
+                ),
+                "{fault}: {finished:?}"
+            );
+        }
+        let runs = subject.runs_on(&pair.a);
+        if runs {
+            assert!(stays || finished.code != Some(0), "{fault}: {finished:?}");
+            assert_eq!(subject.ask(), Answer::Pass, "{fault}: {finished:?}");
+            for process in family(&pair.a) {
+                assert_eq!(
+                    process.tracer(),
+                    Some(0),
+                    "{fault}: still traced: {finished:?}"
+                );
+            }
+        } else {
+            assert!(is_complete && !stays, "{fault}: {finished:?}");
+            assert_eq!(
+                one_copy(&pair, &mut subject, &fault).map(|host| host.name),
+                None
+            );
+            for process in family(&pair.a) {
+                process.signal(Signal::SIGKILL);
+            }
+            all_gone(&pair);
+        }
+        if verb == "fail" && finished.code != Some(3) {
+            let said = finished.code == Some(0) || finished.stderr.contains("runs on") == runs;
+            assert!(said, "{fault}: {finished:?}");
+        }
+        // A kill leaves what it had written, under no name of its own.
+        for entry in fs::read_dir(&pair.shared).expect("it is there").flatten() {
+            if entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(".unfinished")
+            {
+                assert!(verb == "kill" && !is_complete, "{fault}: {entry:?}");
+                fs::remove_dir_all(entry.path()).expect("it is ours");
+            }
+        }
+        if is_complete {
+            if !runs {
+                undisturbed
+                    .restore(&image, &["--detach"])
+                    .wait()
+                    .must_exit(0);
+                subject.must_pass(&format!("{fault}, restored"));
+                end(&pair, subject, &pair.a);
+                subject = subjects.fresh(&pair, verb);
+                before = Before::of(&pair);
+            }
+            fs::remove_dir_all(&image).expect("it was dumped there");
+        }
+        before.assert_nothing_left_but(&pair, subject.pid, &fault);
+        if in_a_row == UNDISTURBED {
+            break;
+        }
+    }
+    end(&pair, subject, &pair.a);
+    tally
+}
+
+/// Restores of a tree in which a call fails or kills: nothing is left of it, and the image serves again.
+#[track_caller]
+fn restore_loop(verb: &str, steps: &[u64]) -> Tally {
+    let pair = Pair::new(Clocks::Behind);
+    let undisturbed = Ferry::new(&pair);
+    let mut subject = Subjects::Families.fresh(&pair, verb);
+    let image = pair.path("image");
+    undisturbed.dump(subject.pid, &image, &[]).must_exit(0);
+    all_gone(&pair);
+    let before = Before::of(&pair);
+    let mut tally = Tally::default();
+    let mut in_a_row = 0;
+    for (turn, &n) in steps.iter().enumerate() {
+        let fault = format!("{verb}:{n}");
+        println!("restore: {fault}");
+        let mut ferry = undisturbed.clone();
+        ferry.migrate_environment = vec![("PAGEFERRY_FAULT", fault.clone())];
+        let options: &[&str] = if turn % 2 == 0 {
+            &["--detach"]
+        } else {
+            &["--detach", "--lazy"]
+        };
+        let finished = ferry.restore(&image, options).wait();
+        if finished.code == Some(0) {
+            subject.must_pass(&fault);
+            subject.end_copy(&pair.a);
+            tally.undisturbed += 1;
+            in_a_row += 1;
+        } else {
+            tally.ended += 1;
+            in_a_row = 0;
+            // 5: it ran, and was ended since not all of its pages had come.
+            assert!(
+                matches!(
+                    (verb, finished.code),
+                    (_, Some(1 | 3 | 5)) | ("fail", Some(7)) | ("kill", None)
+                ),
+                "{fault}: {finished:?}"
+            );
+        }
+        all_gone(&pair);
+        before.assert_nothing_left_but(&pair, 0, &fault);
+        if in_a_row == UNDISTURBED {
+            break;
+        }
+    }
+    tally
+}
+
+/// Numbers for the slim loops over dump and restore.
+const SOME_CALLS: [u64; 14] = [1, 2, 3, 8, 30, 90, 180, 300, 420, 540, 700, 900, 1200, 2000];
+
+#[test]
+fn a_dump_that_fails_or_is_killed_leaves_the_tree_as_it_was() {
+    if skip().is_some() {
+        return;
+    }
+    for verb in ["fail", "kill"] {
+        let tally = dump_loop(verb, &SOME_CALLS);
+        assert!(tally.ended > 4, "{verb}: {tally:?}");
+    }
+}
+
+#[test]
+fn a_restore_that_fails_or_is_killed_leaves_nothing() {
+    if skip().is_some() {
+        return;
+    }
+    for verb in ["fail", "kill"] {
+        let tally = restore_loop(verb, &SOME_CALLS);
+        assert!(tally.ended > 4, "{verb}: {tally:?}");
+    }
+}
+
+#[test]
+#[ignore = "long: many calls"]
+fn many_calls_of_a_dump_may_fail_or_be_the_last() {
+    if skip().is_some() {
+        return;
+    }
+    for verb in ["fail", "kill"] {
+        in_loops(&spread_with_ends(6000, 300), |steps| {
+            let tally = dump_loop(verb, steps);
+            assert!(
+                tally.ended > 4 && tally.undisturbed > 0,
+                "{verb}: {tally:?}"
+            );
+        });
+    }
+}
+
+#[test]
+#[ignore = "long: many calls"]
+fn many_calls_of_a_restore_may_fail_or_be_the_last() {
+    if skip().is_some() {
+        return;
+    }
+    for verb in ["fail", "kill"] {
+        in_loops(&spread_with_ends(4000, 300), |steps| {
+            let tally = restore_loop(verb, steps);
+            assert!(
+                tally.ended > 4 && tally.undisturbed > 0,
+                "{verb}: {tally:?}"
+            );
+        });
+    }
 }
 
 /// Brings a subject to the state in which it runs on B and most of its pages are still on A.

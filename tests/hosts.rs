@@ -543,10 +543,13 @@ impl Host {
     pub(crate) fn inventory(&self) -> BTreeSet<String> {
         let mut lines = BTreeSet::new();
         for process in self.processes() {
-            lines.insert(format!(
-                "process {} {} {}",
-                process.inner, process.name, process.state
-            ));
+            // Whether it works or waits is chance.
+            let state = match process.state {
+                'R' | 'D' => 'S',
+                state => state,
+            };
+            let Process { inner, name, .. } = &process;
+            lines.insert(format!("process {inner} {name} {state}"));
             let root = format!("/proc/{}", process.outer);
             for descriptor in numbers_in(&format!("{root}/fd")) {
                 if let Ok(link) = fs::read_link(format!("{root}/fd/{descriptor}")) {
