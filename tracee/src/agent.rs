@@ -11,7 +11,8 @@
 //! |------------------------|----------------------------------------------------------------|
 //! | tid, FUTEX_WAITERS     | the agent waits, and is woken if we die                         |
 //! | tid                    | the agent works; it then sets FUTEX_WAITERS itself              |
-//! | FUTEX_OWNER_DIED (…)   | we are gone: the agent blocks all signals and heals its thread  |
+//! | FUTEX_OWNER_DIED (…)   | we are gone: the agent blocks all signals, makes the calls of   |
+//! |                        | our will, if there is one, and heals its thread                 |
 //!
 //! The memory is the tracee's too: nothing read from it may be trusted with more than the tracee's own fate.
 
@@ -40,6 +41,9 @@ pub(crate) const MARK: [u8; 32] =
     *b"pageferry agent \xd3\x1c\x8e\x57\x0a\xf4\x69\xb2\x95\x2e\x7b\xc0\x41\xda\x36\xef";
 pub(crate) const MARK_OFFSET: usize = CODE_LEN - MARK.len();
 
+/// Calls of a will, and words of memory for them.
+pub const WILL_LIMIT: usize = 4;
+
 const WAITERS: u32 = 0x8000_0000;
 const OWNER_DIED: u32 = 0x4000_0000;
 
@@ -56,6 +60,9 @@ struct CallMemory {
     child_slot: u64,
 }
 
+/// One system call of a will: number and arguments.
+type LastCall = [u64; 7];
+
 /// What one thread's agent and we share. Aligned so that frame and scratch memory are.
 #[repr(C, align(4096))]
 pub(crate) struct SlotMemory {
@@ -67,10 +74,13 @@ pub(crate) struct SlotMemory {
     /// Number of the batch it has finished.
     done: AtomicU32,
     count: AtomicU32,
-    _unused: u32,
+    /// Calls of the will: 0 while there is none.
+    will_count: AtomicU32,
     /// Next entry of the robust list. Only our kernel side reads it.
     robust_next: AtomicU64,
     all_signals: AtomicU64,
+    will: [LastCall; WILL_LIMIT],
+    will_values: [u64; WILL_LIMIT],
     /// `struct clone_args` and the thread id it names.
     clone: [u64; 16],
     calls: [CallMemory; Batch::LIMIT],
@@ -184,6 +194,24 @@ global_asm!(
     "mov r10d, 8",
     "mov eax, {sys_sigprocmask}",
     "syscall",
+    // Our will.
+    "mov r14d, [rbx + {will_count}]",
+    "lea r13, [rbx + {will}]",
+    "8:",
+    "test r14d, r14d",
+    "jz 9f",
+    "mov rax, [r13]",
+    "mov rdi, [r13 + 8]",
+    "mov rsi, [r13 + 16]",
+    "mov rdx, [r13 + 24]",
+    "mov r10, [r13 + 32]",
+    "mov r8, [r13 + 40]",
+    "mov r9, [r13 + 48]",
+    "syscall",
+    "add r13, {last_call_len}",
+    "dec r14d",
+    "jmp 8b",
+    "9:",
     "lea rsp, [rbx + {frame_stack}]",
     "mov eax, {sys_sigreturn}",
     "syscall",
@@ -198,6 +226,9 @@ global_asm!(
     done = const offset_of!(SlotMemory, done),
     count = const offset_of!(SlotMemory, count),
     all_signals = const offset_of!(SlotMemory, all_signals),
+    will_count = const offset_of!(SlotMemory, will_count),
+    will = const offset_of!(SlotMemory, will),
+    last_call_len = const size_of::<LastCall>(),
     calls = const offset_of!(SlotMemory, calls),
     frame_stack = const offset_of!(SlotMemory, frame) as u64 + Frame::stack_pointer(0),
     number = const offset_of!(CallMemory, number),
@@ -251,6 +282,8 @@ pub(crate) const FRAME_OFFSET: usize = offset_of!(SlotMemory, frame);
 pub(crate) const SCRATCH_OFFSET: usize = offset_of!(SlotMemory, scratch);
 /// Offset of a slot's arguments for clone3 from the slot.
 const CLONE_OFFSET: usize = offset_of!(SlotMemory, clone);
+/// Offset of a slot's memory for its will from the slot.
+pub(crate) const WILL_VALUES_OFFSET: usize = offset_of!(SlotMemory, will_values);
 
 /// Our side of an agent mapping: the same memory the agent sees.
 #[derive(Debug)]
@@ -412,6 +445,22 @@ impl Shared {
         slot.word
             .store(slot.owner.load(Ordering::Relaxed), Ordering::Release);
         futex_wake(&slot.word);
+    }
+
+    /// From here on our death has the agent of `index` make these calls, which may point to `values`; no calls: none.
+    pub(crate) fn make_will(&self, index: usize, calls: &[LastCall], values: &[u64]) {
+        assert!(calls.len() <= WILL_LIMIT && values.len() <= WILL_LIMIT);
+        let count = &self.slot(index).will_count;
+        // Never half a will: without one while it is written.
+        count.store(0, Ordering::SeqCst);
+        let slot = self.slot_pointer(index);
+        // SAFETY: no more than the arrays hold, and the agent does not look at them while there are none.
+        unsafe {
+            let (to, memory) = (&raw mut (*slot).will, &raw mut (*slot).will_values);
+            std::ptr::copy_nonoverlapping(calls.as_ptr(), to.cast(), calls.len());
+            std::ptr::copy_nonoverlapping(values.as_ptr(), memory.cast(), values.len());
+        }
+        count.store(calls.len() as u32, Ordering::SeqCst);
     }
 
     /// Whether the agent has finished what [`Shared::start`] gave it; waits at most `nanoseconds` for it.

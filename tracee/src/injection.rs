@@ -639,6 +639,60 @@ impl<'a> Injection<'a> {
         Ok(self.shared().results(slot, count))
     }
 
+    /// From here on our death, in whatever way, has `tid` make the calls of `batch`, in order, before it goes on as it was; until
+    /// [`Injection::revoke_will`], or the cure. For what a frozen process must not keep and the kernel does not put back. What they
+    /// point to is in `values`, which `tid` sees at [`Injection::will_address`]. Nobody hears what they return.
+    ///
+    /// # Errors
+    /// [`Error::TooMuch`], for more than [`agent::WILL_LIMIT`] calls or values.
+    ///
+    /// # Panics
+    /// If one of the calls takes the result of another.
+    pub fn make_will(&mut self, tid: i32, batch: &Batch, values: &[u64]) -> Result<()> {
+        let asked = batch.len().max(values.len());
+        if asked > agent::WILL_LIMIT {
+            return Err(Error::TooMuch {
+                what: "calls in a will",
+                asked,
+                limit: agent::WILL_LIMIT,
+            });
+        }
+        let calls = batch.calls().iter().map(|call| {
+            let mut words = [call.number as u64; 7];
+            for (word, argument) in words[1..].iter_mut().zip(&call.arguments) {
+                *word = match *argument {
+                    Arg::Value(value) => value,
+                    Arg::Result(_) => panic!("a call of a will knows no result"),
+                };
+            }
+            words
+        });
+        let calls: Vec<[u64; 7]> = calls.collect();
+        let slot = self.slot(tid)?;
+        self.shared().make_will(slot, &calls, values);
+        Ok(())
+    }
+
+    /// Where `tid` sees the values of its will.
+    ///
+    /// # Panics
+    /// For a thread that is not of this process.
+    pub fn will_address(&self, tid: i32) -> u64 {
+        let slot = self.slot(tid).expect("a thread of the planted process");
+        let shared = self.shared.as_ref().expect("a planted agent has memory");
+        shared.slot_address(slot) + agent::WILL_VALUES_OFFSET as u64
+    }
+
+    /// Our death changes nothing any more.
+    ///
+    /// # Errors
+    /// For a thread that is not of this process.
+    pub fn revoke_will(&mut self, tid: i32) -> Result<()> {
+        let slot = self.slot(tid)?;
+        self.shared().make_will(slot, &[], &[]);
+        Ok(())
+    }
+
     /// A thread that does not answer has died, or stands in a stop that somebody's signal brought about.
     fn look_after(&mut self, tid: i32) -> Result<()> {
         let index = self.tracee.index(tid, "running a batch")?;

@@ -1186,6 +1186,8 @@ impl Drop for Role {
 
 /// How long the role "linger" has a call of the agent wait.
 const LINGER_MS: i32 = 400;
+/// What the role "will" leaves.
+const WILL_UMASK: u32 = 0o173;
 const ROLE_DONE: i32 = 0;
 const ROLE_FAILED: i32 = 3;
 
@@ -1226,6 +1228,23 @@ fn role() {
         batch.call(libc::SYS_poll, &[0.into(), 0.into(), LINGER_MS.into()]);
         eprintln!("ready");
         injection.run(pid, &batch).unwrap();
+        return;
+    }
+    if what == "will" || what == "will-revoked" {
+        let mut tracee = frozen(pid);
+        let mut injection = tracee.plant(None).unwrap();
+        let mut name = [0_u64; 2];
+        name[0] = u64::from_ne_bytes(*b"our will");
+        let address = injection.will_address(pid);
+        let mut will = Batch::new();
+        will.call(libc::SYS_umask, &[WILL_UMASK.into()]);
+        will.call(libc::SYS_prctl, &[libc::PR_SET_NAME.into(), address.into()]);
+        injection.make_will(pid, &will, &name).unwrap();
+        if what == "will-revoked" {
+            injection.revoke_will(pid).unwrap();
+        }
+        eprintln!("ready");
+        let _ = std::io::stdin().read(&mut [0]);
         return;
     }
     if what == "endless" {
@@ -1297,6 +1316,32 @@ fn the_victim_survives_our_death_at_every_call() {
             Some(code) => panic!("call {n}: exit {code}: {said}"),
         }
     }
+}
+
+/// What must not outlive us and the kernel does not put back, the process puts back itself.
+#[test]
+fn our_will_is_done_before_the_victim_goes_on_and_only_then() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(2, false);
+    victim.expects_interruptions();
+    let seen = || {
+        let status = procfs::status(victim.pid(), victim.pid()).unwrap();
+        (status.umask, status.name)
+    };
+    let before = seen();
+    let mut role = Role::start("will-revoked", victim.pid(), None);
+    role.wait_until_ready();
+    role.kill();
+    victim.assert_works(2, "after a will that was revoked");
+    assert_eq!(seen(), before);
+    let mut role = Role::start("will", victim.pid(), None);
+    role.wait_until_ready();
+    assert_eq!(seen(), before, "while we live");
+    role.kill();
+    victim.assert_works(2, "after a will");
+    assert_eq!(seen(), (WILL_UMASK, "our will".to_owned()));
 }
 
 #[test]
