@@ -1,7 +1,7 @@
 //! `pageferry inspect`: shows what an image holds. One thread and no process of its own, since an image may be anybody's; it
 //! reads no page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pageferry_image::model::files::{self, File, file};
 use pageferry_image::model::memory::{Kind, Mapping};
@@ -261,6 +261,15 @@ fn text(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
         let name = plain(&shared.name());
         say(&format!("{name}: {}", size(shared.size)))?;
     }
+    let processes = tree.processes.iter();
+    let held: BTreeSet<u32> = processes
+        .flat_map(|process| &process.descriptors)
+        .map(|descriptor| descriptor.file)
+        .collect();
+    for file in tree.files.iter().filter(|file| !held.contains(&file.id)) {
+        let (kind, what) = described(file, &tree.shared);
+        say(&format!("in a message: {kind} {}", plain(&what)))?;
+    }
     Ok(())
 }
 
@@ -399,11 +408,19 @@ fn described_socket(socket: &sockets::Socket) -> String {
         sockets::State::Listening => "listening",
         sockets::State::Paired => "paired",
         sockets::State::Dropped => "dropped",
+        sockets::State::Waiting => "waiting to be accepted",
     };
     let mut text = format!("{family} {kind}, {state}");
     if socket.pair != 0 {
         let queued: usize = socket.queue.iter().map(Vec::len).sum();
         text += &format!(", pair {}, {queued} bytes unread", socket.pair);
+    }
+    let travel = socket.in_flight().count();
+    if travel > 0 {
+        text += &format!(", {travel} open files in its messages");
+    }
+    if !socket.waiting.is_empty() {
+        text += &format!(", {} waiting to be accepted", socket.waiting.len());
     }
     if let Some(name) = sockets::unix_name(&socket.local) {
         text += &format!(", {name}");

@@ -322,6 +322,9 @@ objects! {
     programs_that_make_children_all_the_time_cross: "restless", ORDINARY, Behind;
     descriptors_that_processes_share_cross: "shared_descriptors", ORDINARY, FarAhead;
     unix_sockets_cross_with_names_and_connections: "unix_sockets", ORDINARY, Behind;
+    descriptors_in_flight_cross_and_reach_what_they_did: "descriptors_in_flight", ORDINARY, FarAhead;
+    messages_tell_who_sent_them_elsewhere_too: "message_senders", ORDINARY, Behind;
+    connections_that_wait_to_be_accepted_cross_in_order: "pending_connections", ORDINARY, FarAhead;
     named_pipes_cross_with_their_contents: "fifos", ORDINARY, FarAhead;
     blocking_calls_cross_without_returning: "blocking", ORDINARY, Behind;
 }

@@ -73,6 +73,14 @@ fn everything_that_cannot_be_carried_is_named_at_once() {
                     ],
                 );
             }
+            ["OBJECT", "unix-outside", "fd", fd] => assert_some(
+                &finished,
+                "unix-outside",
+                &[
+                    &format!("{pid} fd {fd}: UNIX connection to a socket without a name"),
+                    "outside of the tree",
+                ],
+            ),
             ["OBJECT", kind, "fd", fd] => {
                 assert_some(&finished, kind, &[&format!("{pid} fd {fd}: ")])
             }
@@ -124,6 +132,36 @@ fn what_only_the_frozen_process_can_tell_is_refused_by_name() {
         before.assert_nothing_left_but(&pair, subject.pid, "after the refusal");
         subject.end(&pair.a);
     }
+}
+
+/// What lies in a message nobody else has, and only in the freeze it is looked for.
+#[test]
+fn what_travels_in_a_message_and_cannot_cross_is_refused_by_name() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let mut subject = Subject::start(
+        &pair,
+        &pair.a,
+        "descriptors_in_flight",
+        ORDINARY,
+        &["inotify"],
+    )
+    .expect("it needs nothing");
+    let finished = refused(&Ferry::new(&pair), &mut subject);
+    let lines = subject.lines();
+    let fd = lines
+        .iter()
+        .find_map(|line| line.strip_prefix("OBJECT unix-in-flight fd "))
+        .expect("it says so");
+    let of_socket = format!("pid {} fd {fd}: ", subject.pid);
+    let parts = [&of_socket, "message 3 brings this: inotify instance"];
+    assert_some(&finished, "in flight", &parts);
+    assert_eq!(finished.refusals().len(), 1, "{:#?}", finished.refusals());
+    subject.end(&pair.a);
+    before.assert_nothing_left(&pair);
 }
 
 #[test]

@@ -100,9 +100,11 @@ const PROCESS: Shape = of::<task::Process>(fields! {
     11 "descriptors": of::<files::Descriptor>(&[]), 14 "limits": of::<task::Limit>(&[]),
     20 "first_touch": RANGE,
 });
+const IDS: Shape = of::<sockets::Ids>(&[]);
 const SOCKET: Shape = of::<sockets::Socket>(fields! {
     7 "options": of::<sockets::Option>(&[]), 14 "file": of::<sockets::SocketFile>(&[]),
-    16 "peer": of::<sockets::Ids>(&[]), 17 "attached": of::<sockets::Attached>(&[]),
+    16 "peer": IDS, 17 "attached": of::<sockets::Attached>(fields! {3 "sender": IDS, 4 "files": Shape::Numbers(4)}),
+    18 "waiting": Shape::Numbers(4),
 });
 // The kinds are part of the file itself.
 const FILE: Shape = of::<files::File>(fields! {

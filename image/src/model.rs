@@ -98,6 +98,10 @@ pub mod limits {
     pub const SOCKET_ADDRESS_LEN: usize = 128;
     /// Unread messages of one socket.
     pub const SOCKET_MESSAGES: usize = 1 << 20;
+    /// Open files that travel with one message, as SCM_MAX_FD in the kernel.
+    pub const MESSAGE_FILES: usize = 253;
+    /// Connections that wait at one listening socket.
+    pub const SOCKET_WAITING: usize = 65_536;
     /// Signals waiting in one queue.
     pub const PENDING: usize = 65_536;
     /// Highest signal number.

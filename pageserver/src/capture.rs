@@ -32,6 +32,7 @@ use pageferry_tracee::{Family, Injection, Tracee};
 use self::files::{Depth, Look};
 use self::memory::FirstTouch;
 use self::shared::{MovedFile, Objects, SharedPages};
+use self::sockets::flight::InFlight;
 use self::task::{Answered, Cpus};
 use crate::survey::{
     self, Member, Object, Refusal, RefusalKind, Survey, SurveyOptions, executable,
@@ -115,12 +116,14 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         options,
         known: survey.known.clone(),
         shared: Objects::default(),
+        ended: Vec::new(),
     };
     let Ordered {
         rows: stats,
         zombies,
         mut refusals,
     } = ordered(survey.pid, &pids)?;
+    look.ended = zombies.iter().map(|zombie| zombie.pid).collect();
     let newcomers = newcomers(&mut look, &stats, survey, &mut refusals)?;
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
@@ -129,8 +132,9 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     for (pid, _) in &stats {
         entries.push((*pid, procfs::descriptors(*pid)?));
     }
+    let in_flight = InFlight::find(&mut entries)?;
     let timerfds_read = host::clocks()?;
-    let mut table = files::table(&mut look, &entries, Depth::Capture)?;
+    let mut table = files::table(&mut look, &entries, &in_flight, Depth::Capture)?;
     refusals.append(&mut table.refusals);
     let unknown: BTreeSet<u64> = table.inodes.difference(&survey.inodes).copied().collect();
     let fifos: BTreeSet<(u64, u64)> = table.fifos.difference(&survey.fifos).copied().collect();
@@ -157,7 +161,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         .collect();
     refusals.extend(look.shared.held_outside(&pids, &unknown)?);
     if !refusals.is_empty() {
-        return Err(Error::Refused(refusals));
+        return Err(Error::Refused(in_flight.named(refusals)));
     }
 
     let cpus = Cpus::online()?;
@@ -188,7 +192,8 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     (tree.files, tree.pipes) = (table.files, table.pipes);
     look.known.sync_written(SYNC_WAIT_FROZEN)?;
     let moved = look.shared.moved();
-    let (objects, shared) = look.shared.into_models(tree.processes.len());
+    let (objects, mut shared) = look.shared.into_models(tree.processes.len());
+    in_flight.keep(&mut shared)?;
     tree.shared = objects;
     Ok(Captured {
         tree,

@@ -179,6 +179,7 @@ mod tests {
             object: 3,
             size,
             path,
+            kept: None,
         };
         let reader = SharedReader::open(pages).expect("it can be opened");
         (file, reader)

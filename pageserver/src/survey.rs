@@ -27,6 +27,7 @@ use pageferry_wire::message::{BoundSocket, Plan};
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
 use crate::capture::shared::Objects;
+use crate::capture::sockets::flight::InFlight;
 use crate::capture::{memory, relations, task, timers};
 use crate::identity::FileCheck;
 use crate::{Error, Result};
@@ -176,6 +177,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
         options,
         known: KnownFiles::default(),
         shared: Objects::default(),
+        ended: Vec::new(),
     };
     let stat = procfs::stat(root, root)?;
     // Nothing else can be asked about these.
@@ -211,7 +213,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found.tids.extend(zombies.iter().map(|zombie| zombie.pid));
     found.tids.extend(helpers);
     found.notes.extend(zombies.iter().filter_map(core_note));
-    let table = files::table(&mut look, &tables, Depth::Survey)?;
+    let table = files::table(&mut look, &tables, &InFlight::default(), Depth::Survey)?;
     found.refusals.extend(table.refusals.iter().cloned());
     found
         .refusals

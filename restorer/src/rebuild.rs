@@ -5,8 +5,8 @@
 //! privileged until the last batch of each thread, which drops to the captured credentials.
 //!
 //! First the husk of the root makes those of its children, and they of theirs, so that parenthood, sessions and groups are real;
-//! those that had ended end. Then the UNIX sockets are made, which know by whom and may be connected over any two processes. Then
-//! each process is built, parents first. Any other open file that several have is made once, when the first of them is built, and
+//! those that had ended end. Then the UNIX sockets are made, which know by whom and may be connected over any two processes, and
+//! the open files that travel in their messages. Then each process is built, parents first. Any other open file that several have is made once, when the first of them is built, and
 //! handed to each. Shared objects are made and filled before the husks are touched, and sealed when the last process is built.
 //!
 //! Order within a process, and why:
@@ -339,8 +339,9 @@ pub fn rebuild(
         objects, mut pages, ..
     } = eager;
     let mut names = Names::default();
-    let sockets = sockets::unix::make(family, tree, &mut names)?;
-    let mut files = files::Files::new(tree, objects, sockets, &mut names)?;
+    let mut files = files::Files::new(tree, objects, &mut names)?;
+    let passed = || Ok(timers::since_capture(tree, clock()?));
+    sockets::unix::make(family, tree, &mut names, &mut files, passed)?;
     let mut rebuilt = Vec::with_capacity(tree.processes.len());
     for (object, process) in (1..).zip(&tree.processes) {
         let eager = pages.remove(&object).unwrap_or_default();

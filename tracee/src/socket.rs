@@ -1,7 +1,7 @@
 //! Sockets, as the bytes the kernel takes and gives: options, addresses, states, and what lies unread in them.
 //!
 //! Everything works on a descriptor, be it a copy of one of the traced process' or a new one of ours. Reading never takes
-//! anything out of a socket. An option is bytes here; which of them a migration carries is not this module's business.
+//! anything out of a socket; descriptors that travel with a message are copied. An option is bytes here; which of them a migration carries is not this module's business.
 //!
 //! # Safety
 //! Each unsafe block is one system call with buffers that outlive it and whose lengths are stated with them.
@@ -13,7 +13,6 @@ use nix::errno::Errno;
 use crate::choke::{self, Kind};
 use crate::error::{Error, Result};
 use crate::process::own_pid;
-use crate::procfs;
 
 /// Longest address, `struct sockaddr_storage`.
 const ADDRESS_MAX: usize = 128;
@@ -272,126 +271,223 @@ pub fn unsent_bytes(socket: BorrowedFd<'_>) -> Result<usize> {
 // ---------------------------------------------------------------------------------------------------------------------
 // What lies unread
 
-/// One message, or of a stream everything that lies unread.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The process that sent a message, as the kernel noted it (`SCM_CREDENTIALS`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// Its id; 0 for one that is not of our pid namespace.
+    pub pid: i32,
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// One message, or of a stream what lies unread up to the next place where something else comes along.
+#[derive(Debug, Default)]
 pub struct Message {
     /// Content. A message may be empty.
     pub bytes: Vec<u8>,
     /// Sender's address; empty when there is none to tell.
     pub address: Vec<u8>,
-}
-
-/// What lies unread in a socket.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Queue {
-    /// In order of arrival.
-    pub messages: Vec<Message>,
-    /// Descriptors travel with some of it (`SCM_RIGHTS`).
-    pub descriptors: bool,
+    /// Who sent it, if anybody was noted. UNIX sockets only.
+    pub sender: Option<Sender>,
+    /// Descriptors of ours of the open files that travel with it (`SCM_RIGHTS`), in order. Of a stream they come with its first
+    /// byte.
+    pub files: Vec<OwnedFd>,
 }
 
 /// Most messages that are looked at: far more than the largest receive buffer holds.
 const MESSAGES_MAX: usize = 1 << 20;
 /// No IP datagram is longer.
 const DATAGRAM_MAX: usize = 64 * 1024;
+/// Words of control data that one message may bring: 253 descriptors, credentials, a pidfd, a security label, time stamps.
+const CONTROL_WORDS: usize = 1024;
+/// What the kernel tells of a message for which it noted no sender: this, unless somebody changed `kernel.overflowuid`, and the pid 0.
+const NOBODY: u32 = 65534;
+/// A pidfd of the sender (6.5).
+const SCM_PIDFD: i32 = 4;
 
 /// A copy of everything that lies unread in a connected or bound socket (not a listening one), leaving it there.
 ///
-/// Messages behind the first can only be seen by `SO_PEEK_OFF`, which is set for the time of the call where it is needed and
-/// put back to what it was. Nobody may read from the socket meanwhile. Empty messages at the very end of a `SOCK_SEQPACKET`
-/// whose other end is closed are not told apart from that end.
+/// Messages behind the first can only be seen by `SO_PEEK_OFF`, and who sent them only by `SO_PASSCRED`: both are set for the time
+/// of the call and put back to what they were. Nobody may read from the socket meanwhile. Empty messages at the very end of a
+/// `SOCK_SEQPACKET` whose other end is closed are not told apart from that end.
 ///
 /// # Errors
-/// [`Error::Kernel`]; [`Error::TooMuch`].
-pub fn peek_all(socket: BorrowedFd<'_>) -> Result<Queue> {
-    let (family, socket_type, _) = kind(socket)?;
-    let mut queue = Queue::default();
-    let unread = unread_bytes(socket)?;
-    if socket_type == libc::SOCK_STREAM {
-        // One peek goes over all of a stream unless descriptors stand in its way.
-        let Some(first) = peek(socket, unread.max(1), 0)? else {
-            return Ok(queue);
-        };
-        queue.descriptors = carries_descriptors(socket, first.control_cut)?;
-        if first.message.bytes.len() == unread {
-            if unread > 0 {
-                queue.messages.push(first.message);
-            }
-            return Ok(queue);
-        }
+/// [`Error::Kernel`], `EMFILE` if we have no room for the descriptors that travel; [`Error::TooMuch`].
+pub fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Message>> {
+    if !polls(socket, libc::POLLIN)? {
+        return Ok(Vec::new());
     }
-    let ends = socket_type == libc::SOCK_SEQPACKET && is_hung_up(socket)?;
-    let offset = PeekOffset::start(socket)?;
-    let mut total = 0;
+    let (family, socket_type, _) = kind(socket)?;
+    let unread = unread_bytes(socket)?;
+    let is_unix = family == libc::AF_UNIX;
+    let senders = match is_unix {
+        true => Some(Lent::start(socket, libc::SO_PASSCRED, 1)?),
+        false => None,
+    };
+    let offset = Lent::start(socket, libc::SO_PEEK_OFF, 0)?;
+    let messages = match socket_type {
+        libc::SOCK_STREAM => peek_stream(socket, unread)?,
+        _ => peek_messages(socket, is_unix, socket_type, unread)?,
+    };
+    offset.finish()?;
+    if let Some(senders) = senders {
+        senders.finish()?;
+    }
+    Ok(messages)
+}
+
+fn peek_messages(
+    socket: BorrowedFd<'_>,
+    is_unix: bool,
+    socket_type: i32,
+    unread: usize,
+) -> Result<Vec<Message>> {
+    let ends = socket_type == libc::SOCK_SEQPACKET && polls(socket, libc::POLLRDHUP)?;
+    let (mut messages, mut total) = (Vec::new(), 0);
     loop {
-        let next = match (family, socket_type) {
-            (_, libc::SOCK_STREAM) => peek(socket, unread.max(1), 0)?,
-            (libc::AF_UNIX, _) => peek_unix_message(socket)?,
-            _ => peek(socket, DATAGRAM_MAX, 0)?,
+        let next = match is_unix {
+            true => peek_unix_message(socket)?,
+            false => peek(socket, DATAGRAM_MAX, 0)?.map(|peeked| peeked.message),
         };
         let Some(next) = next else { break };
-        let len = next.message.bytes.len();
-        if len == 0 && (socket_type == libc::SOCK_STREAM || ends && total >= unread) {
+        if next.bytes.is_empty() && ends && total >= unread {
             break;
         }
-        total += len;
-        queue.descriptors |= carries_descriptors(socket, next.control_cut)?;
-        match queue.messages.last_mut() {
-            Some(all) if socket_type == libc::SOCK_STREAM => all.bytes.extend(next.message.bytes),
-            _ => queue.messages.push(next.message),
+        total += next.bytes.len();
+        messages.push(next);
+        enough(&messages)?;
+    }
+    Ok(messages)
+}
+
+/// A peek of a stream ends behind descriptors, where the sender changes, and at the end. What lies before the descriptors may have
+/// come without them, and a program may read it without room for them.
+fn peek_stream(socket: BorrowedFd<'_>, unread: usize) -> Result<Vec<Message>> {
+    let mut messages: Vec<Message> = Vec::new();
+    let mut start = 0;
+    while start < unread {
+        let mut next = match peek(socket, unread - start, 0)? {
+            Some(peeked) if !peeked.message.bytes.is_empty() => peeked.message,
+            _ => break,
+        };
+        let len = next.bytes.len();
+        let mut without = len;
+        if !next.files.is_empty() {
+            go_to(socket, start)?;
+            without = len_before_last_piece(socket, len)?;
+            go_to(socket, start + len)?;
         }
-        if queue.messages.len() > MESSAGES_MAX {
-            return Err(Error::TooMuch {
-                what: "messages in a socket",
-                asked: queue.messages.len(),
-                limit: MESSAGES_MAX,
-            });
+        let with = next.bytes.split_off(without);
+        let bytes = std::mem::replace(&mut next.bytes, with);
+        match messages.last_mut() {
+            _ if bytes.is_empty() => {}
+            // Cut where two had different security labels.
+            Some(last) if last.files.is_empty() && last.sender == next.sender => {
+                last.bytes.extend(bytes);
+            }
+            _ => messages.push(Message {
+                bytes,
+                sender: next.sender,
+                ..Message::default()
+            }),
+        }
+        if !next.files.is_empty() {
+            messages.push(next);
+        }
+        enough(&messages)?;
+        start += len;
+    }
+    Ok(messages)
+}
+
+/// How many of the next `len` bytes of a stream, at least one, lie before the last of the pieces in which they were sent, which
+/// alone can bring descriptors. The kernel copies a piece as a whole or stops before it; and for the last byte there is no room.
+fn len_before_last_piece(socket: BorrowedFd<'_>, len: usize) -> Result<usize> {
+    const WHAT: &str = "recvmsg(MSG_PEEK)";
+    let mut bytes = vec![0_u8; len - 1];
+    let mut parts = [
+        libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: len - 1,
+        },
+        libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 1,
+        },
+    ];
+    // SAFETY: all zeros is a valid msghdr: no buffers.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = parts.as_mut_ptr();
+    header.msg_iovlen = parts.len();
+    loop {
+        pass(WHAT)?;
+        // SAFETY: the first buffer is writable and outlives the call; nothing is mapped where the second would be, so that the kernel
+        // writes nothing there. Without room for control data no descriptor arrives.
+        let answer = unsafe {
+            libc::recvmsg(
+                socket.as_raw_fd(),
+                &raw mut header,
+                libc::MSG_PEEK | libc::MSG_DONTWAIT,
+            )
+        };
+        match Errno::result(answer) {
+            Ok(before) => return Ok(before as usize),
+            Err(Errno::EFAULT) => return Ok(0),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(failed(WHAT, errno)),
         }
     }
-    offset.finish()?;
-    Ok(queue)
 }
 
-/// Whether descriptors are in flight towards a socket: by our own `fdinfo` of it, or before 5.11 by control data having been
-/// cut off, which credentials that the program asked for look like too.
-fn carries_descriptors(socket: BorrowedFd<'_>, control_cut: bool) -> Result<bool> {
-    let entry = procfs::descriptor(own_pid(), socket.as_raw_fd() as u32)?;
-    Ok(entry.info.scm_fds.map_or(control_cut, |count| count > 0))
+fn enough(messages: &[Message]) -> Result<()> {
+    if messages.len() <= MESSAGES_MAX {
+        return Ok(());
+    }
+    Err(Error::TooMuch {
+        what: "messages in a socket",
+        asked: messages.len(),
+        limit: MESSAGES_MAX,
+    })
 }
 
-/// Whether nothing will follow what lies unread.
-fn is_hung_up(socket: BorrowedFd<'_>) -> Result<bool> {
+/// Whether any of `events` is there; `POLLRDHUP`: nothing will follow what lies unread.
+fn polls(socket: BorrowedFd<'_>, events: i16) -> Result<bool> {
     pass("poll")?;
     let mut poll = libc::pollfd {
         fd: socket.as_raw_fd(),
-        events: libc::POLLRDHUP,
+        events,
         revents: 0,
     };
     // SAFETY: one pollfd, which outlives the call; it does not wait.
     let answer = unsafe { libc::poll(&raw mut poll, 1, 0) };
     done(answer, "poll")?;
-    Ok(poll.revents != 0)
+    Ok(poll.revents & events != 0)
 }
 
-/// The peek offset of a socket, put back when this is dropped.
-struct PeekOffset<'a> {
+/// Lets the next peek begin `at` bytes behind the start.
+fn go_to(socket: BorrowedFd<'_>, at: usize) -> Result<()> {
+    let at = i32::try_from(at).map_err(|_| failed("setsockopt", Errno::EOVERFLOW))?;
+    let value = at.to_ne_bytes();
+    set_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &value)
+}
+
+/// An option of a socket that is another for a while, put back when this is dropped.
+struct Lent<'a> {
     socket: BorrowedFd<'a>,
+    name: i32,
     old: i32,
     finished: bool,
 }
 
-impl<'a> PeekOffset<'a> {
-    /// Lets every peek go on behind the one before.
-    fn start(socket: BorrowedFd<'a>) -> Result<Self> {
-        let old = int_option(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
-        set_option(
-            socket,
-            libc::SOL_SOCKET,
-            libc::SO_PEEK_OFF,
-            &0_i32.to_ne_bytes(),
-        )?;
+impl<'a> Lent<'a> {
+    fn start(socket: BorrowedFd<'a>, name: i32, value: i32) -> Result<Self> {
+        let old = int_option(socket, libc::SOL_SOCKET, name)?;
+        set_option(socket, libc::SOL_SOCKET, name, &value.to_ne_bytes())?;
         Ok(Self {
             socket,
+            name,
             old,
             finished: false,
         })
@@ -400,8 +496,8 @@ impl<'a> PeekOffset<'a> {
     fn put_back(&mut self) -> Result<()> {
         self.finished = true;
         let old = self.old.to_ne_bytes();
-        let put = || set_option(self.socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &old);
-        // A clean-up: one failing call must not leave the program with our offset.
+        let put = || set_option(self.socket, libc::SOL_SOCKET, self.name, &old);
+        // A clean-up: one failing call must not leave the program with our value.
         put().or_else(|_| put())
     }
 
@@ -410,7 +506,7 @@ impl<'a> PeekOffset<'a> {
     }
 }
 
-impl Drop for PeekOffset<'_> {
+impl Drop for Lent<'_> {
     fn drop(&mut self) {
         if !self.finished {
             // The error that led here is the one to report.
@@ -423,18 +519,17 @@ struct Peeked {
     message: Message,
     /// Length of the message, when `MSG_TRUNC` was asked for.
     full_len: usize,
-    /// Control data was there and found no room.
-    control_cut: bool,
 }
 
 /// A UNIX datagram or packet, of any length: a first look without a buffer tells how long it is and moves no offset.
-fn peek_unix_message(socket: BorrowedFd<'_>) -> Result<Option<Peeked>> {
-    match peek(socket, 0, libc::MSG_TRUNC)? {
+fn peek_unix_message(socket: BorrowedFd<'_>) -> Result<Option<Message>> {
+    let shown = match peek(socket, 0, libc::MSG_TRUNC)? {
         // An empty one: looking again would show the next, because the kernel notes that it has been shown.
-        Some(empty) if empty.full_len == 0 => Ok(Some(empty)),
-        Some(look) => peek(socket, look.full_len, 0),
-        None => Ok(None),
-    }
+        Some(empty) if empty.full_len == 0 => Some(empty),
+        Some(look) => peek(socket, look.full_len, 0)?,
+        None => None,
+    };
+    Ok(shown.map(|peeked| peeked.message))
 }
 
 /// What a peek of at most `room` bytes shows; `None`: nothing.
@@ -442,6 +537,8 @@ fn peek(socket: BorrowedFd<'_>, room: usize, flags: i32) -> Result<Option<Peeked
     const WHAT: &str = "recvmsg(MSG_PEEK)";
     let mut bytes = vec![0; room];
     let mut address = vec![0; ADDRESS_MAX];
+    // Of words, for control messages are aligned to them.
+    let mut beside = [0_u64; CONTROL_WORDS];
     let mut part = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
         iov_len: room,
@@ -452,15 +549,16 @@ fn peek(socket: BorrowedFd<'_>, room: usize, flags: i32) -> Result<Option<Peeked
     header.msg_namelen = ADDRESS_MAX as libc::socklen_t;
     header.msg_iov = &raw mut part;
     header.msg_iovlen = 1;
+    header.msg_control = beside.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&beside);
     pass(WHAT)?;
     let full_len = loop {
-        // SAFETY: the buffers that `header` names are writable and outlive the call. Without room for control data no
-        // descriptor can arrive in our table.
+        // SAFETY: the buffers that `header` names are writable and outlive the call.
         let answer = unsafe {
             libc::recvmsg(
                 socket.as_raw_fd(),
                 &raw mut header,
-                flags | libc::MSG_PEEK | libc::MSG_DONTWAIT,
+                flags | libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
             )
         };
         match Errno::result(answer) {
@@ -471,13 +569,63 @@ fn peek(socket: BorrowedFd<'_>, room: usize, flags: i32) -> Result<Option<Peeked
             Err(errno) => return Err(failed(WHAT, errno)),
         }
     };
+    // SAFETY: the kernel has filled `header`, and what it names is still there.
+    let (sender, files) = unsafe { came_along(&header) };
+    if header.msg_flags & libc::MSG_CTRUNC != 0 {
+        return Err(failed(WHAT, Errno::EMFILE));
+    }
     bytes.truncate(full_len);
     address.truncate(header.msg_namelen as usize);
     Ok(Some(Peeked {
-        message: Message { bytes, address },
+        message: Message {
+            bytes,
+            address,
+            sender,
+            files,
+        },
         full_len,
-        control_cut: header.msg_flags & libc::MSG_CTRUNC != 0,
     }))
+}
+
+/// Takes what came beside a message: every descriptor among it is ours from here on.
+///
+/// # Safety
+/// recvmsg(2) has filled `header`, the buffers it names are still there, and it is asked once.
+unsafe fn came_along(header: &libc::msghdr) -> (Option<Sender>, Vec<OwnedFd>) {
+    let (mut sender, mut files) = (None, Vec::new());
+    // SAFETY: as the caller promises.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
+    while !next.is_null() {
+        // SAFETY: the macros stay inside of the control data that the kernel wrote, which is aligned for them.
+        let (about, data, empty_len) =
+            unsafe { (&*next, libc::CMSG_DATA(next), libc::CMSG_LEN(0) as usize) };
+        let words = about.cmsg_len.saturating_sub(empty_len) / 4;
+        // SAFETY: as many words lie there, as the kernel says.
+        let word = |at: usize| unsafe { data.cast::<i32>().add(at).read_unaligned() };
+        match (about.cmsg_level, about.cmsg_type) {
+            (libc::SOL_SOCKET, libc::SCM_RIGHTS) => files.extend((0..words).map(|at| {
+                // SAFETY: the kernel has just made this descriptor for us.
+                unsafe { OwnedFd::from_raw_fd(word(at)) }
+            })),
+            (libc::SOL_SOCKET, SCM_PIDFD) if words == 1 && word(0) >= 0 => {
+                // SAFETY: as above. Who has SO_PASSPIDFD set gets one, which nobody asked for here.
+                drop(unsafe { OwnedFd::from_raw_fd(word(0)) });
+            }
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if words == 3 => {
+                let found = Sender {
+                    pid: word(0),
+                    uid: word(1) as u32,
+                    gid: word(2) as u32,
+                };
+                let is_noted = (found.pid, found.uid, found.gid) != (0, NOBODY, NOBODY);
+                sender = is_noted.then_some(found);
+            }
+            _ => {}
+        }
+        // SAFETY: as the caller promises.
+        next = unsafe { libc::CMSG_NXTHDR(header, next) };
+    }
+    (sender, files)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -573,34 +721,6 @@ pub fn listen(socket: BorrowedFd<'_>, backlog: u32) -> Result<()> {
     done(answer, "listen")
 }
 
-/// Sends one datagram to `address`, as [`send`] does.
-///
-/// # Errors
-/// [`Error::Kernel`]: `EAGAIN` when it does not fit, `ECONNREFUSED` when nobody has that address.
-pub fn send_to(socket: BorrowedFd<'_>, message: &[u8], address: &[u8]) -> Result<()> {
-    const WHAT: &str = "sendto";
-    loop {
-        pass(WHAT)?;
-        // SAFETY: `message` and `address` are readable for the lengths given.
-        let answer = unsafe {
-            libc::sendto(
-                socket.as_raw_fd(),
-                message.as_ptr().cast(),
-                message.len(),
-                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-                address.as_ptr().cast(),
-                address.len() as libc::socklen_t,
-            )
-        };
-        match Errno::result(answer) {
-            // A datagram goes as a whole or not at all.
-            Ok(_) => return Ok(()),
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(failed(WHAT, errno)),
-        }
-    }
-}
-
 /// The next connection that waits at a listening socket, close-on-exec and blocking. Waits itself, unless the listening socket
 /// does not block.
 ///
@@ -644,41 +764,107 @@ pub fn shutdown(socket: BorrowedFd<'_>, read: bool, write: bool) -> Result<()> {
     done(answer, "shutdown")
 }
 
+/// What goes with a message.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Along<'a> {
+    /// To whom, if the socket is not connected.
+    pub address: &'a [u8],
+    /// In whose name: any but our own takes CAP_SYS_ADMIN, CAP_SETUID and CAP_SETGID, and the process must be there. `None`: nobody
+    /// is noted, unless a socket on either side asks for it.
+    pub sender: Option<Sender>,
+    /// Open files, at most 253. Of a stream they go with the first byte, and there must be one.
+    pub files: &'a [BorrowedFd<'a>],
+}
+
 /// Sends one message, or bytes of a stream, without ever waiting and without raising SIGPIPE.
 ///
 /// # Errors
-/// [`Error::Kernel`]: `EAGAIN` when it does not fit as a whole.
-pub fn send(socket: BorrowedFd<'_>, message: &[u8]) -> Result<()> {
+/// [`Error::Kernel`]: `EAGAIN` when it does not fit as a whole, `ECONNREFUSED` when nobody has the address, `ESRCH` when there is no
+/// process that it could be in the name of.
+pub fn send(socket: BorrowedFd<'_>, message: &[u8], along: &Along<'_>) -> Result<()> {
+    const WHAT: &str = "sendmsg";
+    let mut beside = control_data(along);
     let mut rest = message;
     loop {
-        pass("send")?;
-        // SAFETY: `rest` is readable for its length.
+        let mut part = libc::iovec {
+            iov_base: rest.as_ptr().cast_mut().cast(),
+            iov_len: rest.len(),
+        };
+        // SAFETY: all zeros is a valid msghdr: no buffers.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        if !along.address.is_empty() {
+            header.msg_name = along.address.as_ptr().cast_mut().cast();
+            header.msg_namelen = along.address.len() as libc::socklen_t;
+        }
+        header.msg_iov = &raw mut part;
+        header.msg_iovlen = 1;
+        header.msg_control = beside.as_mut_ptr().cast();
+        header.msg_controllen = size_of_val(&beside[..]);
+        pass(WHAT)?;
+        // SAFETY: everything that `header` names is readable and outlives the call, which writes to none of it.
         let answer = unsafe {
-            libc::send(
+            libc::sendmsg(
                 socket.as_raw_fd(),
-                rest.as_ptr().cast(),
-                rest.len(),
+                &raw const header,
                 libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
             )
         };
         match Errno::result(answer) {
-            // A stream may take a part; what does not fit then is the error of the next round.
-            Ok(sent) if (sent as usize) < rest.len() => rest = &rest[sent as usize..],
+            // A stream may take a part; what does not fit then is the error of the next round. The files have gone with it.
+            Ok(sent) if (sent as usize) < rest.len() => {
+                rest = &rest[sent as usize..];
+                beside = control_data(&Along {
+                    files: &[],
+                    ..*along
+                });
+            }
             Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(failed("send", errno)),
+            Err(errno) => return Err(failed(WHAT, errno)),
         }
     }
+}
+
+/// The control messages of `along`, as sendmsg(2) takes them: each a header of a length, in a word, a level and a type.
+fn control_data(along: &Along<'_>) -> Vec<u64> {
+    const HEADER_LEN: usize = size_of::<libc::cmsghdr>();
+    const _: () = assert!(HEADER_LEN == 16);
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut add = |kind: i32, data: &[i32]| {
+        bytes.extend((HEADER_LEN + size_of_val(data)).to_ne_bytes());
+        bytes.extend(libc::SOL_SOCKET.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(data.iter().flat_map(|word| word.to_ne_bytes()));
+        bytes.resize(bytes.len().next_multiple_of(size_of::<u64>()), 0);
+    };
+    if let Some(Sender { pid, uid, gid }) = along.sender {
+        let ids = [pid, uid as i32, gid as i32];
+        add(libc::SCM_CREDENTIALS, &ids);
+    }
+    if !along.files.is_empty() {
+        let files: Vec<i32> = along.files.iter().map(|file| file.as_raw_fd()).collect();
+        add(libc::SCM_RIGHTS, &files);
+    }
+    let words = bytes.chunks_exact(size_of::<u64>()).map(|word| {
+        let mut value = [0; size_of::<u64>()];
+        value.copy_from_slice(word);
+        u64::from_ne_bytes(value)
+    });
+    words.collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::{TcpListener, UdpSocket};
-    use std::os::fd::AsFd as _;
+    use std::os::fd::AsFd;
 
-    fn contents(queue: Queue) -> Vec<Vec<u8>> {
-        queue.messages.into_iter().map(|m| m.bytes).collect()
+    fn contents(queue: Vec<Message>) -> Vec<Vec<u8>> {
+        queue.into_iter().map(|m| m.bytes).collect()
+    }
+
+    fn send(socket: BorrowedFd<'_>, message: &[u8]) -> Result<()> {
+        super::send(socket, message, &Along::default())
     }
 
     #[test]
@@ -693,8 +879,8 @@ mod tests {
         let expected = [vec![1; 50_000], vec![2; 10]].concat();
         for _ in 0..2 {
             let queue = peek_all(far.as_fd()).expect("peek");
-            assert!(!queue.descriptors);
-            assert_eq!(queue.messages.len(), 1);
+            assert_eq!(queue.len(), 1);
+            assert!(queue[0].files.is_empty() && queue[0].sender.is_none());
             assert_eq!(contents(queue).concat(), expected);
         }
         assert_eq!(unread_bytes(far.as_fd()).expect("SIOCINQ"), 50_010);
@@ -720,24 +906,90 @@ mod tests {
         }
     }
 
+    fn inode(file: &impl AsFd) -> u64 {
+        nix::sys::stat::fstat(file).expect("it is open").st_ino
+    }
+
     #[test]
-    fn descriptors_in_flight_are_noticed() {
-        use std::io::IoSlice;
-        for socket_type in [libc::SOCK_STREAM, libc::SOCK_DGRAM] {
+    fn descriptors_in_flight_are_copied_and_stay() {
+        let (end, _other) = create_pair(libc::SOCK_STREAM).expect("pair");
+        for socket_type in [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET] {
             let (near, far) = create_pair(socket_type).expect("pair");
-            send(near.as_fd(), b"before").expect("send");
-            nix::sys::socket::sendmsg::<()>(
-                near.as_raw_fd(),
-                &[IoSlice::new(b"with")],
-                &[nix::sys::socket::ControlMessage::ScmRights(&[0])],
-                nix::sys::socket::MsgFlags::empty(),
-                None,
-            )
-            .expect("sendmsg");
+            for sent in ["before", "more"] {
+                send(near.as_fd(), sent.as_bytes()).expect("send");
+            }
+            let files = [end.as_fd(), near.as_fd()];
+            let along = Along {
+                files: &files,
+                ..Along::default()
+            };
+            super::send(near.as_fd(), b"with", &along).expect("sendmsg");
+            super::send(near.as_fd(), b"w", &along).expect("sendmsg");
             send(near.as_fd(), b"after").expect("send");
+            let expected: &[(&[u8], usize)] = match socket_type {
+                libc::SOCK_STREAM => &[(b"beforemore", 0), (b"with", 2), (b"w", 2), (b"after", 0)],
+                _ => &[
+                    (b"before", 0),
+                    (b"more", 0),
+                    (b"with", 2),
+                    (b"w", 2),
+                    (b"after", 0),
+                ],
+            };
+            for _ in 0..2 {
+                let queue = peek_all(far.as_fd()).expect("peek");
+                let found: Vec<_> = queue
+                    .iter()
+                    .map(|message| (&message.bytes[..], message.files.len()))
+                    .collect();
+                assert_eq!(found, expected);
+                let with = &queue[queue.len() - 2].files;
+                assert_eq!(
+                    [inode(&with[0]), inode(&with[1])],
+                    [inode(&end), inode(&near)]
+                );
+            }
+            let passes = |name| int_option(far.as_fd(), libc::SOL_SOCKET, name).expect("option");
+            assert_eq!(
+                (passes(libc::SO_PASSCRED), passes(libc::SO_PEEK_OFF)),
+                (0, -1)
+            );
+        }
+    }
+
+    #[test]
+    fn senders_are_seen_as_they_were_noted() {
+        let own = Sender {
+            pid: own_pid(),
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+        };
+        for socket_type in [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET] {
+            let (near, far) = create_pair(socket_type).expect("pair");
+            let signed = Along {
+                sender: Some(own),
+                ..Along::default()
+            };
+            send(near.as_fd(), b"unsigned").expect("send");
+            for part in [&b"sig"[..], b"ned"] {
+                super::send(near.as_fd(), part, &signed).expect("sendmsg");
+            }
+            send(near.as_fd(), b"x").expect("send");
             let queue = peek_all(far.as_fd()).expect("peek");
-            assert!(queue.descriptors);
-            assert_eq!(contents(queue).concat(), b"beforewithafter");
+            let found: Vec<_> = queue
+                .iter()
+                .map(|message| (&message.bytes[..], message.sender))
+                .collect();
+            let expected: &[(&[u8], Option<Sender>)] = match socket_type {
+                libc::SOCK_STREAM => &[(b"unsigned", None), (b"signed", Some(own)), (b"x", None)],
+                _ => &[
+                    (b"unsigned", None),
+                    (b"sig", Some(own)),
+                    (b"ned", Some(own)),
+                    (b"x", None),
+                ],
+            };
+            assert_eq!(found, expected);
         }
     }
 
@@ -751,7 +1003,7 @@ mod tests {
         }
         let queue = peek_all(receiver.as_fd()).expect("peek");
         let from = local_address(sender.as_fd()).expect("address");
-        assert!(queue.messages.iter().all(|message| message.address == from));
+        assert!(queue.iter().all(|message| message.address == from));
         assert_eq!(contents(queue), [&b"one"[..], b"", b"three"]);
         let mut buffer = [0; 8];
         assert_eq!(receiver.recv(&mut buffer).expect("recv"), 3);

@@ -74,15 +74,17 @@ const _: () = assert!(size_of::<Question>() == 40);
 const HEADER_LEN: usize = 16;
 /// Length of `struct unix_diag_msg`, which the attributes follow.
 const ANSWER_LEN: usize = 16;
-/// The attributes that are asked for take some dozens of bytes.
-const ANSWER_MAX: usize = 4096;
+/// No answer is longer: two pages.
+const ANSWER_MAX: usize = 8192;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SHOW_FILE: u32 = 2;
 const SHOW_PEER: u32 = 4;
+const SHOW_CONNECTIONS: u32 = 8;
 const SHOW_QUEUE: u32 = 16;
 const ATTRIBUTE_FILE: u16 = 1;
 const ATTRIBUTE_PEER: u16 = 2;
+const ATTRIBUTE_CONNECTIONS: u16 = 3;
 const ATTRIBUTE_QUEUE: u16 = 4;
 const ATTRIBUTE_SHUTDOWN: u16 = 6;
 
@@ -107,6 +109,27 @@ impl UnixDiag {
     /// # Errors
     /// [`Error::Kernel`]: `ENOENT` without `CONFIG_UNIX_DIAG` is told as `None` too.
     pub fn socket(&self, inode: u64) -> Result<Option<UnixSocket>> {
+        let found = self.ask(inode, SHOW_FILE | SHOW_PEER | SHOW_QUEUE)?;
+        Ok(found.map(|(found, _)| found))
+    }
+
+    /// The inodes of those who wait to be accepted by the listening socket with this one, in order; 0 for one that has closed its
+    /// end. None of them if they are so many that the kernel does not tell, some nine hundred.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`].
+    pub fn waiting(&self, inode: u64) -> Result<Vec<u64>> {
+        match self.ask(inode, SHOW_CONNECTIONS) {
+            Ok(found) => Ok(found.map(|(_, waiting)| waiting).unwrap_or_default()),
+            Err(Error::Kernel {
+                errno: Errno::EMSGSIZE,
+                ..
+            }) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn ask(&self, inode: u64, show: u32) -> Result<Option<(UnixSocket, Vec<u64>)>> {
         let Ok(inode) = u32::try_from(inode) else {
             return Ok(None);
         };
@@ -121,7 +144,7 @@ impl UnixDiag {
             pad: 0,
             states: u32::MAX,
             inode,
-            show: SHOW_FILE | SHOW_PEER | SHOW_QUEUE,
+            show,
             // Any cookie.
             cookie: [u32::MAX; 2],
         };
@@ -157,8 +180,8 @@ impl UnixDiag {
     }
 }
 
-/// One answer.
-fn decode(answer: &[u8]) -> std::result::Result<Option<UnixSocket>, Errno> {
+/// One answer: the socket, and who waits to be accepted by it.
+fn decode(answer: &[u8]) -> std::result::Result<Option<(UnixSocket, Vec<u64>)>, Errno> {
     const RECEIVE: u8 = 1;
     const SEND: u8 = 2;
     match half(answer, 4)? {
@@ -177,6 +200,7 @@ fn decode(answer: &[u8]) -> std::result::Result<Option<UnixSocket>, Errno> {
         state: *body.get(2).ok_or(Errno::EBADMSG)?,
         ..UnixSocket::default()
     };
+    let mut waiting = Vec::new();
     let mut rest = body.get(ANSWER_LEN..).ok_or(Errno::EBADMSG)?;
     while rest.len() >= 4 {
         let len = usize::from(half(rest, 0)?);
@@ -187,6 +211,11 @@ fn decode(answer: &[u8]) -> std::result::Result<Option<UnixSocket>, Errno> {
                 found.peer = match word(value, 0)? {
                     0 => Peer::Hidden,
                     inode => Peer::Socket(inode.into()),
+                }
+            }
+            ATTRIBUTE_CONNECTIONS => {
+                for at in (0..value.len()).step_by(4) {
+                    waiting.push(word(value, at)?.into());
                 }
             }
             ATTRIBUTE_QUEUE if found.state == socket::TCP_LISTEN => {
@@ -201,7 +230,7 @@ fn decode(answer: &[u8]) -> std::result::Result<Option<UnixSocket>, Errno> {
         }
         rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
     }
-    Ok(Some(found))
+    Ok(Some((found, waiting)))
 }
 
 fn word(bytes: &[u8], at: usize) -> std::result::Result<u32, Errno> {
@@ -269,6 +298,12 @@ mod tests {
         assert!(quiet.backlog > 0);
         let client = UnixStream::connect(&path).expect("connected");
         assert_eq!(ask(&listener).waiting, 1);
+        let diag = UnixDiag::open().expect("netlink");
+        let connections = || diag.waiting(inode_of(&listener)).expect("answered");
+        assert_eq!(connections(), [inode_of(&client)]);
+        let closed = UnixStream::connect(&path).expect("connected");
+        drop(closed);
+        assert_eq!(connections(), [inode_of(&client), 0]);
         // Nobody has the other end yet, and nothing is shut: it is not closed.
         let waiting = ask(&client);
         assert_eq!(

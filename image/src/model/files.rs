@@ -121,24 +121,55 @@ impl File {
         for (_, descriptors) in tables {
             Descriptor::validate_all(descriptors, files)?;
         }
-        let mut held: Vec<u32> = tables
-            .iter()
-            .flat_map(|(_, descriptors)| descriptors.iter())
-            .map(|descriptor| descriptor.file)
-            .collect();
-        held.sort_unstable();
-        held.dedup();
+        Self::validate_held(files, tables)?;
+        Pipe::validate_all(pipes, files)?;
+        Epoll::validate_all(files, tables)?;
+        Socket::validate_all(files.iter().filter_map(|file| match &file.kind {
+            Some(file::Kind::Socket(socket)) => Some((file.id, socket)),
+            _ => None,
+        }))
+    }
+
+    /// Everything is held by a process, or travels in a message to a socket that is.
+    fn validate_held(files: &[Self], tables: &[(i32, &[Descriptor])]) -> Result<(), Invalid> {
+        let descriptors = tables.iter().flat_map(|(_, descriptors)| *descriptors);
+        let named: std::collections::BTreeSet<u32> =
+            descriptors.map(|descriptor| descriptor.file).collect();
+        let mut held = named.clone();
+        // Sockets may lie in each other's queues, in circles too: each is looked into once.
+        let mut left: Vec<u32> = named.iter().copied().collect();
+        while let Some(id) = left.pop() {
+            let Some(Some(file::Kind::Socket(socket))) =
+                Self::find(files, id).map(|file| &file.kind)
+            else {
+                continue;
+            };
+            for sent in socket.in_flight() {
+                ensure(
+                    Self::find(files, sent).is_some(),
+                    || format!("open file {id}"),
+                    "has a message with an open file that is not there",
+                )?;
+                if held.insert(sent) {
+                    left.push(sent);
+                }
+            }
+        }
         ensure(
             held.len() == files.len(),
             || "list of open files".into(),
             "has one that no descriptor names",
         )?;
-        Pipe::validate_all(pipes, files)?;
-        Epoll::validate_all(files, tables)?;
-        Socket::validate_all(files.iter().filter_map(|file| match &file.kind {
-            Some(file::Kind::Socket(socket)) => Some(socket),
-            _ => None,
-        }))
+        for file in files.iter().filter(|file| !named.contains(&file.id)) {
+            let has_items =
+                matches!(&file.kind, Some(file::Kind::Epoll(epoll)) if !epoll.items.is_empty());
+            ensure(
+                !has_items && file.owner.is_none(),
+                || format!("open file {}", file.id),
+                "is held by no process and has what only a process can give it",
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -265,7 +296,7 @@ impl Epoll {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sockets::State;
+    use super::super::sockets::{Attached, State};
     use super::*;
 
     fn open(id: u32, kind: file::Kind) -> File {
@@ -472,6 +503,48 @@ mod tests {
         assert!(validate(&[end(1, false)], &[]).is_err());
         assert!(validate(&[end(1, true), end(2, false)], &[]).is_err());
         assert!(validate(&[end(1, false), end(2, false), end(3, false)], &[]).is_err());
+    }
+
+    #[test]
+    fn what_travels_in_a_message_is_held_by_who_receives_it() {
+        let end = |id, sent: &[u32]| {
+            open(
+                id,
+                file::Kind::Socket(Socket {
+                    family: 1,
+                    r#type: 1,
+                    state: State::Paired.into(),
+                    pair: 1,
+                    queue: vec![b"x".to_vec()],
+                    attached: vec![Attached {
+                        files: sent.to_vec(),
+                        ..Attached::default()
+                    }],
+                    ..Socket::default()
+                }),
+            )
+        };
+        let row = [Descriptor {
+            fd: 3,
+            file: 1,
+            close_on_exec: false,
+        }];
+        let leaf = open(3, file::Kind::Eventfd(Eventfd::default()));
+        let check = |files: &[File]| validate_table(files, &row);
+        let nested = [end(1, &[2, 2]), end(2, &[1, 3]), leaf.clone()];
+        assert_eq!(check(&nested), Ok(()), "in a circle, too");
+        assert!(
+            check(&[end(1, &[2]), end(2, &[1]), leaf]).is_err(),
+            "nobody"
+        );
+        assert!(check(&[end(1, &[2]), end(2, &[9])]).is_err(), "not there");
+        let watching = [end(1, &[2, 3]), end(2, &[3]), open(3, epoll(&[3]))];
+        assert!(check(&watching).is_err(), "watches what a process has");
+        let owned = File {
+            owner: Some(Owner::default()),
+            ..nested[2].clone()
+        };
+        assert!(check(&[nested[0].clone(), nested[1].clone(), owned]).is_err());
     }
 
     #[test]

@@ -88,6 +88,7 @@ impl Socket {
             State::Listening => !is_datagram,
             State::Dropped => !is_unix && self.r#type == SOCK_STREAM,
             State::Paired => is_unix,
+            State::Waiting => is_unix && !is_datagram,
         };
         ensure(is_possible, object, "is in no state of its kind")?;
         let is_address = |address: &[u8]| match self.family {
@@ -102,43 +103,26 @@ impl Socket {
         };
         let is_good = match state {
             State::Bound | State::Listening => is_address(&self.local),
-            State::Paired => self.local.is_empty() || is_address(&self.local),
+            State::Paired | State::Waiting => self.local.is_empty() || is_address(&self.local),
             _ => self.local.is_empty(),
         };
         ensure(is_good, object, "has no address that fits its state")?;
-        self.validate_unix(is_paired)?;
+        self.validate_unix(state)?;
         ensure(
             is_paired == (self.pair != 0),
             object,
             "has the number of a pair, or none, against its state",
         )?;
         let has_queue = is_paired || is_unix && is_datagram;
+        let may_be_shut = has_queue || state == State::Waiting;
         ensure(
-            (has_queue || self.queue.is_empty() && !self.shut_read && !self.shut_write)
+            (has_queue || self.queue.is_empty())
+                && (may_be_shut || !self.shut_read && !self.shut_write)
                 && (is_paired || !self.peer_closed),
             object,
             "is no pair's end but has its state",
         )?;
-        ensure(
-            self.r#type != SOCK_STREAM || self.queue.len() <= 1,
-            object,
-            "is a stream with several messages",
-        )?;
-        at_most(self.queue.len(), limits::SOCKET_MESSAGES, || {
-            "socket's queue".into()
-        })?;
-        ascending(
-            self.attached.iter().map(|attached| attached.message),
-            "what comes with a socket's messages",
-        )?;
-        let are_sent = self.attached.iter().all(|attached| {
-            (attached.message as usize) < self.queue.len() && is_unix_address(&attached.address)
-        });
-        ensure(
-            are_sent && (is_datagram || self.attached.is_empty()),
-            object,
-            "has a sender's name for no message, or an impossible one",
-        )?;
+        self.validate_queue()?;
         at_most(self.options.len(), limits::SOCKET_OPTIONS, || {
             "socket's option list".into()
         })?;
@@ -149,10 +133,77 @@ impl Socket {
         ensure(are_short, object, "has too long an option")
     }
 
-    /// What only a UNIX socket has.
-    fn validate_unix(&self, is_paired: bool) -> Result<(), Invalid> {
+    /// What lies unread, and what comes with it.
+    fn validate_queue(&self) -> Result<(), Invalid> {
         let object = || "socket".to_owned();
         let is_datagram = self.r#type == SOCK_DGRAM;
+        at_most(self.queue.len(), limits::SOCKET_MESSAGES, || {
+            "socket's queue".into()
+        })?;
+        ascending(
+            self.attached.iter().map(|attached| attached.message),
+            "what comes with a socket's messages",
+        )?;
+        let mut files = 0;
+        for attached in &self.attached {
+            let is_something = !attached.address.is_empty()
+                || attached.sender.is_some()
+                || !attached.files.is_empty();
+            let is_named =
+                attached.address.is_empty() || is_datagram && is_unix_address(&attached.address);
+            ensure(
+                (attached.message as usize) < self.queue.len() && is_something && is_named,
+                object,
+                "has a sender's name for no message, or an impossible one",
+            )?;
+            ensure(
+                attached.sender.is_none_or(|sender| sender.pid > 0),
+                object,
+                "has a message that nobody sent",
+            )?;
+            let count = attached.files.len();
+            at_most(count, limits::MESSAGE_FILES, || "socket's message".into())?;
+            files += count;
+        }
+        at_most(files, limits::DESCRIPTORS_OPEN, || {
+            "socket's messages".into()
+        })?;
+        if self.r#type != SOCK_STREAM {
+            return Ok(());
+        }
+        // A stream is cut only where something comes, and behind it.
+        let mut attached = self.attached.iter().map(|attached| attached.message);
+        let mut next = attached.next();
+        let mut may_be_cut = true;
+        for (index, bytes) in (0..).zip(&self.queue) {
+            let comes = next == Some(index);
+            ensure(
+                !bytes.is_empty() && (comes || may_be_cut),
+                object,
+                "is a stream with several messages",
+            )?;
+            may_be_cut = comes;
+            if comes {
+                next = attached.next();
+            }
+        }
+        Ok(())
+    }
+
+    /// What only a UNIX socket has.
+    fn validate_unix(&self, state: State) -> Result<(), Invalid> {
+        let object = || "socket".to_owned();
+        let is_paired = state == State::Paired;
+        let is_datagram = self.r#type == SOCK_DGRAM;
+        at_most(self.waiting.len(), limits::SOCKET_WAITING, || {
+            "accept queue".into()
+        })?;
+        let is_found = self.file.is_some() || unix_path(&self.local).is_none();
+        ensure(
+            self.waiting.is_empty() || self.is_unix() && state == State::Listening && is_found,
+            object,
+            "has connections waiting that cannot be made",
+        )?;
         ensure(
             self.is_unix()
                 || self.remote.is_empty()
@@ -186,14 +237,50 @@ impl Socket {
         )
     }
 
-    /// Rules of the sockets of a tree together: pairs have both their ends, names are there once, and a datagram socket sends to
-    /// one that has the name.
+    /// The open files that travel with what lies unread.
+    pub fn in_flight(&self) -> impl Iterator<Item = u32> + '_ {
+        let attached = self.attached.iter();
+        attached.flat_map(|attached| attached.files.iter().copied())
+    }
+
+    /// Every connection that waits to be accepted does so once, at a socket of its type.
+    fn validate_waiting<'s>(sockets: impl Iterator<Item = (u32, &'s Self)>) -> Result<(), Invalid> {
+        let (mut waiting, mut listening) = (BTreeMap::new(), Vec::new());
+        for (id, socket) in sockets {
+            match socket.state() {
+                State::Waiting => drop(waiting.insert(id, socket.r#type)),
+                State::Listening => listening.push(socket),
+                _ => {}
+            }
+        }
+        for listener in listening {
+            for id in &listener.waiting {
+                ensure(
+                    waiting.remove(id) == Some(listener.r#type),
+                    || format!("open file {id}"),
+                    "waits to be accepted twice, or is none that does",
+                )?;
+            }
+        }
+        match waiting.keys().next() {
+            None => Ok(()),
+            Some(id) => Err(Invalid::new(
+                format!("open file {id}"),
+                "waits to be accepted by nobody",
+            )),
+        }
+    }
+
+    /// Rules of the sockets of a tree together, by their open files: pairs have both their ends, names are there once, a datagram
+    /// socket sends to one that has the name, and who waits to be accepted does so somewhere.
     ///
     /// # Errors
     /// The broken rule.
     pub(super) fn validate_all<'s>(
-        sockets: impl Iterator<Item = &'s Self> + Clone,
+        files: impl Iterator<Item = (u32, &'s Self)> + Clone,
     ) -> Result<(), Invalid> {
+        Self::validate_waiting(files.clone())?;
+        let sockets = files.map(|(_, socket)| socket);
         let mut ends: BTreeMap<u32, Vec<&Self>> = BTreeMap::new();
         for socket in sockets.clone().filter(|socket| socket.pair != 0) {
             ends.entry(socket.pair).or_default().push(socket);
@@ -239,8 +326,8 @@ impl Socket {
         }
         for socket in sockets.filter(|socket| socket.is_unix() && socket.pair == 0) {
             let senders = socket.attached.iter().map(|attached| &attached.address);
-            let names = senders.chain(Some(&socket.remote).filter(|remote| !remote.is_empty()));
-            for name in names {
+            let names = senders.chain(Some(&socket.remote));
+            for name in names.filter(|name| !name.is_empty()) {
                 ensure(
                     receivers.contains(name.as_slice()),
                     || "datagram socket".into(),
@@ -432,7 +519,95 @@ mod tests {
 
     fn all(sockets: &[Socket]) -> Result<(), Invalid> {
         sockets.iter().try_for_each(Socket::validate)?;
-        Socket::validate_all(sockets.iter())
+        Socket::validate_all((1..).zip(sockets))
+    }
+
+    fn attached(message: u32, sender: i32, files: &[u32]) -> Attached {
+        Attached {
+            message,
+            sender: (sender != 0).then_some(Ids {
+                pid: sender,
+                ..Ids::default()
+            }),
+            files: files.to_vec(),
+            ..Attached::default()
+        }
+    }
+
+    #[test]
+    fn a_stream_is_cut_only_where_something_comes() {
+        let stream = |count: usize, attached: &[Attached]| {
+            Socket {
+                pair: 1,
+                queue: vec![b"x".to_vec(); count],
+                attached: attached.to_vec(),
+                ..unix(SOCK_STREAM, State::Paired, b"")
+            }
+            .validate()
+        };
+        assert_eq!(stream(1, &[]), Ok(()));
+        assert_eq!(stream(3, &[attached(1, 0, &[7])]), Ok(()));
+        assert_eq!(
+            stream(2, &[attached(0, 9, &[]), attached(1, 8, &[])]),
+            Ok(())
+        );
+        assert!(stream(2, &[]).is_err(), "nothing comes");
+        assert!(stream(4, &[attached(1, 9, &[])]).is_err(), "cut once more");
+        let empty = Socket {
+            pair: 1,
+            queue: vec![Vec::new()],
+            attached: vec![attached(0, 9, &[])],
+            ..unix(SOCK_STREAM, State::Paired, b"")
+        };
+        assert!(empty.validate().is_err(), "no byte");
+    }
+
+    #[test]
+    fn what_comes_with_a_message_is_something_that_can_be() {
+        let check = |attached: Attached| {
+            Socket {
+                queue: vec![Vec::new(); 2],
+                attached: vec![attached],
+                ..unix(SOCK_DGRAM, State::Bound, ABSTRACT)
+            }
+            .validate()
+        };
+        assert_eq!(check(attached(1, 9, &[7; limits::MESSAGE_FILES])), Ok(()));
+        assert!(check(attached(1, 0, &[])).is_err(), "nothing");
+        assert!(check(attached(2, 9, &[])).is_err(), "no such message");
+        assert!(check(attached(1, -1, &[])).is_err(), "an impossible sender");
+        assert!(
+            check(attached(1, 0, &[7; limits::MESSAGE_FILES + 1])).is_err(),
+            "more than one message takes"
+        );
+    }
+
+    #[test]
+    fn who_waits_to_be_accepted_does_so_once() {
+        let listener = |waiting: &[u32]| Socket {
+            waiting: waiting.to_vec(),
+            ..unix(SOCK_STREAM, State::Listening, ABSTRACT)
+        };
+        let client = unix(SOCK_STREAM, State::Waiting, b"");
+        let check = |waiting: &[u32], client: &Socket| all(&[listener(waiting), client.clone()]);
+        assert_eq!(check(&[2], &client), Ok(()));
+        assert!(check(&[], &client).is_err(), "nobody has it");
+        assert!(check(&[2, 2], &client).is_err(), "twice");
+        assert!(check(&[1], &client).is_err(), "another");
+        assert!(check(&[9], &client).is_err(), "none");
+        let packet = unix(SOCK_SEQPACKET, State::Waiting, b"");
+        assert!(check(&[2], &packet).is_err(), "another type");
+        let gone = Socket {
+            waiting: vec![2],
+            ..unix(SOCK_STREAM, State::Listening, PATH)
+        };
+        assert!(gone.validate().is_err(), "nobody can connect to it");
+        let unread = Socket {
+            queue: vec![b"x".to_vec()],
+            ..client
+        };
+        assert!(unread.validate().is_err(), "nobody can have sent to it");
+        assert!(unix(SOCK_DGRAM, State::Waiting, b"").validate().is_err());
     }
 
     #[test]
@@ -484,6 +659,7 @@ mod tests {
             attached: vec![Attached {
                 message,
                 address: address.to_vec(),
+                ..Attached::default()
             }],
             ..bound(ABSTRACT)
         };

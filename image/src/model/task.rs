@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use super::files::File;
+use super::files::{File, file};
 use super::relations::{Making, Member, Obstacle, Zombie};
 use super::shared::Shared;
 use super::signals::{Action, Pending};
@@ -308,6 +308,22 @@ impl Tree {
             .map(|process| (process.pid, process.descriptors.as_slice()))
             .collect();
         File::validate_all(&self.files, &self.pipes, &tables)?;
+        for file in &self.files {
+            let Some(file::Kind::Socket(socket)) = &file.kind else {
+                continue;
+            };
+            for sender in socket
+                .attached
+                .iter()
+                .filter_map(|attached| attached.sender)
+            {
+                ensure(
+                    seen.contains(&sender.pid),
+                    || format!("open file {}", file.id),
+                    "has a message from a process that is not in the tree",
+                )?;
+            }
+        }
         let mappings = self
             .processes
             .iter()

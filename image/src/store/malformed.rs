@@ -19,7 +19,7 @@ use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use crate::model::relations::Zombie;
 use crate::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
 use crate::model::signals::Action;
-use crate::model::sockets::{Socket, State};
+use crate::model::sockets::{Attached, Ids, Socket, State};
 use crate::model::task::{Credentials, Host, Limit, Process, Scheduling, Thread};
 use crate::page::{PAGE_LEN, PAGE_SIZE};
 
@@ -413,6 +413,14 @@ impl Parts {
 
     fn file(&mut self, id: usize, kind: file::Kind) {
         self.tree(|tree| tree.files[id - 1].kind = Some(kind));
+    }
+
+    fn socket(&mut self, id: usize, change: impl FnOnce(&mut Socket)) {
+        self.tree(|tree| {
+            if let Some(file::Kind::Socket(socket)) = &mut tree.files[id - 1].kind {
+                change(socket);
+            }
+        });
     }
 
     fn edit(&mut self, offset: usize, bytes: &[u8]) {
@@ -1149,6 +1157,90 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                 )
             }),
             "`tree`: datagram socket names a socket that is not there",
+        ),
+        (
+            "socket-stream-in-pieces",
+            Built(|parts| {
+                parts.socket(5, |socket| {
+                    socket.queue = vec![b"un".to_vec(), b"read".to_vec()];
+                })
+            }),
+            "`tree`: socket is a stream with several messages",
+        ),
+        (
+            "message-with-a-file-that-is-not-there",
+            Built(|parts| {
+                parts.socket(5, |socket| {
+                    socket.attached = vec![Attached {
+                        files: vec![99],
+                        ..Attached::default()
+                    }];
+                })
+            }),
+            "`tree`: open file 5 has a message with an open file that is not there",
+        ),
+        (
+            "message-of-a-stranger",
+            Built(|parts| {
+                parts.socket(5, |socket| {
+                    socket.attached = vec![Attached {
+                        sender: Some(Ids {
+                            pid: 99,
+                            ..Ids::default()
+                        }),
+                        ..Attached::default()
+                    }];
+                })
+            }),
+            "`tree`: open file 5 has a message from a process that is not in the tree",
+        ),
+        (
+            "message-with-too-many-files",
+            Built(|parts| {
+                parts.socket(5, |socket| {
+                    socket.attached = vec![Attached {
+                        files: vec![7; 254],
+                        ..Attached::default()
+                    }];
+                })
+            }),
+            "`tree`: socket's message has 254, more than the limit of 253",
+        ),
+        (
+            "message-with-what-only-a-process-has",
+            Built(|parts| {
+                parts.root(|root| root.descriptors.truncate(7));
+                parts.socket(5, |socket| {
+                    socket.attached = vec![Attached {
+                        files: vec![8],
+                        ..Attached::default()
+                    }];
+                });
+            }),
+            "`tree`: open file 8 is held by no process and has what only a process can give it",
+        ),
+        (
+            "socket-waits-at-nobody",
+            Built(|parts| {
+                parts.file(
+                    7,
+                    file::Kind::Socket(Socket {
+                        family: 1,
+                        r#type: 1,
+                        state: State::Waiting.into(),
+                        ..Socket::default()
+                    }),
+                )
+            }),
+            "`tree`: open file 7 waits to be accepted by nobody",
+        ),
+        (
+            "socket-lets-a-pair-wait",
+            Built(|parts| {
+                parts.file(7, listener(b"\x01\0\0a"));
+                parts.socket(7, |socket| socket.waiting = vec![5]);
+            }),
+            "`tree`: open file 5 waits to be accepted twice, or is none that does",
         ),
         (
             "fifo-of-no-pipe",

@@ -29,7 +29,7 @@ use pageferry_tracee::procfs::{self, DescriptorEntry};
 use pageferry_tracee::{Error as ProcessError, pipe};
 
 use super::shared::Objects;
-use super::sockets;
+use super::sockets::{self, flight, flight::InFlight};
 use crate::identity;
 use crate::survey::{Object, Pids, Refusal, RefusalKind, SurveyOptions};
 use crate::{Error, Result};
@@ -95,6 +95,8 @@ pub(crate) struct Look<'a> {
     pub shared: Objects,
     /// The processes of the tree.
     pub pids: &'a [i32],
+    /// Children of theirs that have ended, as far as they are known yet.
+    pub ended: Vec<i32>,
 }
 
 /// Identities already read, by path and whether the file must be the same one; with the device and inode they were read for.
@@ -475,6 +477,11 @@ struct Row<'e> {
 }
 
 impl Row<'_> {
+    /// Whether it is one of ours: nobody in the tree has it, but a message brings it.
+    fn is_sent(&self) -> bool {
+        self.pid == flight::own_pid()
+    }
+
     fn place(&self) -> (usize, u32) {
         (self.table, self.entry.fd)
     }
@@ -503,22 +510,35 @@ pub(crate) enum Depth {
     Capture,
 }
 
-/// Looks at the whole descriptor tables of a tree, the root's first.
-pub(crate) fn table(look: &mut Look<'_>, tables: &[Entries], depth: Depth) -> Result<Table> {
+/// Looks at the whole descriptor tables of a tree, the root's first, and last at ours if `in_flight` is in it.
+pub(crate) fn table(
+    look: &mut Look<'_>,
+    tables: &[Entries],
+    in_flight: &InFlight,
+    depth: Depth,
+) -> Result<Table> {
     let groups = shared_groups(tables, depth)?;
-    let mut table = Table {
-        descriptors: tables.iter().map(|(pid, _)| (*pid, Vec::new())).collect(),
-        ..Table::default()
-    };
+    let mut table = Table::default();
+    let entries = tables.iter().flat_map(|(_, entries)| entries);
     let mut sight = Sight {
         tables,
         depth,
         pidfds: BTreeMap::new(),
-        sockets: sockets::Pairs::new(tables.iter().flat_map(|(_, entries)| entries)),
+        sockets: sockets::Pairs::new(entries, depth),
+        in_flight,
         pipes: BTreeMap::new(),
     };
+    let number = |index: usize| u32::try_from(index + 1).unwrap_or(u32::MAX);
     for (index, group) in groups.iter().enumerate() {
-        let id = u32::try_from(index + 1).unwrap_or(u32::MAX);
+        for Row { entry, .. } in group.iter().filter(|row| row.is_sent()) {
+            sight.sockets.sent.insert(entry.fd, number(index));
+            if access(entry) != libc::O_RDONLY {
+                look.shared.will_be_written(entry.info.ino);
+            }
+        }
+    }
+    for (index, group) in groups.iter().enumerate() {
+        let id = number(index);
         // A group is never empty: it is made of the rows.
         let Row { pid, entry, .. } = group[0];
         look.pid = pid;
@@ -530,7 +550,10 @@ pub(crate) fn table(look: &mut Look<'_>, tables: &[Entries], depth: Depth) -> Re
                     owner,
                     kind: Some(kind),
                 });
-                for row in group {
+                if let Some(inode) = entry.pipe_or_socket_inode() {
+                    sight.sockets.files.insert(inode, id);
+                }
+                for row in group.iter().filter(|row| !row.is_sent()) {
                     table
                         .descriptors
                         .entry(row.pid)
@@ -566,7 +589,7 @@ pub(crate) fn table(look: &mut Look<'_>, tables: &[Entries], depth: Depth) -> Re
         }
         table.inodes.extend(entry.pipe_or_socket_inode());
     }
-    for (id, what) in sockets::finish(&mut table.files) {
+    for (id, what) in sockets::finish(&mut table.files, &sight.sockets) {
         // Numbers are given in the order of the groups.
         if let Some(Row { pid, entry, .. }) = groups.get(id as usize - 1).map(|group| group[0]) {
             table.refusals.push(Refusal {
@@ -691,6 +714,7 @@ struct Sight<'e> {
     depth: Depth,
     pidfds: BTreeMap<i32, PidFd>,
     sockets: sockets::Pairs,
+    in_flight: &'e InFlight,
     /// By device and inode; unnamed pipes are on device 0.
     pipes: BTreeMap<(u64, u64), Pipe>,
 }
@@ -804,7 +828,8 @@ impl Sight<'_> {
             }
             Shape::Socket { inode } => {
                 let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
-                match sockets::socket(look, entry, inode, copy.as_fd(), depth, &mut self.sockets)? {
+                let (pairs, in_flight) = (&mut self.sockets, self.in_flight);
+                match sockets::socket(look, entry, inode, copy.as_fd(), depth, pairs, in_flight)? {
                     Ok(socket) => file::Kind::Socket(socket),
                     Err(refusal) => return Ok(Err(refusal)),
                 }
@@ -814,7 +839,13 @@ impl Sight<'_> {
             return Ok(Ok((kind, None)));
         }
         let copy = self.pidfd(pid)?.get_fd(entry.fd)?;
-        Ok(owner(pid, self.tables, copy.as_fd())?.map(|owner| (kind, owner)))
+        Ok(match owner(pid, self.tables, copy.as_fd())? {
+            // Only a process that has it can say whom it tells.
+            Ok(Some(Owner { id, .. })) if group[0].is_sent() => {
+                Err(RefusalKind::SignalOwner { id })
+            }
+            found => found.map(|owner| (kind, owner)),
+        })
     }
 }
 
@@ -842,8 +873,15 @@ fn owner(pid: i32, tables: &[Entries], copy: BorrowedFd<'_>) -> Result<Verdict<O
 /// An epoll instance, by the numbers that one of its holders has for what is watched: descriptors are watched under the number
 /// they had when they were added, and after a fork another process may have something else there.
 fn epoll(group: &[Row<'_>], tables: &[Entries]) -> Result<Verdict<Epoll>> {
+    if group[0].is_sent() {
+        // Its watches have the numbers of a process that has closed it.
+        return Ok(match group[0].entry.info.epoll.first() {
+            Some(item) => Err(RefusalKind::EpollForeign { fd: item.fd }),
+            None => Ok(Epoll::default()),
+        });
+    }
     let mut foreign = Err(RefusalKind::EpollForeign { fd: 0 });
-    for row in group {
+    for row in group.iter().filter(|row| !row.is_sent()) {
         match epoll_of(*row, &tables[row.table].1)? {
             Ok(epoll) => return Ok(Ok(epoll)),
             Err(refusal) => foreign = Err(refusal),

@@ -4,7 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Metadata;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
+use std::sync::Arc;
 
 use pageferry_image::model::limits;
 use pageferry_image::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
@@ -36,6 +38,8 @@ pub struct SharedPages {
     pub size: u64,
     /// Leads to it for as long as the tree is frozen.
     pub path: String,
+    /// What the path leads through, if it was only in a message that nobody has received.
+    pub kept: Option<Arc<OwnedFd>>,
 }
 
 impl SharedPages {
@@ -81,6 +85,8 @@ pub(crate) struct Objects {
     found: Vec<Found>,
     /// Inodes of files that the tree writes, once somebody has asked.
     written: Option<BTreeSet<u64>>,
+    /// Those of files that are sent to be written.
+    sent: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
@@ -140,7 +146,12 @@ impl Objects {
             self.written = Some(written(pids)?);
         }
         let written = self.written.as_ref();
-        Ok(written.is_some_and(|written| written.contains(&inode)))
+        Ok(self.sent.contains(&inode) || written.is_some_and(|written| written.contains(&inode)))
+    }
+
+    /// Notes the inode of a file that travels in a message and may be written by who receives it.
+    pub(crate) fn will_be_written(&mut self, inode: u64) {
+        self.sent.insert(inode);
     }
 
     fn met(&self, key: FileKey) -> Option<u32> {
@@ -268,6 +279,7 @@ impl Objects {
                 object: ObjectId::shared(process_count, index).0,
                 size: found.model.size,
                 path: found.path,
+                kept: None,
             };
             (found.model, pages)
         });

@@ -1,7 +1,9 @@
 //! Sockets: their kind, addresses, options and, for UNIX sockets inside the tree, what lies unread.
 //!
-//! Nothing is read out of a socket and no option of one is changed, except the peek offset for the length of one peek.
+//! Nothing is read out of a socket and no option of one is changed, except the peek offset and whether senders are told, for the
+//! length of one peek.
 
+pub(crate) mod flight;
 mod unix;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +16,7 @@ use pageferry_tracee::procfs::DescriptorEntry;
 use pageferry_tracee::unix_diag::UnixDiag;
 use pageferry_tracee::{Error as ProcessError, socket};
 
+use self::flight::InFlight;
 use super::files::{Depth, Look, Verdict};
 use crate::Result;
 use crate::survey::{RefusalKind, TcpPolicy};
@@ -22,6 +25,9 @@ pub(crate) use self::unix::finish;
 
 const SO_RCVBUFFORCE: i32 = 33;
 const SO_SNDBUFFORCE: i32 = 32;
+/// Whether a message tells a pidfd of its sender (6.5), and whether it may bring descriptors (6.16).
+const SO_PASSPIDFD: i32 = 76;
+const SO_PASSRIGHTS: i32 = 83;
 /// Which buffer sizes the program chose itself (5.14).
 const SO_BUF_LOCK: i32 = 72;
 /// Offsets of `tcpi_segs_out` and `tcpi_segs_in` in `struct tcp_info`.
@@ -53,6 +59,8 @@ const GENERAL: &[i32] = &[
     libc::SO_SELECT_ERR_QUEUE,
     libc::SO_BINDTODEVICE,
     libc::SO_PEEK_OFF,
+    SO_PASSPIDFD,
+    SO_PASSRIGHTS,
 ];
 /// `IPPROTO_IP`, on IPv6 sockets too: they may speak IPv4. By number: IP_TOS, TTL, RECVOPTS, RETOPTS, PKTINFO, MTU_DISCOVER,
 /// RECVERR, RECVTTL, RECVTOS, FREEBIND, TRANSPARENT, RECVORIGDSTADDR, MINTTL, NODEFRAG, BIND_ADDRESS_NO_PORT, RECVFRAGSIZE,
@@ -94,12 +102,24 @@ pub(crate) struct Pairs {
     diag: Option<UnixDiag>,
     /// The options of a socket just made, by its kind.
     fresh: BTreeMap<Kind, Vec<Value>>,
+    /// Something travels to a socket: other ends may be found there, but only in the freeze.
+    unseen: bool,
+    /// The open files of our own table, by descriptor: those that travel.
+    pub(crate) sent: BTreeMap<u32, u32>,
+    /// The open files of sockets, by inode.
+    pub(crate) files: BTreeMap<u64, u32>,
+    /// By the inode of a listening socket: how many wait to be accepted, and the inodes of those that do.
+    waiting: BTreeMap<u64, (u32, Vec<u64>)>,
 }
 
 impl Pairs {
-    pub(crate) fn new<'e>(entries: impl IntoIterator<Item = &'e DescriptorEntry>) -> Self {
+    pub(crate) fn new<'e>(
+        entries: impl IntoIterator<Item = &'e DescriptorEntry, IntoIter: Clone>,
+        depth: Depth,
+    ) -> Self {
+        let entries = entries.into_iter();
+        let unseen = depth == Depth::Survey && flight::is_there(entries.clone());
         let own = entries
-            .into_iter()
             .filter(|entry| entry.link.starts_with("socket:"))
             .filter_map(DescriptorEntry::pipe_or_socket_inode)
             .collect();
@@ -108,6 +128,10 @@ impl Pairs {
             numbers: BTreeMap::new(),
             diag: None,
             fresh: BTreeMap::new(),
+            unseen,
+            sent: BTreeMap::new(),
+            files: BTreeMap::new(),
+            waiting: BTreeMap::new(),
         }
     }
 
@@ -134,6 +158,7 @@ pub(crate) fn socket(
     fd: BorrowedFd<'_>,
     depth: Depth,
     pairs: &mut Pairs,
+    in_flight: &InFlight,
 ) -> Result<Verdict<Socket>> {
     let kind = socket::kind(fd)?;
     let found = match kind {
@@ -141,7 +166,13 @@ pub(crate) fn socket(
             tcp(fd, look.options.tcp)?
         }
         (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP) => udp(fd)?,
-        (libc::AF_UNIX, kind, _) => unix::socket(entry, inode, fd, kind, depth, pairs)?,
+        (libc::AF_UNIX, kind, _) => {
+            let unread = match depth {
+                Depth::Survey => None,
+                Depth::Capture => Some((look, in_flight)),
+            };
+            unix::socket(entry, inode, fd, kind, unread, pairs)?
+        }
         (family, kind, protocol) => Err(RefusalKind::OtherSocket {
             kind: other_kind(family, kind, protocol),
         }),
@@ -431,7 +462,7 @@ mod tests {
     fn only_chosen_options_are_carried() {
         let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
         let kind = socket::kind(udp.as_fd()).expect("a socket");
-        let mut pairs = Pairs::new(&[]);
+        let mut pairs = Pairs::new(&[], Depth::Survey);
         assert_eq!(
             options(udp.as_fd(), kind, &mut pairs).expect("asked"),
             Ok(Vec::new())

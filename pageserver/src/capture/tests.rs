@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use pageferry_image::model::files::file;
-use pageferry_image::model::sockets::State;
+use pageferry_image::model::sockets::{Attached, State};
 use pageferry_image::page::PAGE_LEN;
 use pageferry_tracee::SeizeOptions;
 use pageferry_wire::PageKind;
@@ -319,17 +319,14 @@ int main(void) {
     struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = "\0pageferry-subject"};
     bind(named, (void *)&name, sizeof name);
     listen(named, 5);
-    connect(socket(AF_UNIX, SOCK_STREAM, 0), (void *)&name, sizeof name);
-    int relative = socket(AF_UNIX, SOCK_DGRAM, 0), pair[2];
+    int hasty = socket(AF_UNIX, SOCK_STREAM, 0);
+    connect(hasty, (void *)&name, sizeof name);
+    write(hasty, "x", 1);
+    int relative = socket(AF_UNIX, SOCK_DGRAM, 0);
     struct sockaddr_un back = {.sun_family = AF_UNIX, .sun_path = "/tmp/../tmp/pageferry-subject.sock"};
     unlink(back.sun_path);
     bind(relative, (void *)&back, sizeof back);
     unlink(back.sun_path);
-    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
-    struct { struct cmsghdr header; int fd; } rights = {{CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}, named};
-    struct iovec part = {"x", 1};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = sizeof rights};
-    sendmsg(pair[0], &message, 0);
     mkfifo("/tmp/pageferry-subject.fifo", 0600);
     open("/tmp/pageferry-subject.fifo", O_RDWR);
     unlink("/tmp/pageferry-subject.fifo");
@@ -367,7 +364,6 @@ int main(void) {
         "tcp",
         "terminal",
         "unix-accept-queue",
-        "unix-in-flight",
         "unix-named",
         "unix-state",
     ] {
@@ -437,6 +433,104 @@ int main(void) { signal(SIGUSR1, late); ready(); }
         other => panic!("{other:?}"),
     }
     family.thaw().expect("thawed");
+}
+
+/// Sends a descriptor and forgets it.
+const GIVE: &str = r#"
+static void give(int to, char *text, int fd) {
+    struct { struct cmsghdr header; int fd; } rights = {{CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}, fd};
+    struct iovec part = {text, strlen(text)};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = sizeof rights};
+    sendmsg(to, &message, 0);
+    close(fd);
+}
+"#;
+
+#[test]
+fn what_is_sent_and_not_received_is_captured_with_its_sender() {
+    let subject = Subject::start(&format!(
+        r#"{GIVE}
+int main(void) {{
+    int pair[2], one = 1, name = memfd_create("sent", 0);
+    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    setsockopt(pair[1], SOL_SOCKET, SO_PASSCRED, &one, sizeof one);
+    ftruncate(name, 8192);
+    write(pair[0], "before", 6);
+    give(pair[0], "with", dup(pair[0]));
+    give(pair[0], "memory", name);
+    printf("pair=%d\n", pair[1]);
+    ready();
+}}
+"#
+    ));
+    subject.captured(|captured| {
+        let file::Kind::Socket(socket) = kind(captured, subject.said("pair")) else {
+            panic!("it is a socket");
+        };
+        let queue: Vec<&[u8]> = socket.queue.iter().map(Vec::as_slice).collect();
+        assert_eq!(queue, [&b"before"[..], b"with", b"memory"]);
+        let sender = |attached: &Attached| attached.sender.map(|ids| ids.pid);
+        let senders: Vec<Option<i32>> = socket.attached.iter().map(sender).collect();
+        assert_eq!(senders, [Some(subject.pid()); 3]);
+        let sent: Vec<&[u32]> = socket.attached.iter().map(|of| &of.files[..]).collect();
+        let is_held = |id: u32| {
+            let rows = &root(captured).descriptors;
+            rows.iter().any(|row| row.file == id)
+        };
+        assert!(sent[0].is_empty() && is_held(sent[1][0]) && !is_held(sent[2][0]));
+        assert_eq!(captured.shared.len(), 1);
+        assert!(captured.shared[0].kept.is_some(), "nobody else has it");
+        crate::shared::SharedReader::open(captured.shared[0].clone()).expect("it can be read");
+    });
+}
+
+#[test]
+fn what_cannot_travel_in_a_message_is_refused_with_the_socket_that_brings_it() {
+    let subject = Subject::start(&format!(
+        r#"{GIVE}
+int main(void) {{
+    int pair[2], other[2], one = 1;
+    socketpair(AF_UNIX, SOCK_DGRAM, 0, pair);
+    socketpair(AF_UNIX, SOCK_STREAM, 0, other);
+    write(pair[0], "first", 5);
+    give(pair[0], "second", inotify_init());
+    setsockopt(other[1], SOL_SOCKET, SO_PASSCRED, &one, sizeof one);
+    if (fork() == 0) {{
+        write(other[0], "x", 1);
+        _exit(0);
+    }}
+    wait(NULL);
+    printf("pair=%d\nother=%d\n", pair[1], other[1]);
+    ready();
+}}
+"#
+    ));
+    let options = SurveyOptions::default();
+    let found = survey(subject.pid(), &options).expect("surveyed");
+    assert!(found.refusals.is_empty(), "{:?}", found.refusals);
+    let mut family = Family::seize(subject.pid(), SeizeOptions::default()).expect("seized");
+    family
+        .freeze(Duration::from_millis(500), 5)
+        .expect("frozen");
+    let Err(Error::Refused(refusals)) = capture(&mut family, &found, &options) else {
+        panic!("it is captured");
+    };
+    family.thaw().expect("thawed");
+    let told: Vec<String> = refusals.iter().map(ToString::to_string).collect();
+    let fd = |name| format!("pid {} fd {}: ", subject.pid(), subject.said(name));
+    let is_told = |start: &str, text: &str| {
+        told.iter()
+            .any(|line| line.starts_with(start) && line.contains(text))
+    };
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(
+        is_told(&fd("pair"), "message 2 brings this: inotify"),
+        "{told:?}"
+    );
+    assert!(
+        is_told(&fd("other"), "which is not in the tree"),
+        "{told:?}"
+    );
 }
 
 /// A child that pauses for ever, and ends with its parent.

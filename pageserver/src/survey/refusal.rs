@@ -340,12 +340,19 @@ refusals! {
         name: String,
         /// How many.
         count: u32,
-    } = "unix-accept-queue", "listening UNIX socket {name} has {count} connection(s) waiting to be accepted, which are not carried yet (let the program accept them)";
-    /// Descriptors in flight.
+    } = "unix-accept-queue", "listening UNIX socket {name} has {count} connection(s) waiting to be accepted, some from outside of the tree, closed, or with data sent, or its file is gone (let the program accept them)";
+    /// A descriptor that travels in an unread message and is of no kind that is carried.
     UnixInFlight {
-        /// How many.
-        count: u32,
-    } = "unix-in-flight", "UNIX socket holds {count} descriptor(s) sent but not received (let the program receive them)";
+        /// Place of the message in the queue, from 1.
+        message: usize,
+        /// What would be said of the descriptor.
+        what: String,
+    } = "unix-in-flight", "UNIX socket whose unread message {message} brings this: {what}";
+    /// An unread message whose sender was noted and will not be there.
+    UnixSender {
+        /// The sender; 0: of another pid namespace.
+        pid: i32,
+    } = "unix-sender", "UNIX socket with an unread message that process {pid} sent, which is not in the tree or has ended (let the program receive it)";
     /// A UNIX socket with unread out-of-band data, or one half torn down.
     UnixState {
         /// What is wrong.

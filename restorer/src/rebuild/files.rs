@@ -206,13 +206,7 @@ pub(crate) struct Files {
 }
 
 impl Files {
-    /// `sockets`: those that are made already.
-    pub(crate) fn new(
-        tree: &Tree,
-        objects: Objects,
-        sockets: BTreeMap<u32, OwnedFd>,
-        names: &mut Names,
-    ) -> Result<Self> {
+    pub(crate) fn new(tree: &Tree, objects: Objects, names: &mut Names) -> Result<Self> {
         let fifos = fifos::make(tree, names)?;
         let mut pipes = BTreeMap::new();
         let is_unnamed = |pipe: &&Pipe| !fifos.contains_key(&pipe.id);
@@ -232,10 +226,39 @@ impl Files {
             pipes,
             fifos,
             first_of_pipe: BTreeMap::new(),
-            made: sockets,
+            made: BTreeMap::new(),
             handed: BTreeSet::new(),
             objects,
         })
+    }
+
+    /// Takes the UNIX sockets, which are not made here.
+    pub(super) fn take(&mut self, sockets: BTreeMap<u32, OwnedFd>) {
+        self.made.extend(sockets);
+    }
+
+    /// Ours of an open file that is made already.
+    pub(super) fn ours(&self, id: u32) -> Option<&OwnedFd> {
+        self.made.get(&id)
+    }
+
+    /// Makes an open file that travels in a message, before any process has it. `object`: what receives it.
+    pub(super) fn make_sent(
+        &mut self,
+        tree: &Tree,
+        id: u32,
+        object: &str,
+        passed: impl Fn() -> Result<Passed>,
+    ) -> Result<()> {
+        if self.made.contains_key(&id) {
+            return Ok(());
+        }
+        let object = format!("{object}, open file {id} in a message");
+        let carried =
+            file_of(tree, id).ok_or_else(|| Invalid::new(object.as_str(), "is not there"))?;
+        let made = self.make(carried, &object, passed)?;
+        self.made.insert(id, made);
+        Ok(())
     }
 
     /// Makes what no process before this one has.
@@ -255,7 +278,7 @@ impl Files {
             let Some(carried) = file_of(tree, id) else {
                 continue;
             };
-            let made = self.make(carried, fd, &passed)?;
+            let made = self.make(carried, &format!("fd {fd}"), &passed)?;
             self.made.insert(carried.id, made);
         }
         Ok(())
@@ -354,14 +377,14 @@ impl Files {
         Ok(())
     }
 
-    /// Makes one open file description in our process; `None` for those made in the husk.
+    /// Makes one open file description in our process. `named`: as an operator would name it.
     fn make(
         &mut self,
         carried: &File,
-        fd: u32,
+        named: &str,
         passed: impl Fn() -> Result<Passed>,
     ) -> Result<OwnedFd> {
-        let object = || format!("fd {fd}");
+        let object = || named.to_owned();
         let kernel = |call: &'static str| {
             move |error: pageferry_tracee::Error| {
                 Error::object(object(), call, std::io::Error::other(error))
@@ -378,7 +401,7 @@ impl Files {
                     .as_ref()
                     .ok_or_else(|| Invalid::new(object(), "names no file"))?;
                 open(&identity.path, carried.flags, Some(regular.position)).map_err(|error| {
-                    Error::object(format!("fd {fd} ({})", identity.path), "open", error)
+                    Error::object(format!("{named} ({})", identity.path), "open", error)
                 })?
             }
             file::Kind::Shared(shared) => {
@@ -392,12 +415,12 @@ impl Files {
             }
             file::Kind::Directory(directory) => {
                 open(&directory.path, carried.flags, Some(directory.position)).map_err(|error| {
-                    Error::object(format!("fd {fd} ({})", directory.path), "open", error)
+                    Error::object(format!("{named} ({})", directory.path), "open", error)
                 })?
             }
             file::Kind::Device(device) => {
                 let opened = open(&device.path, carried.flags, None).map_err(|error| {
-                    Error::object(format!("fd {fd} ({})", device.path), "open", error)
+                    Error::object(format!("{named} ({})", device.path), "open", error)
                 })?;
                 let rdev = nix::sys::stat::fstat(&opened)
                     .map_err(|e| Error::object(object(), "fstat", e))?
@@ -443,9 +466,9 @@ impl Files {
             file::Kind::Signalfd(carried) => {
                 descriptor::create_signalfd(carried.mask).map_err(kernel("signalfd4"))?
             }
-            file::Kind::Socket(socket) => sockets::make(socket, &object())?,
+            file::Kind::Socket(socket) => sockets::make(socket, named)?,
             file::Kind::Fifo(fifo) => {
-                let object = format!("fd {fd} ({})", fifo.path);
+                let object = format!("{named} ({})", fifo.path);
                 let ours = self.fifos.get(&fifo.pipe).ok_or_else(|| {
                     Invalid::new(object.as_str(), "names a pipe that is not there")
                 })?;

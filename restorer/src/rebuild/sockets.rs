@@ -44,7 +44,7 @@ pub(crate) fn make(carried: &Socket, object: &str) -> Result<OwnedFd> {
             socket::bind_raw(made.as_fd(), &carried.local).map_err(kernel("bind"))?;
         }
         State::Unbound | State::Dropped => {}
-        State::Paired | State::Invalid => {
+        State::Paired | State::Waiting | State::Invalid => {
             return Err(Invalid::new(object, "is in no known state").into());
         }
     }

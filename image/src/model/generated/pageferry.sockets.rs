@@ -31,13 +31,18 @@ pub struct SocketFile {
     #[prost(uint64, tag = "4")]
     pub inode: u64,
 }
-/// What comes with a message that lies unread: its place in the queue, from 0; the sender's struct sockaddr.
+/// What comes with a message that lies unread: its place in the queue, from 0; the sender's struct sockaddr; the process that sent
+/// it, if the kernel noted one (SCM_CREDENTIALS); File.id of the open files that travel with it (SCM_RIGHTS), in order.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Attached {
     #[prost(uint32, tag = "1")]
     pub message: u32,
     #[prost(bytes = "vec", tag = "2")]
     pub address: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "3")]
+    pub sender: ::core::option::Option<Ids>,
+    #[prost(uint32, repeated, tag = "4")]
+    pub files: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Socket {
@@ -61,7 +66,8 @@ pub struct Socket {
     /// PAIRED: the two ends carry the same number, from 1
     #[prost(uint32, tag = "8")]
     pub pair: u32,
-    /// UNIX: what lies unread, one entry a message (stream: one entry)
+    /// UNIX: what lies unread, one entry a message. Of a stream an entry begins where the sender changes, where open files come,
+    /// and behind these.
     #[prost(bytes = "vec", repeated, tag = "9")]
     pub queue: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
     #[prost(bool, tag = "10")]
@@ -86,6 +92,9 @@ pub struct Socket {
     /// ascending
     #[prost(message, repeated, tag = "17")]
     pub attached: ::prost::alloc::vec::Vec<Attached>,
+    /// LISTENING: File.id of those whose connections wait to be accepted, in order
+    #[prost(uint32, repeated, tag = "18")]
+    pub waiting: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -98,6 +107,8 @@ pub enum State {
     Paired = 4,
     /// an established connection that --tcp close gives up: the program finds it closed
     Dropped = 5,
+    /// a UNIX socket inside the tree whose connection nobody has accepted yet
+    Waiting = 6,
 }
 impl State {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -112,6 +123,7 @@ impl State {
             Self::Listening => "STATE_LISTENING",
             Self::Paired => "STATE_PAIRED",
             Self::Dropped => "STATE_DROPPED",
+            Self::Waiting => "STATE_WAITING",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -123,6 +135,7 @@ impl State {
             "STATE_LISTENING" => Some(Self::Listening),
             "STATE_PAIRED" => Some(Self::Paired),
             "STATE_DROPPED" => Some(Self::Dropped),
+            "STATE_WAITING" => Some(Self::Waiting),
             _ => None,
         }
     }

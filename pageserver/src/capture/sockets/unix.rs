@@ -1,7 +1,7 @@
 //! UNIX sockets: their names with the files that belong to these, connections inside the tree, and what lies unread.
 //!
 //! Who is at the other end only the kernel's socket diagnostics tell. A connection to a socket that no process of the tree has
-//! is refused, and so is one that lies unaccepted: what was sent on it cannot be seen.
+//! is refused. One that lies unaccepted is carried as long as nothing was sent on it, for that could not be seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -15,11 +15,12 @@ use pageferry_image::model::sockets::{
     Attached, Ids, Socket, SocketFile, State, unix_name, unix_path,
 };
 use pageferry_tracee::procfs::DescriptorEntry;
-use pageferry_tracee::socket;
+use pageferry_tracee::socket::{self, Message, Sender};
 use pageferry_tracee::unix_diag::Peer;
 
 use super::Pairs;
-use crate::capture::files::{Depth, Verdict};
+use super::flight::{self, InFlight};
+use crate::capture::files::{Look, Verdict};
 use crate::survey::RefusalKind;
 use crate::{Error, Result};
 
@@ -32,22 +33,19 @@ fn named(address: Vec<u8>) -> Vec<u8> {
     }
 }
 
-/// One socket. With [`Depth::Survey`] without what lies unread.
+/// One socket. `unread`: the tree, and what travels in it, if what lies unread is to be had too.
 pub(super) fn socket(
     entry: &DescriptorEntry,
     inode: u64,
     fd: BorrowedFd<'_>,
     kind: i32,
-    depth: Depth,
+    unread: Option<(&Look<'_>, &InFlight)>,
     pairs: &mut Pairs,
 ) -> Result<Verdict<Socket>> {
     let local = named(socket::local_address(fd)?);
     let name = unix_name(&local).unwrap_or_default();
     if unix_path(&local).is_some_and(|path| !leads_there(path)) {
         return Ok(Err(RefusalKind::UnixNamed { name }));
-    }
-    if let Some(count @ 1..) = entry.info.scm_fds {
-        return Ok(Err(RefusalKind::UnixInFlight { count }));
     }
     let Some(found) = pairs.diag()?.socket(inode)? else {
         return Ok(Err(RefusalKind::UnixState {
@@ -63,8 +61,8 @@ pub(super) fn socket(
     };
     if found.state == socket::TCP_LISTEN {
         if found.waiting > 0 {
-            let count = found.waiting;
-            return Ok(Err(RefusalKind::UnixAcceptQueue { name, count }));
+            let clients = pairs.diag()?.waiting(inode)?;
+            pairs.waiting.insert(inode, (found.waiting, clients));
         }
         made.set_state(State::Listening);
         made.backlog = found.backlog;
@@ -86,9 +84,13 @@ pub(super) fn socket(
         }
         // One that waits to be accepted has no inode either, but nothing is shut.
         Peer::Hidden if !is_datagram && is_shut != (true, true) => {
-            return Ok(Err(RefusalKind::UnixState {
-                what: "a connection that nobody has accepted",
-            }));
+            if socket::unsent_bytes(fd)? > 0 {
+                return Ok(Err(RefusalKind::UnixState {
+                    what: "a connection that nobody has accepted, and data sent on it",
+                }));
+            }
+            made.set_state(State::Waiting);
+            (made.shut_read, made.shut_write) = is_shut;
         }
         Peer::Hidden => {
             made.set_state(State::Paired);
@@ -113,6 +115,8 @@ pub(super) fn socket(
                 }
             }
         }
+        // It may be in a message, which is not looked at yet.
+        Peer::Socket(_) if pairs.unseen => made.set_state(alone),
         Peer::Socket(peer) => {
             let address = socket::peer_address(fd)?.unwrap_or_default();
             return Ok(Err(RefusalKind::UnixOutside {
@@ -122,24 +126,67 @@ pub(super) fn socket(
         }
     }
     let has_queue = made.state() == State::Paired || is_datagram;
-    if depth == Depth::Capture && has_queue {
-        let queue = socket::peek_all(fd)?;
-        if queue.descriptors {
-            return Ok(Err(RefusalKind::UnixInFlight { count: 1 }));
+    let Some((look, in_flight)) = unread.filter(|_| has_queue) else {
+        return Ok(Ok(made));
+    };
+    let peeked;
+    let messages = match in_flight.queue(inode) {
+        Some(messages) => messages,
+        None => {
+            peeked = socket::peek_all(fd)?;
+            &peeked
         }
-        for (index, message) in (0..).zip(queue.messages) {
-            let address = named(message.address);
-            // Of a stream the kernel tells the sender too: it is the other end.
-            if is_datagram && !address.is_empty() {
-                made.attached.push(Attached {
-                    message: index,
-                    address,
-                });
+    };
+    Ok(
+        queue(&mut made, messages, is_datagram, look, pairs).and_then(|files| {
+            // The kernel shows an empty message only once, and its program may have looked.
+            match entry.info.scm_fds {
+                Some(count) if count as usize != files => Err(RefusalKind::UnixState {
+                    what: "a message that cannot be seen a second time",
+                }),
+                _ => Ok(made),
             }
-            made.queue.push(message.bytes);
+        }),
+    )
+}
+
+/// Takes what lies unread. How many open files travel with it.
+fn queue(
+    made: &mut Socket,
+    messages: &[Message],
+    is_datagram: bool,
+    look: &Look<'_>,
+    pairs: &Pairs,
+) -> Verdict<usize> {
+    let mut count = 0;
+    for (index, message) in (0..).zip(messages) {
+        // Of a stream the kernel tells the sender's name too: it is the other end.
+        let address = match is_datagram {
+            true => named(message.address.clone()),
+            false => Vec::new(),
+        };
+        let sender = message
+            .sender
+            .map(|Sender { pid, uid, gid }| Ids { pid, uid, gid });
+        if let Some(Ids { pid, .. }) = sender {
+            if !look.pids.contains(&pid) && !look.ended.contains(&pid) {
+                return Err(RefusalKind::UnixSender { pid });
+            }
         }
+        let sent = message.files.iter().map(flight::number);
+        let files: Vec<u32> = sent.filter_map(|fd| pairs.sent.get(&fd).copied()).collect();
+        count += files.len();
+        if !address.is_empty() || sender.is_some() || !files.is_empty() {
+            made.attached.push(Attached {
+                message: index,
+                address,
+                sender,
+                files,
+            });
+        }
+        made.queue.push(message.bytes.clone());
     }
-    Ok(Ok(made))
+    Ok(count)
 }
 
 /// Whether the path means the same to everybody, and may be in a model.
@@ -186,9 +233,9 @@ fn peer_ids(fd: BorrowedFd<'_>) -> Result<Option<Ids>> {
 }
 
 /// What can only be said of the sockets of a tree together: which end of each pair was accepted from a listening socket, and has
-/// its name and not the file; and whether each sender of an unread datagram is there. What is refused, by the number of the open
-/// file.
-pub(crate) fn finish(files: &mut [File]) -> Vec<(u32, RefusalKind)> {
+/// its name and not the file; whether each sender of an unread datagram is there; and who waits to be accepted where. What is
+/// refused, by the number of the open file.
+pub(crate) fn finish(files: &mut [File], pairs: &Pairs) -> Vec<(u32, RefusalKind)> {
     let mut uses: BTreeMap<Vec<u8>, usize> = BTreeMap::new();
     let mut ends: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     let (mut receivers, mut listening) = (BTreeSet::new(), BTreeSet::new());
@@ -244,14 +291,14 @@ pub(crate) fn finish(files: &mut [File]) -> Vec<(u32, RefusalKind)> {
             }
         }
     }
-    let mut refused = Vec::new();
+    let mut refused = accept_queues(files, pairs);
     for (index, file) in files.iter_mut().enumerate() {
         let Some(file::Kind::Socket(socket)) = &mut file.kind else {
             continue;
         };
         let is_there = if socket.pair == 0 {
-            let mut senders = socket.attached.iter();
-            senders.all(|attached| receivers.contains(&attached.address))
+            let mut senders = senders(socket);
+            senders.all(|address| receivers.contains(address))
         } else {
             // Nobody but the other end can send to it now.
             let other = if socket.peer_closed {
@@ -259,11 +306,13 @@ pub(crate) fn finish(files: &mut [File]) -> Vec<(u32, RefusalKind)> {
             } else {
                 others.get(&index).unwrap_or(&socket.remote)
             };
-            let is_other = socket
-                .attached
-                .iter()
-                .all(|attached| &attached.address == other);
-            socket.attached.clear();
+            let is_other = senders(socket).all(|address| address == other);
+            for attached in &mut socket.attached {
+                attached.address.clear();
+            }
+            let is_something =
+                |attached: &Attached| attached.sender.is_some() || !attached.files.is_empty();
+            socket.attached.retain(is_something);
             is_other
         };
         if !is_there {
@@ -274,9 +323,69 @@ pub(crate) fn finish(files: &mut [File]) -> Vec<(u32, RefusalKind)> {
     refused
 }
 
+/// The names from which its messages came.
+fn senders(socket: &Socket) -> impl Iterator<Item = &Vec<u8>> {
+    let attached = socket.attached.iter();
+    attached
+        .map(|attached| &attached.address)
+        .filter(|address| !address.is_empty())
+}
+
+/// Tells listening sockets who waits to be accepted. What is refused: a queue that cannot be made again as a whole, and who waits in
+/// it, or in one that is not there.
+fn accept_queues(files: &mut [File], pairs: &Pairs) -> Vec<(u32, RefusalKind)> {
+    let unix = |file: &File| match &file.kind {
+        Some(file::Kind::Socket(socket)) if socket.is_unix() => Some(socket.state()),
+        _ => None,
+    };
+    let mut unaccepted: BTreeSet<u32> = files
+        .iter()
+        .filter(|file| unix(file) == Some(State::Waiting))
+        .map(|file| file.id)
+        .collect();
+    let mut refused = Vec::new();
+    for (inode, (count, clients)) in &pairs.waiting {
+        let number = |inode| pairs.files.get(inode).copied();
+        let ids: Vec<u32> = clients
+            .iter()
+            .filter_map(number)
+            .filter(|id| unaccepted.contains(id))
+            .collect();
+        let listener = files
+            .iter_mut()
+            .find(|file| Some(file.id) == pairs.files.get(inode).copied());
+        let Some(file::Kind::Socket(socket)) = listener.and_then(|file| file.kind.as_mut()) else {
+            continue;
+        };
+        let can_be_found = socket.file.is_some() || unix_path(&socket.local).is_none();
+        if can_be_found && ids.len() == *count as usize {
+            unaccepted.retain(|id| !ids.contains(id));
+            socket.waiting = ids;
+        } else if let Some(id) = number(inode).filter(|_| !pairs.unseen) {
+            let name = unix_name(&socket.local).unwrap_or_default();
+            let count = *count;
+            refused.push((id, RefusalKind::UnixAcceptQueue { name, count }));
+        }
+    }
+    if !pairs.unseen {
+        let what = "a connection that nobody has accepted";
+        refused.extend(
+            unaccepted
+                .into_iter()
+                .map(|id| (id, RefusalKind::UnixState { what })),
+        );
+    }
+    refused
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::files::Depth;
+
+    fn finish(files: &mut [File]) -> Vec<(u32, RefusalKind)> {
+        super::finish(files, &Pairs::new(&[], Depth::Capture))
+    }
 
     fn file(id: u32, socket: Socket) -> File {
         File {
@@ -351,6 +460,7 @@ mod tests {
                 attached: vec![Attached {
                     message: 0,
                     address: sender.to_vec(),
+                    ..Attached::default()
                 }],
                 ..Socket::default()
             };
@@ -363,5 +473,46 @@ mod tests {
         );
         let refused = finish(&mut [datagram(1, one, other)]);
         assert!(matches!(refused[..], [(1, RefusalKind::UnixState { .. })]));
+    }
+
+    #[test]
+    fn an_accept_queue_is_carried_as_a_whole_or_refused() {
+        let (name, path) = (b"\x01\0\0public", b"\x01\0/public\0");
+        let stream = |id, state: State, local: &[u8]| {
+            let socket = Socket {
+                r#type: libc::SOCK_STREAM,
+                state: state.into(),
+                local: local.to_vec(),
+                ..Socket::default()
+            };
+            file(id, socket)
+        };
+        let check = |local: &[u8], count, clients: &[u64]| {
+            let mut pairs = Pairs::new(&[], Depth::Capture);
+            pairs.files = [(100, 1), (200, 2), (300, 3)].into();
+            pairs.waiting = [(100, (count, clients.to_vec()))].into();
+            let mut files = [
+                stream(1, State::Listening, local),
+                stream(2, State::Waiting, b""),
+                stream(3, State::Waiting, b""),
+            ];
+            let refused = super::finish(&mut files, &pairs);
+            let Some(file::Kind::Socket(listener)) = &files[0].kind else {
+                panic!("it is a socket");
+            };
+            let ids: Vec<u32> = refused.iter().map(|(id, _)| *id).collect();
+            (listener.waiting.clone(), ids)
+        };
+        assert_eq!(check(name, 2, &[300, 200]), (vec![3, 2], vec![]));
+        assert_eq!(check(name, 1, &[200]), (vec![2], vec![3]), "one elsewhere");
+        // A stranger, one that is closed, and one that the kernel does not tell.
+        assert_eq!(check(name, 3, &[200, 900, 300]), (vec![], vec![1, 2, 3]));
+        assert_eq!(check(name, 3, &[200, 0, 300]), (vec![], vec![1, 2, 3]));
+        assert_eq!(check(name, 3, &[]), (vec![], vec![1, 2, 3]));
+        assert_eq!(
+            check(path, 2, &[200, 300]),
+            (vec![], vec![1, 2, 3]),
+            "no file"
+        );
     }
 }

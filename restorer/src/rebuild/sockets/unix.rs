@@ -10,26 +10,29 @@
 //!    that finds the real one cannot come between.
 //! 2. Pairs, and sockets that stand alone; then names, since a path is free only now.
 //! 3. What lies unread, while nobody is connected to anybody else than the sender, no direction is shut and no option makes
-//!    the kernel note us as the sender.
+//!    the kernel note us as the sender; in the name of who was noted, and with the open files that travel with it. All sockets are
+//!    there by then, so that one may even be sent to itself.
 //! 4. Datagram sockets that send to one that does not send back, those first that are sent to by nobody who is not connected
 //!    yet: who is connected takes no connection from others.
-//! 5. Options, shut directions, and last who listens.
+//! 5. Options, shut directions, who listens, and last who waits to be accepted, in the order of before.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use pageferry_image::model::Invalid;
-use pageferry_image::model::files::file;
-use pageferry_image::model::sockets::{Ids, Socket, SocketFile, State};
+use pageferry_image::model::files::{File, file};
+use pageferry_image::model::sockets::{Attached, Ids, Socket, SocketFile, State};
 use pageferry_image::model::task::{Process, Tree};
+use pageferry_image::model::timers::Passed;
 use pageferry_tracee::Family;
 use pageferry_tracee::descriptor::{self, PidFd};
 use pageferry_tracee::injection::{Injection, Slot};
 use pageferry_tracee::procfs;
-use pageferry_tracee::socket;
+use pageferry_tracee::socket::{self, Along, Sender};
 use pageferry_tracee::unix_diag::{Peer, UnixDiag};
 
 use super::names::Names;
+use crate::rebuild::files::Files;
 use crate::rebuild::{Error, Result, Work, files, memory, task};
 
 /// Buffer of a socket that only hands over what lies unread, bytes: the largest that the kernel takes without doubling it over
@@ -114,15 +117,17 @@ impl<'t> Pair<'t> {
     }
 }
 
-/// Makes all UNIX sockets of `tree`, by the numbers of their open files.
+/// Makes all UNIX sockets of `tree`, and what travels in their messages, for `files` to have.
 pub(crate) fn make(
     family: &mut Family,
     tree: &Tree,
     names: &mut Names,
-) -> Result<BTreeMap<u32, OwnedFd>> {
+    files: &mut Files,
+    passed: impl Fn() -> Result<Passed>,
+) -> Result<()> {
     let carried = carried(tree)?;
     if carried.is_empty() {
-        return Ok(BTreeMap::new());
+        return Ok(());
     }
     let mut maker = Maker {
         tree,
@@ -152,24 +157,45 @@ pub(crate) fn make(
             }
         }
     }
-    maker.send(&carried, &pairs)?;
-    maker.connect_alone(&carried)?;
     for one in &carried {
+        for id in one.socket.in_flight() {
+            if !maker.made.contains_key(&id) {
+                files.make_sent(tree, id, &one.object(), &passed)?;
+            }
+        }
+    }
+    maker.send(&carried, &pairs, files)?;
+    maker.connect_alone(&carried)?;
+    let waits = |one: &&Carried<'_>| one.socket.state() == State::Waiting;
+    for one in carried.iter().filter(|one| !waits(one)) {
         maker.finish(one)?;
     }
     let mut listening = Vec::new();
     for one in &carried {
         if one.socket.state() == State::Listening {
             let process = actor(tree, one.socket.peer, one.holder);
-            listening.push((process, one, maker.socket(one.id)?, one.socket.backlog));
+            // More may wait than its backlog lets in now.
+            let more = u32::try_from(one.socket.waiting.len()).unwrap_or(u32::MAX);
+            let backlog = one.socket.backlog.saturating_add(more);
+            listening.push((process, one, maker.socket(one.id)?, backlog));
         }
     }
     listen(family, &listening)?;
+    maker.connect_waiting(family, &carried)?;
+    listening.retain(|(_, one, ..)| !one.socket.waiting.is_empty());
+    for (_, one, _, backlog) in &mut listening {
+        *backlog = one.socket.backlog;
+    }
+    listen(family, &listening)?;
     drop(listening);
-    Ok(maker.made)
+    for one in carried.iter().filter(waits) {
+        maker.finish(one)?;
+    }
+    files.take(maker.made);
+    Ok(())
 }
 
-/// The UNIX sockets of a tree, each with the first descriptor of it.
+/// The UNIX sockets of a tree, each with the first descriptor of it, or of the socket that it travels to.
 fn carried(tree: &Tree) -> Result<Vec<Carried<'_>>> {
     let mut holders: BTreeMap<u32, (&Process, u32)> = BTreeMap::new();
     for process in &tree.processes {
@@ -177,6 +203,21 @@ fn carried(tree: &Tree) -> Result<Vec<Carried<'_>>> {
             holders
                 .entry(descriptor.file)
                 .or_insert((process, descriptor.fd));
+        }
+    }
+    let mut left: Vec<u32> = holders.keys().copied().collect();
+    while let Some(id) = left.pop() {
+        let file = File::find(&tree.files, id);
+        let (Some(Some(file::Kind::Socket(socket))), Some(&holder)) =
+            (file.map(|file| &file.kind), holders.get(&id))
+        else {
+            continue;
+        };
+        for sent in socket.in_flight() {
+            holders.entry(sent).or_insert_with(|| {
+                left.push(sent);
+                holder
+            });
         }
     }
     let mut carried = Vec::new();
@@ -513,26 +554,61 @@ impl<'t> Maker<'t, '_> {
         name: &[u8],
     ) -> Result<OwnedFd> {
         let one = &pair.one;
-        let object = one.object();
         let client = one.create()?;
         let (own_name, file) = pair.name(at);
         self.bind_raw(one, &client, own_name, file)?;
-        // The husk must not wait.
-        descriptor::set_status_flags(client.as_fd(), libc::O_NONBLOCK.unsigned_abs())?;
-        let mut work = Work::new(injection, pid);
-        lend(&mut work, &client, &object, |work, lent| {
-            let address = work.bytes(name)?;
-            let args = [lent.into(), address.into(), name.len().into()];
-            work.call(object.as_str(), "connect", libc::SYS_connect, &args);
-            Ok(())
-        })?;
-        work.run()?;
-        descriptor::set_status_flags(client.as_fd(), 0)?;
+        connect_raw(injection, pid, &client, name, &one.object())?;
         Ok(client)
     }
 
+    /// Connects again who waits to be accepted.
+    fn connect_waiting(&self, family: &mut Family, carried: &[Carried<'t>]) -> Result<()> {
+        let by_id: BTreeMap<u32, &Carried<'t>> = carried.iter().map(|one| (one.id, one)).collect();
+        for listener in carried {
+            let waiting = listener.socket.waiting.iter();
+            let clients: Vec<&Carried<'t>> =
+                waiting.filter_map(|id| by_id.get(id).copied()).collect();
+            for of_one in clients.chunk_by(|one, next| one.holder.pid == next.holder.pid) {
+                let process = of_one[0].holder;
+                in_husk(family, process, |injection| {
+                    for one in of_one {
+                        let (ours, name) = (self.socket(one.id)?, &listener.socket.local);
+                        connect_raw(injection, process.pid, ours, name, &one.object())?;
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a message to `one`, with what came along.
+    fn send_one(
+        &self,
+        files: &Files,
+        one: &Carried<'t>,
+        from: &OwnedFd,
+        address: &[u8],
+        (message, attached): (&[u8], Option<&Attached>),
+    ) -> Result<()> {
+        let ours = |id: &u32| {
+            let ours = self.made.get(id).or_else(|| files.ours(*id));
+            let missing = || Invalid::new(format!("open file {id}"), "is not there");
+            Ok(ours.ok_or_else(missing)?.as_fd())
+        };
+        let sent = attached.map_or(&[][..], |attached| &attached.files);
+        let sent: Vec<BorrowedFd<'_>> = sent.iter().map(ours).collect::<Result<_>>()?;
+        let sender = attached.and_then(|attached| attached.sender);
+        let along = Along {
+            address,
+            sender: sender.map(|Ids { pid, uid, gid }| Sender { pid, uid, gid }),
+            files: &sent,
+        };
+        socket::send(from.as_fd(), message, &along).map_err(one.failed("sendmsg"))
+    }
+
     /// Sends everything that lies unread.
-    fn send(&self, carried: &[Carried<'t>], pairs: &[Pair<'t>]) -> Result<()> {
+    fn send(&self, carried: &[Carried<'t>], pairs: &[Pair<'t>], files: &Files) -> Result<()> {
         for pair in pairs {
             for (end, other) in [(pair.ends[0], pair.ends[1]), (pair.ends[1], pair.ends[0])] {
                 let Some(end) = end else { continue };
@@ -547,8 +623,8 @@ impl<'t> Maker<'t, '_> {
                         from
                     }
                 };
-                for message in &end.socket.queue {
-                    socket::send(from.as_fd(), message).map_err(end.failed("send"))?;
+                for message in messages(end.socket) {
+                    self.send_one(files, &end, from, &[], message)?;
                 }
             }
         }
@@ -562,17 +638,15 @@ impl<'t> Maker<'t, '_> {
             }
             let stranger = one.create()?;
             widen(&stranger, one)?;
-            let mut attached = one.socket.attached.iter().peekable();
-            for (index, message) in (0..).zip(&one.socket.queue) {
-                let address = attached
-                    .next_if(|attached| attached.message == index)
-                    .map(|attached| attached.address.as_slice());
-                let from = match address.and_then(|address| senders.get(address)) {
+            for message in messages(one.socket) {
+                let address = message.1.map_or(&[][..], |attached| &attached.address);
+                // Those without a name are in nobody's.
+                let named = senders.get(address).filter(|_| !address.is_empty());
+                let from = match named {
                     Some(&id) => self.socket(id)?,
                     None => &stranger,
                 };
-                socket::send_to(from.as_fd(), message, &one.socket.local)
-                    .map_err(one.failed("sendto"))?;
+                self.send_one(files, one, from, &one.socket.local, message)?;
             }
         }
         Ok(())
@@ -628,6 +702,37 @@ impl<'t> Maker<'t, '_> {
         files::set_status(ours, one.flags)
             .map_err(|errno| Error::object(one.object(), "fcntl(F_SETFL)", errno))
     }
+}
+
+/// What lies unread, each message with what comes along.
+fn messages(socket: &Socket) -> impl Iterator<Item = (&[u8], Option<&Attached>)> {
+    let mut attached = socket.attached.iter().peekable();
+    (0..).zip(&socket.queue).map(move |(index, message)| {
+        let attached = attached.next_if(|attached| attached.message == index);
+        (message.as_slice(), attached)
+    })
+}
+
+/// Lets a husk connect a socket of ours to `name`.
+fn connect_raw(
+    injection: &mut Injection<'_>,
+    pid: i32,
+    ours: &OwnedFd,
+    name: &[u8],
+    object: &str,
+) -> Result<()> {
+    // The husk must not wait.
+    descriptor::set_status_flags(ours.as_fd(), libc::O_NONBLOCK.unsigned_abs())?;
+    let mut work = Work::new(injection, pid);
+    lend(&mut work, ours, object, |work, lent| {
+        let address = work.bytes(name)?;
+        let args = [lent.into(), address.into(), name.len().into()];
+        work.call(object, "connect", libc::SYS_connect, &args);
+        Ok(())
+    })?;
+    work.run()?;
+    descriptor::set_status_flags(ours.as_fd(), 0)?;
+    Ok(())
 }
 
 /// Takes the connection of `client` from `listener`. Strangers who came by that name find theirs closed, as when a server starts

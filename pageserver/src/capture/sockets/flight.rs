@@ -1,0 +1,159 @@
+//! Open files that travel in messages nobody has received yet.
+//!
+//! A file that was sent and then closed is open nowhere: only the kernel's queue holds it. Who peeks at the message gets a
+//! descriptor of it, so that it can be looked at in our own table, which stands behind those of the tree for as long as that takes.
+//! What else holds it there, and what is refused, is told of the socket that would bring it.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::sync::Arc;
+
+use pageferry_tracee::descriptor::PidFd;
+use pageferry_tracee::procfs::{self, DescriptorEntry};
+use pageferry_tracee::socket::{self, Message};
+
+use crate::Result;
+use crate::capture::files::Entries;
+use crate::capture::shared::SharedPages;
+use crate::survey::{Object, Refusal, RefusalKind};
+
+/// Where a descriptor of ours was found: a socket of the tree and the place of a message in its queue, from 0. What travels in a
+/// socket that travels itself is found in the first.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    pid: i32,
+    fd: u32,
+    message: usize,
+}
+
+/// What travels in the messages of a frozen tree.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight {
+    /// What lies unread in the sockets that have such messages, by inode. Holds our descriptors.
+    queues: BTreeMap<u64, Vec<Message>>,
+    /// By our descriptors.
+    places: BTreeMap<u32, Place>,
+}
+
+impl InFlight {
+    /// Looks into the queues of all sockets of `tables` that something travels to, and of those that travel, and adds our table.
+    pub(crate) fn find(tables: &mut Vec<Entries>) -> Result<Self> {
+        let mut found = Self::default();
+        let mut own = Vec::new();
+        let mut left: Vec<(i32, DescriptorEntry, Option<Place>)> = Vec::new();
+        for (pid, entries) in tables.iter() {
+            let carriers = entries.iter().filter(|entry| brings(entry));
+            left.extend(carriers.map(|entry| (*pid, entry.clone(), None)));
+        }
+        let mut next = 0;
+        while let Some((holder, entry, within)) = left.get(next).cloned() {
+            next += 1;
+            let Some(inode) = entry.pipe_or_socket_inode() else {
+                continue;
+            };
+            if found.queues.contains_key(&inode) {
+                continue;
+            }
+            let copy = PidFd::open(holder)?.get_fd(entry.fd)?;
+            // What travels to connections that nobody has accepted cannot be seen.
+            if socket::is_listening(copy.as_fd())? {
+                continue;
+            }
+            let messages = socket::peek_all(copy.as_fd())?;
+            for (index, message) in messages.iter().enumerate() {
+                let place = within.unwrap_or(Place {
+                    pid: holder,
+                    fd: entry.fd,
+                    message: index,
+                });
+                for file in &message.files {
+                    let sent = procfs::descriptor(own_pid(), number(file))?;
+                    if brings(&sent) {
+                        left.push((own_pid(), sent.clone(), Some(place)));
+                    }
+                    found.places.insert(sent.fd, place);
+                    own.push(sent);
+                }
+            }
+            found.queues.insert(inode, messages);
+        }
+        if !own.is_empty() {
+            own.sort_by_key(|entry| entry.fd);
+            tables.push((own_pid(), own));
+        }
+        Ok(found)
+    }
+
+    /// What lies unread in the socket with this inode, if somebody has looked already.
+    pub(crate) fn queue(&self, inode: u64) -> Option<&[Message]> {
+        self.queues.get(&inode).map(Vec::as_slice)
+    }
+
+    /// Tells refusals of our descriptors as those of the sockets that bring them.
+    pub(crate) fn named(&self, mut refusals: Vec<Refusal>) -> Vec<Refusal> {
+        for refusal in &mut refusals {
+            let Object::Fd(fd) = refusal.object else {
+                continue;
+            };
+            let Some(place) = self.places.get(&fd).filter(|_| refusal.pid == own_pid()) else {
+                continue;
+            };
+            *refusal = Refusal {
+                pid: place.pid,
+                object: Object::Fd(place.fd),
+                what: RefusalKind::UnixInFlight {
+                    message: place.message + 1,
+                    what: refusal.what.to_string(),
+                },
+            };
+        }
+        refusals
+    }
+
+    /// Lets objects be reached that nobody else has open, after this is gone.
+    pub(crate) fn keep(&self, objects: &mut [SharedPages]) -> Result<()> {
+        let files = || {
+            self.queues
+                .values()
+                .flatten()
+                .flat_map(|queue| &queue.files)
+        };
+        for object in objects {
+            let is_its = |file: &&OwnedFd| object.path == path(file);
+            let Some(file) = files().find(is_its) else {
+                continue;
+            };
+            let kept = file.try_clone().map_err(|source| crate::Error::File {
+                path: object.path.clone(),
+                source,
+            })?;
+            object.path = path(&kept);
+            object.kept = Some(Arc::new(kept));
+        }
+        Ok(())
+    }
+}
+
+/// Our process, whose table holds what travels.
+pub(crate) fn own_pid() -> i32 {
+    std::process::id() as i32
+}
+
+/// The number of a descriptor of ours.
+pub(crate) fn number(file: &OwnedFd) -> u32 {
+    file.as_raw_fd().unsigned_abs()
+}
+
+fn path(file: &OwnedFd) -> String {
+    format!("/proc/{}/fd/{}", own_pid(), number(file))
+}
+
+/// Whether something travels to this socket.
+fn brings(entry: &DescriptorEntry) -> bool {
+    entry.info.scm_fds.is_some_and(|count| count > 0)
+}
+
+/// Whether something travels to any socket of these tables: who holds it is seen in the freeze only.
+pub(crate) fn is_there<'e>(entries: impl IntoIterator<Item = &'e DescriptorEntry>) -> bool {
+    entries.into_iter().any(brings)
+}
