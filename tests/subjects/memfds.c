@@ -1,7 +1,8 @@
 /* memfds: open several times with positions and flags of their own, mapped shared, read-only and privately, by a child as well;
  * sealed in every way, of a mode and owner of its own, with holes, with a broken last page, empty, and one that only a mapping
- * reaches. What is read, read by a new mapping and seen in the old ones is the same. */
+ * reaches. What is read, read by a new mapping, read through a descriptor that was sent, and seen in the old mappings is the same. */
 #include "subject.h"
+#include <sys/socket.h>
 
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 8u
@@ -38,6 +39,19 @@ static uint64_t word_of(int fd, int page) {
 static unsigned long inode(int fd) {
     struct stat stat;
     return fstat(fd, &stat) ? 0 : stat.st_ino;
+}
+
+/* The descriptor that comes out of a socket into which this one was sent. */
+static int sent(int fd) {
+    union { struct cmsghdr header; char room[CMSG_SPACE(sizeof(int))]; } control = {.header = {CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}};
+    struct iovec part = {&(char){0}, 1};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    int by[2], got = -1;
+    memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, by) == 0 && sendmsg(by[0], &message, 0) == 1 && recvmsg(by[1], &message, 0) == 1, "it cannot be sent");
+    memcpy(&got, CMSG_DATA(&control.header), sizeof got);
+    close(by[0]), close(by[1]);
+    return got;
 }
 
 /* A line in the child at which something is wrong; 0: nothing is. */
@@ -136,6 +150,15 @@ static void verify(int round) {
     CHECK(hole == HOLES * PAGE && lseek(reader, hole, SEEK_DATA) == PAGES * PAGE, "the first hole is at %ld", (long)hole);
     lseek(reader, 3 * PAGE, SEEK_SET);
     char *anew = mapped(reader, SIZE, PROT_READ, MAP_SHARED, 0);
+    int given = sent(reader);
+    for (int page = 0; page < PAGES; page++) {
+        char bytes[PAGE], through[PAGE];
+        CHECK(pread(plain, bytes, PAGE, (off_t)page * PAGE) == PAGE && pread(given, through, PAGE, (off_t)page * PAGE) == PAGE, "page %d cannot be read", page);
+        CHECK(!memcmp(bytes, through, PAGE), "page %d differs through a descriptor that was sent", page);
+        /* A mapping would make pages of the holes. */
+        CHECK(page >= HOLES || !memcmp(bytes, anew + page * PAGE, PAGE), "page %d differs in a new mapping", page);
+    }
+    close(given);
     for (int page = 0; page < HOLES; page++) {
         uint64_t word = word_of(plain, page);
         if (page != 3 && page != 4) CHECK(word == mix((uint64_t)page), "page %d differs", page);

@@ -17,6 +17,7 @@ enum { OBJECTS = 32 };
 static int held[OBJECTS], count;
 static struct stat before[OBJECTS];
 static pid_t child;
+static int connection; /* to the sibling */
 
 static void holds(const char *kind, int fd) {
     if (fd < 0) {
@@ -54,18 +55,19 @@ static void setup(void) {
     int given = memfd_create("given", 0);
     MUST(ftruncate(given, PAGE) == 0);
     holds("memfd-outside", given);
-    int ends[2];
-    MUST(pipe(ends) == 0);
+    int ends[2], outside[2];
+    MUST(pipe(ends) == 0 && socketpair(AF_UNIX, SOCK_STREAM, 0, outside) == 0);
     /* No child, which would go with us, but a sibling. */
     child = (pid_t)syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
     if (child == 0) { /* it holds the other end of the pipe until we are gone */
-        close(ends[1]);
+        close(ends[1]), close(outside[1]);
         char byte;
         while (read(ends[0], &byte, 1) > 0) {}
         _exit(0);
     }
-    close(ends[0]);
+    close(ends[0]), close(outside[0]);
     holds("outside-pipe", ends[1]);
+    holds("unix-outside", connection = outside[1]);
 
     holds("tty", open("/dev/ptmx", O_RDWR | O_NOCTTY));
     holds("inotify", inotify_init1(0));
@@ -121,6 +123,7 @@ static void verify(int round) {
         CHECK(fstat(held[i], &now) == 0 && now.st_ino == before[i].st_ino, "descriptor %d is another", held[i]);
     }
     CHECK(kill(child, 0) == 0, "the sibling is gone");
+    CHECK(send(connection, "x", 1, MSG_NOSIGNAL) == 1, "the connection to the sibling is broken");
     char bytes[4] = "";
     CHECK(write(held[0], "x", 1) == 1 && read(held[1], bytes, 1) == 1 && bytes[0] == 'x', "the connection is broken");
 }
