@@ -345,6 +345,33 @@ fn one_image_is_restored_many_times() {
 }
 
 /// What somebody wrote to a file of the program since is found and named, and nothing is made.
+/// What only a message holds is open in no process, and is shown all the same.
+#[test]
+fn what_travels_in_messages_is_shown() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "descriptors_in_flight", ORDINARY, &[])
+        .expect("it needs nothing");
+    let image = pair.path("image");
+    let ferry = Ferry::new(&pair);
+    let finished = ferry.dump(subject.pid, &image, &["--leave-running"]);
+    finished.must_exit(0);
+    subject.must_pass("left running");
+    let shown = run(&pair.shared, &["inspect", "image"]);
+    let text = stdout(&shown);
+    for part in [
+        "UNIX datagram, paired, pair 2, 9 bytes unread, 1 open files in its messages",
+        "in a message: shared object memfd in flight",
+        "in a message: pipe 1, read end",
+        "in a message: socket UNIX stream, paired",
+    ] {
+        assert!(text.contains(part), "no {part} in {text}");
+    }
+    subject.end(&pair.a);
+}
+
 #[test]
 fn a_file_that_was_written_to_since_the_dump_is_refused_by_name() {
     if skip().is_some() {
