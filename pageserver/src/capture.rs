@@ -132,7 +132,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     for (pid, _) in &stats {
         entries.push((*pid, procfs::descriptors(*pid)?));
     }
-    let in_flight = InFlight::find(&mut entries)?;
+    let in_flight = InFlight::find(family, &mut entries)?;
     let timerfds_read = host::clocks()?;
     let mut table = files::table(&mut look, &entries, &in_flight, Depth::Capture)?;
     refusals.append(&mut table.refusals);

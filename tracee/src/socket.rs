@@ -307,10 +307,28 @@ const NOBODY: u32 = 65534;
 /// A pidfd of the sender (6.5).
 const SCM_PIDFD: i32 = 4;
 
+/// The options of level `SOL_SOCKET` that [`peek_all`] changes for a while, each with its value now; none if nothing lies unread,
+/// since it changes none then.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn changed_by_peek(socket: BorrowedFd<'_>) -> Result<Vec<(i32, i32)>> {
+    if !polls(socket, libc::POLLIN)? {
+        return Ok(Vec::new());
+    }
+    let (family, _, _) = kind(socket)?;
+    let names: &[i32] = match family {
+        libc::AF_UNIX => &[libc::SO_PASSCRED, libc::SO_PEEK_OFF],
+        _ => &[libc::SO_PEEK_OFF],
+    };
+    let value = |&name: &i32| Ok((name, int_option(socket, libc::SOL_SOCKET, name)?));
+    names.iter().map(value).collect()
+}
+
 /// A copy of everything that lies unread in a connected or bound socket (not a listening one), leaving it there.
 ///
 /// Messages behind the first can only be seen by `SO_PEEK_OFF`, and who sent them only by `SO_PASSCRED`: both are set for the time
-/// of the call and put back to what they were. Nobody may read from the socket meanwhile. Empty messages at the very end of a
+/// of the call and put back to what they were; [`changed_by_peek`] tells who may be killed meanwhile. Nobody may read from the socket meanwhile. Empty messages at the very end of a
 /// `SOCK_SEQPACKET` whose other end is closed are not told apart from that end.
 ///
 /// # Errors

@@ -1,4 +1,7 @@
-//! Open files that travel in messages nobody has received yet.
+//! What lies unread in UNIX sockets, and the open files that travel in it.
+//!
+//! Who looks at more than the first message changes the socket while he looks. Our death must not leave it so: the process that
+//! holds it has an agent planted meanwhile, whose will is to put the options back.
 //!
 //! A file that was sent and then closed is open nowhere: only the kernel's queue holds it. Who peeks at the message gets a
 //! descriptor of it, so that it can be looked at in our own table, which stands behind those of the tree for as long as that takes.
@@ -8,7 +11,10 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 
+use nix::libc;
 use pageferry_tracee::descriptor::PidFd;
+use pageferry_tracee::family::Family;
+use pageferry_tracee::injection::Batch;
 use pageferry_tracee::procfs::{self, DescriptorEntry};
 use pageferry_tracee::socket::{self, Message};
 
@@ -26,24 +32,25 @@ struct Place {
     message: usize,
 }
 
-/// What travels in the messages of a frozen tree.
+/// The messages of a frozen tree, and what travels in them.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
-    /// What lies unread in the sockets that have such messages, by inode. Holds our descriptors.
+    /// What lies unread in its UNIX sockets, and in those that travel, by inode. Holds our descriptors.
     queues: BTreeMap<u64, Vec<Message>>,
     /// By our descriptors.
     places: BTreeMap<u32, Place>,
 }
 
 impl InFlight {
-    /// Looks into the queues of all sockets of `tables` that something travels to, and of those that travel, and adds our table.
-    pub(crate) fn find(tables: &mut Vec<Entries>) -> Result<Self> {
+    /// Looks into the queues of all UNIX sockets of `tables`, and of those that travel, and adds our table.
+    pub(crate) fn find(family: &mut Family, tables: &mut Vec<Entries>) -> Result<Self> {
         let mut found = Self::default();
         let mut own = Vec::new();
         let mut left: Vec<(i32, DescriptorEntry, Option<Place>)> = Vec::new();
         for (pid, entries) in tables.iter() {
-            let carriers = entries.iter().filter(|entry| brings(entry));
-            left.extend(carriers.map(|entry| (*pid, entry.clone(), None)));
+            // No other socket tells that.
+            let sockets = entries.iter().filter(|entry| entry.info.scm_fds.is_some());
+            left.extend(sockets.map(|entry| (*pid, entry.clone(), None)));
         }
         let mut next = 0;
         while let Some((holder, entry, within)) = left.get(next).cloned() {
@@ -59,7 +66,11 @@ impl InFlight {
             if socket::is_listening(copy.as_fd())? {
                 continue;
             }
-            let messages = socket::peek_all(copy.as_fd())?;
+            let messages = match within {
+                None => peek(family, holder, entry.fd, &copy)?,
+                // No process has it.
+                Some(_) => socket::peek_all(copy.as_fd())?,
+            };
             for (index, message) in messages.iter().enumerate() {
                 let place = within.unwrap_or(Place {
                     pid: holder,
@@ -84,9 +95,9 @@ impl InFlight {
         Ok(found)
     }
 
-    /// What lies unread in the socket with this inode, if somebody has looked already.
-    pub(crate) fn queue(&self, inode: u64) -> Option<&[Message]> {
-        self.queues.get(&inode).map(Vec::as_slice)
+    /// What lies unread in the socket with this inode.
+    pub(crate) fn queue(&self, inode: u64) -> &[Message] {
+        self.queues.get(&inode).map_or(&[], Vec::as_slice)
     }
 
     /// Tells refusals of our descriptors as those of the sockets that bring them.
@@ -132,6 +143,36 @@ impl InFlight {
         }
         Ok(())
     }
+}
+
+/// Looks into the queue of descriptor `fd` of `pid`, which is `copy` here. If we are killed meanwhile the process puts right what
+/// is not as it was, and then goes on.
+fn peek(family: &mut Family, pid: i32, fd: u32, copy: &OwnedFd) -> Result<Vec<Message>> {
+    let changed = socket::changed_by_peek(copy.as_fd())?;
+    if changed.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut injection = family.member(pid)?.plant(None)?;
+    let address = injection.will_address(pid);
+    let (mut will, mut values) = (Batch::new(), Vec::new());
+    for (at, (name, value)) in (address..).step_by(8).zip(changed) {
+        let len = size_of_val(&value);
+        let option = [
+            fd.into(),
+            libc::SOL_SOCKET.into(),
+            name.into(),
+            at.into(),
+            len.into(),
+        ];
+        will.call(libc::SYS_setsockopt, &option);
+        // Its first bytes are those of the int.
+        values.push(u64::from(u32::from_ne_bytes(value.to_ne_bytes())));
+    }
+    injection.make_will(pid, &will, &values)?;
+    let messages = socket::peek_all(copy.as_fd())?;
+    injection.revoke_will(pid)?;
+    injection.cure()?;
+    Ok(messages)
 }
 
 /// Our process, whose table holds what travels.

@@ -129,14 +129,7 @@ pub(super) fn socket(
     let Some((look, in_flight)) = unread.filter(|_| has_queue) else {
         return Ok(Ok(made));
     };
-    let peeked;
-    let messages = match in_flight.queue(inode) {
-        Some(messages) => messages,
-        None => {
-            peeked = socket::peek_all(fd)?;
-            &peeked
-        }
-    };
+    let messages = in_flight.queue(inode);
     Ok(
         queue(&mut made, messages, is_datagram, look, pairs).and_then(|files| {
             // The kernel shows an empty message only once, and its program may have looked.
