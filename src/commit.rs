@@ -21,8 +21,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pageferry_image::model::task::Tree;
+use pageferry_pageserver::capture::locks::HeldLocks;
 use pageferry_pageserver::capture::{self, Captured};
 use pageferry_pageserver::survey::{self, Refusal, Survey, SurveyOptions};
+use pageferry_restorer::rebuild::locks::{self, Waiting};
 use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{self, Eager, Rebuilt};
 use pageferry_tracee::family::Family;
@@ -50,6 +52,19 @@ pub enum Error {
     /// It could not be parked; it runs.
     #[error("the process could not be parked; it runs on here, as before")]
     Park(#[source] pageferry_tracee::Error),
+    /// Its locks could not be given up.
+    #[error("the locks of the process could not be given up for the target, which waits for them")]
+    GiveUp(#[source] pageferry_tracee::Error),
+    /// Somebody took a lock that had been given up.
+    #[error(
+        "the lock of pid {pid} on its fd {fd} was taken by somebody else when it was given up for the target, so that the process must not run without it"
+    )]
+    LockLost {
+        /// The process.
+        pid: i32,
+        /// A descriptor of the file.
+        fd: u32,
+    },
     /// It could not be let go.
     #[error("the process could not be let go cleanly; the kernel does so when pageferry ends")]
     Thaw(#[source] pageferry_tracee::Error),
@@ -59,6 +74,9 @@ pub enum Error {
     /// It could not be built here.
     #[error("the process could not be rebuilt here; the source keeps it")]
     Rebuild(#[source] rebuild::Error),
+    /// A lock of it cannot be had here.
+    #[error("a lock that the source gave up could not be taken here; the source keeps the process")]
+    Locks(#[source] rebuild::Error),
     /// It could not be let run here.
     #[error("the rebuilt process could not be let go")]
     Release(#[source] pageferry_tracee::Error),
@@ -95,6 +113,7 @@ enum SourceCommand {
         Reply<(Captured, Option<Frozen>)>,
     ),
     Park(Reply<()>),
+    GiveUpLocks(HeldLocks, Reply<()>),
     RollBack(Reply<()>),
     Kill(Reply<()>),
     Abandon,
@@ -145,6 +164,14 @@ impl SourceTree {
         ask(&self.commands, SourceCommand::Park).await
     }
 
+    /// Gives up the locks of the parked process: the target waits for them. [`SourceTree::roll_back`] takes them again.
+    pub async fn give_up_locks(&self, locks: HeldLocks) -> Result<(), Error> {
+        ask(&self.commands, |reply| {
+            SourceCommand::GiveUpLocks(locks, reply)
+        })
+        .await
+    }
+
     /// Lets the process go on as if nothing had been, parked or not. Never after the target may run it.
     pub async fn roll_back(&self) -> Result<(), Error> {
         ask(&self.commands, SourceCommand::RollBack).await
@@ -178,6 +205,7 @@ impl Drop for SourceTree {
 fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
     let mut held: Option<Family> = None;
     let mut parked = false;
+    let mut given_up = HeldLocks::default();
     while let Ok(command) = inbox.recv() {
         match command {
             SourceCommand::Freeze(reply) => {
@@ -200,8 +228,24 @@ fn hold_source(pid: i32, inbox: &mpsc::Receiver<SourceCommand>) {
                 parked = true;
                 let _ = reply.send(outcome);
             }
+            SourceCommand::GiveUpLocks(locks, reply) => {
+                let outcome = held
+                    .as_mut()
+                    .ok_or(Error::Thread)
+                    .and_then(|family| give_up_locks(family, &locks));
+                // Also after an error: some may be given up.
+                given_up = locks;
+                let _ = reply.send(outcome);
+            }
             SourceCommand::RollBack(reply) => {
-                let _ = reply.send(roll_back(held.take(), std::mem::take(&mut parked)));
+                let locked = match held.as_mut() {
+                    Some(family) if !given_up.is_empty() => take_locks_again(family, &given_up),
+                    _ => Ok(()),
+                };
+                // Without its locks it must not run: it stays held, and parked when this thread ends.
+                let outcome =
+                    locked.and_then(|()| roll_back(held.take(), std::mem::take(&mut parked)));
+                let _ = reply.send(outcome);
             }
             SourceCommand::Kill(reply) => {
                 let outcome = held
@@ -287,11 +331,40 @@ fn roll_back(held: Option<Family>, parked: bool) -> Result<(), Error> {
     family.thaw().map_err(Error::Thaw)
 }
 
+fn give_up_locks(family: &mut Family, locks: &HeldLocks) -> Result<(), Error> {
+    for (pid, locks) in locks.iter() {
+        let given_up = family
+            .member(pid)
+            .and_then(|member| member.give_up_locks(locks));
+        given_up.map_err(Error::GiveUp)?;
+    }
+    Ok(())
+}
+
+/// Takes back what was given up, before the process runs again. On `Err` it is parked as before.
+fn take_locks_again(family: &mut Family, locks: &HeldLocks) -> Result<(), Error> {
+    let mut taken = family.unpark().map_err(Error::Thaw);
+    for (pid, locks) in locks.iter() {
+        taken = taken.and_then(|()| {
+            let calls: Vec<_> = locks.iter().map(|held| (held.fd, held.lock)).collect();
+            let member = family.member(pid).map_err(Error::Thaw)?;
+            let answers = member.take_locks(&calls).map_err(Error::Thaw)?;
+            let lost = calls
+                .iter()
+                .zip(answers)
+                .find(|(_, answer)| answer.is_err());
+            lost.map_or(Ok(()), |((fd, _), _)| Err(Error::LockLost { pid, fd: *fd }))
+        });
+    }
+    if taken.is_err() {
+        family.park().map_err(Error::Park)?;
+    }
+    taken
+}
+
 enum TargetCommand {
-    Rebuild(
-        Box<(Tree, Eager, i64, i64)>,
-        Reply<(Vec<Rebuilt>, NewFiles)>,
-    ),
+    Rebuild(Box<(Tree, Eager, i64, i64)>, Reply<Built>),
+    TakeLocks(Vec<Waiting>, Reply<()>),
     ClearExitKill(Reply<()>),
     Release(Reply<()>),
     LetGo(Reply<()>),
@@ -310,6 +383,9 @@ pub struct TargetTree {
     thread: Option<JoinHandle<()>>,
     ended: Option<Ends>,
 }
+
+/// A rebuilt tree, the files that were made for it, and the locks that somebody else has.
+pub type Built = (Vec<Rebuilt>, NewFiles, Vec<Waiting>);
 
 /// Which processes end while they are held: the process id and wait status of each.
 pub type Ends = unbounded::UnboundedReceiver<(i32, i32)>;
@@ -360,9 +436,15 @@ impl TargetTree {
         eager: Eager,
         monotonic_offset_ns: i64,
         boottime_offset_ns: i64,
-    ) -> Result<(Vec<Rebuilt>, NewFiles), Error> {
+    ) -> Result<Built, Error> {
         let work = Box::new((tree, eager, monotonic_offset_ns, boottime_offset_ns));
         self.ask(|reply| TargetCommand::Rebuild(work, reply)).await
+    }
+
+    /// Takes the locks that the source has given up by now.
+    pub async fn take_locks(&self, waiting: Vec<Waiting>) -> Result<(), Error> {
+        self.ask(|reply| TargetCommand::TakeLocks(waiting, reply))
+            .await
     }
 
     /// First half of the release: nobody has run yet, our death still ends each process by its first thread.
@@ -489,6 +571,13 @@ fn hold_target(pid: i32, inbox: &Inbox, ended: &unbounded::UnboundedSender<(i32,
                     seize_and_rebuild(pid, seize, &tree, eager, monotonic, boottime, &mut husks);
                 let _ = reply.send(outcome);
             }
+            TargetCommand::TakeLocks(waiting, reply) => {
+                let outcome = husks
+                    .as_mut()
+                    .ok_or(Error::Thread)
+                    .and_then(|h| locks::take(h, &waiting).map_err(Error::Locks));
+                let _ = reply.send(outcome);
+            }
             TargetCommand::ClearExitKill(reply) => {
                 let outcome = husks
                     .as_mut()
@@ -530,7 +619,7 @@ fn seize_and_rebuild(
     monotonic_offset_ns: i64,
     boottime_offset_ns: i64,
     husks: &mut Option<Family>,
-) -> Result<(Vec<Rebuilt>, NewFiles), Error> {
+) -> Result<Built, Error> {
     let family = husks.insert(Family::seize(pid, seize).map_err(|e| Error::Rebuild(e.into()))?);
     family
         .freeze(FREEZE_BUDGET, FREEZE_ATTEMPTS)

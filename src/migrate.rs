@@ -17,6 +17,7 @@ use nix::unistd::{Pid, pipe2, setsid};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_image::store::ObjectId;
 use pageferry_pageserver::capture::Pages;
+use pageferry_pageserver::capture::locks::HeldLocks;
 use pageferry_pageserver::capture::shared::{MovedFile, SharedPages};
 use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
@@ -308,6 +309,8 @@ async fn crossing(
         pages: Vec::new(),
         shared: Vec::new(),
         moved: Vec::new(),
+        locks: HeldLocks::default(),
+        waits_for_locks: false,
         clock: Clock::default(),
         refused: Vec::new(),
         bad_data: false,
@@ -395,6 +398,10 @@ struct Shell<'a> {
     shared: Vec<SharedPages>,
     /// Files that are the target's once the process is.
     moved: Vec<MovedFile>,
+    /// Locks of the processes, until they are given up.
+    locks: HeldLocks,
+    /// The target says that somebody has a lock it needs.
+    waits_for_locks: bool,
     clock: Clock,
     /// What the capture found that cannot be carried.
     refused: Vec<survey::Refusal>,
@@ -452,7 +459,10 @@ impl Shell<'_> {
                     Ok(frame) => {
                         let now = Instant::now();
                         match &frame {
-                            Frame::Ready(_) => self.clock.ready = Some(now),
+                            Frame::Ready(ready) => {
+                                self.clock.ready = Some(now);
+                                self.waits_for_locks = ready.waits_for_locks;
+                            }
                             Frame::Running(_) => self.clock.running = Some(now),
                             Frame::Abort(_) | Frame::Refused(_) => self.has_last_word = true,
                             _ => {}
@@ -498,6 +508,18 @@ impl Shell<'_> {
                 if let Frame::Plan(plan) = &mut frame {
                     if let Err(error) = tell_time(plan) {
                         return session.handle_failed(&report::chain(&error));
+                    }
+                }
+                // COMMIT is recorded: the copy stays stopped, or gets them again before it runs.
+                if frame.tag() == Tag::Commit && std::mem::take(&mut self.waits_for_locks) {
+                    let locks = std::mem::take(&mut self.locks);
+                    let given_up = match &self.tree {
+                        Some(tree) => tree.give_up_locks(locks).await,
+                        None => Ok(()),
+                    };
+                    // The target cannot have them then, and refuses.
+                    if let Err(error) = given_up {
+                        tracing::warn!("{}", report::chain(&error));
                     }
                 }
                 let state = frame.tag() == Tag::State;
@@ -546,11 +568,8 @@ impl Shell<'_> {
                     &format!("the journal cannot be written: {error}"),
                 ),
             },
-            SourceAction::Park => match self.tree() {
-                Ok(tree) => match tree.park().await {
-                    Ok(()) => session.handle_parked(),
-                    Err(error) => session.handle_failed(&report::chain(&error)),
-                },
+            SourceAction::Park => match self.park().await {
+                Ok(()) => session.handle_parked(),
                 Err(text) => session.handle_failed(&text),
             },
             SourceAction::Serve(running) => {
@@ -614,6 +633,20 @@ impl Shell<'_> {
             .ok_or_else(|| "nothing is held".to_owned())
     }
 
+    async fn park(&mut self) -> Result<(), String> {
+        if self.waits_for_locks {
+            let waited_for = self.locks.waited_for();
+            let waited_for = waited_for.map_err(|error| report::chain(&error))?;
+            if let Some(who) = waited_for {
+                return Err(format!(
+                    "the target sees the same file, and {who}, and would get it on the way"
+                ));
+            }
+        }
+        let parked = self.tree()?.park().await;
+        parked.map_err(|error| report::chain(&error))
+    }
+
     async fn capture(&mut self) -> Result<State, String> {
         let (survey, options) = self.surveyed.take().ok_or("it was captured before")?;
         let captured = match self.tree()?.capture(survey, options).await {
@@ -630,6 +663,7 @@ impl Shell<'_> {
         self.pages = captured.pages;
         self.shared = captured.shared;
         self.moved = captured.moved;
+        self.locks = captured.held_locks;
         Ok(State::new(&captured.tree))
     }
 

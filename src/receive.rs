@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry_image::model::task::Tree;
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
+use pageferry_restorer::rebuild::locks::Waiting;
 use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{Eager, Rebuilt};
 use pageferry_tracee::host;
@@ -346,6 +347,7 @@ async fn crossing(
         state: None,
         rebuilt: Vec::new(),
         new_files: NewFiles::default(),
+        waiting: Vec::new(),
         resident_at_run: 0,
         committed: None,
         running: None,
@@ -391,6 +393,8 @@ struct Shell<'a> {
     state: Option<(Tree, Eager)>,
     rebuilt: Vec<Rebuilt>,
     new_files: NewFiles,
+    /// Locks that the source is to give up before it hands over.
+    waiting: Vec<Waiting>,
     resident_at_run: u64,
     committed: Option<Instant>,
     running: Option<Instant>,
@@ -674,7 +678,7 @@ impl Shell<'_> {
         self.offsets.adjust(&mut tree)?;
         let frozen_at = (tree.monotonic_ns, tree.boottime_ns);
         let target = self.tree.as_ref().ok_or("nothing is prepared")?;
-        let (rebuilt, new_files) = target
+        let (rebuilt, new_files, waiting) = target
             .rebuild(
                 tree,
                 eager,
@@ -696,7 +700,10 @@ impl Shell<'_> {
         self.resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
         self.rebuilt = rebuilt;
         self.new_files = new_files;
+        let waits_for_locks = !waiting.is_empty();
+        self.waiting = waiting;
         Ok(Ready {
+            waits_for_locks,
             rebuild_ns: nanoseconds(began),
             pages_resident: self.resident_at_run,
         })
@@ -707,6 +714,13 @@ impl Shell<'_> {
         let rebuilt = std::mem::take(&mut self.rebuilt);
         if rebuilt.is_empty() {
             return Err("nothing is rebuilt".into());
+        }
+        let waiting = std::mem::take(&mut self.waiting);
+        if !waiting.is_empty() {
+            let tree = self.tree.as_ref().ok_or("nothing is prepared")?;
+            tree.take_locks(waiting)
+                .await
+                .map_err(|error| report::chain(&error))?;
         }
         let drain = self.args.drain == Drain::On;
         let connections = drain::from_links(&self.links.faults, &self.links.bulk)

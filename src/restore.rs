@@ -257,11 +257,15 @@ async fn restore(
         .await
         .map_err(|error| bad_pages(&error))?;
     made.pids = tree.processes.iter().map(|process| process.pid).collect();
-    let (rebuilt, new_files) = made
+    let (rebuilt, new_files, waiting) = made
         .tree()?
         .rebuild(tree, eager, offsets.monotonic_ns, offsets.boottime_ns)
         .await
         .map_err(|error| before(report::chain(&error)))?;
+    // Nobody will give them up.
+    if let Some(lock) = waiting.first() {
+        return Err(before(report::chain(&lock.refused())));
+    }
     ledger.pages_resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
 
     let drains = !args.lazy || args.drain == Drain::On;

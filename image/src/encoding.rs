@@ -7,7 +7,9 @@
 use prost::Message as _;
 
 use crate::model::{Invalid, task::Tree};
-use crate::model::{files, limits, memory, relations, shared, signals, sockets, task, timers};
+use crate::model::{
+    files, limits, locks, memory, relations, shared, signals, sockets, task, timers,
+};
 
 /// Why bytes are no tree.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +122,7 @@ const SHARED: Shape = of::<shared::Shared>(
 );
 const TREE: &[Field] = fields! {
     1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[]),
-    8 "shared": SHARED, 16 "zombies": of::<relations::Zombie>(&[]),
+    8 "shared": SHARED, 16 "zombies": of::<relations::Zombie>(&[]), 20 "locks": of::<locks::Lock>(&[]),
 };
 
 /// Memory of a byte string beside its bytes: the string itself, and what an allocation costs.

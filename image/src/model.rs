@@ -4,6 +4,7 @@
 use std::fmt;
 
 pub mod files;
+pub mod locks;
 pub mod memory;
 pub mod relations;
 pub mod shared;
@@ -90,6 +91,8 @@ pub mod limits {
     pub const EPOLL_DEPTH: usize = 5;
     /// Bytes of a pipe.
     pub const PIPE_CAPACITY: u32 = 1 << 30;
+    /// Locks on files.
+    pub const LOCKS: usize = 1 << 20;
     /// Options of one socket.
     pub const SOCKET_OPTIONS: usize = 256;
     /// Bytes of one option.

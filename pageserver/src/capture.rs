@@ -6,6 +6,7 @@
 //! longer because the process has more memory: page tables of anonymous memory are not walked.
 
 pub(crate) mod files;
+pub mod locks;
 pub(crate) mod memory;
 pub(crate) mod relations;
 pub mod shared;
@@ -30,6 +31,7 @@ use pageferry_tracee::procfs::{self, Vma};
 use pageferry_tracee::{Family, Injection, Tracee};
 
 use self::files::{Depth, Look};
+use self::locks::HeldLocks;
 use self::memory::FirstTouch;
 use self::shared::{MovedFile, Objects, SharedPages};
 use self::sockets::flight::InFlight;
@@ -57,6 +59,8 @@ pub struct Captured {
     pub shared: Vec<SharedPages>,
     /// Files that are in the way here once the tree runs elsewhere.
     pub moved: Vec<MovedFile>,
+    /// Locks that are in the way of those the tree is to hold elsewhere.
+    pub held_locks: HeldLocks,
 }
 
 /// Which pages of a process are carried, and when.
@@ -190,6 +194,8 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     }
     [tree.monotonic_ns, tree.boottime_ns, tree.realtime_ns] = now;
     (tree.files, tree.pipes) = (table.files, table.pipes);
+    let (models, held_locks) = locks::in_order(table.locks);
+    tree.locks = models;
     look.known.sync_written(SYNC_WAIT_FROZEN)?;
     let moved = look.shared.moved();
     let (objects, mut shared) = look.shared.into_models(tree.processes.len());
@@ -200,6 +206,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         pages,
         shared,
         moved,
+        held_locks,
     })
 }
 

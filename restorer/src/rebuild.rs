@@ -37,6 +37,7 @@ use pageferry_tracee::uffd::Uffd;
 use self::sockets::names::Names;
 
 pub mod files;
+pub mod locks;
 pub mod memory;
 pub mod relations;
 pub mod shared;
@@ -312,7 +313,8 @@ impl<'w, 'i> Work<'w, 'i> {
 }
 
 /// Rebuilds `tree` in the husk that `family` consists of, frozen, and in those it makes, and leaves all stopped, ready for their
-/// first instruction. What is returned is in the order of the tree; the files that were made go again unless they are kept.
+/// first instruction. What is returned is in the order of the tree; the files that were made go again unless they are kept; the
+/// locks are those that somebody else had, perhaps the source.
 ///
 /// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
 /// On `Err` the husks are of no further use: kill them.
@@ -321,7 +323,7 @@ pub fn rebuild(
     tree: &Tree,
     eager: Eager,
     clock: impl Fn() -> pageferry_tracee::Result<Clocks>,
-) -> Result<(Vec<Rebuilt>, shared::NewFiles)> {
+) -> Result<(Vec<Rebuilt>, shared::NewFiles, Vec<locks::Waiting>)> {
     tree.validate()?;
     let root = tree
         .processes
@@ -350,10 +352,11 @@ pub fn rebuild(
             member, process, tree, &mut files, &eager, &clock,
         )?);
     }
+    let waiting = files.locks.into_waiting();
     let mut new_files = files.objects.finish()?;
     new_files.names = names;
     match pages.keys().next() {
-        None => Ok((rebuilt, new_files)),
+        None => Ok((rebuilt, new_files, waiting)),
         Some(object) => Err(model::Invalid::new(
             format!("object {object}"),
             "has pages that came with the state, and is not in the tree",
@@ -430,6 +433,7 @@ fn build(
     relations::forget_ends(injection, process, tree)?;
     signals::rebuild_pending(injection, process)?;
     handed.end(injection)?;
+    files.locks.rebuild(injection, process, tree)?;
     timers::rebuild(injection, process, tree, passed)?;
     task::limits_last(injection, process)?;
     task::rebuild_threads(injection, process)?;

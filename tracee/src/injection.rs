@@ -241,6 +241,22 @@ impl<'a> Injection<'a> {
         injection.cure()
     }
 
+    /// Duplicates each descriptor of a parked process and closes the copy, by calls through the gate alone. The process then stands
+    /// behind a SIGSTOP as before.
+    pub(crate) fn close_copies(tracee: &'a mut Tracee, fds: &[u32]) -> Result<()> {
+        let mut injection = Self::new(tracee, 0)?;
+        injection.open_first_gate()?;
+        let tid = injection.tracee.pid();
+        let failed = |what| move |errno| Error::Injected { what, tid, errno };
+        for &fd in fds {
+            let copy = injection.call("dup", libc::SYS_dup, [fd.into(), 0, 0, 0, 0, 0])?;
+            let copy = copy.map_err(failed("dup"))?;
+            let closed = injection.call("close", libc::SYS_close, [copy, 0, 0, 0, 0, 0])?;
+            closed.map_err(failed("close"))?;
+        }
+        injection.cure()
+    }
+
     fn new(tracee: &'a mut Tracee, room: usize) -> Result<Self> {
         let pid = tracee.pid();
         if !tracee.is_frozen() || tracee.threads.iter().any(|thread| !thread.is_held()) {

@@ -22,6 +22,7 @@ pub mod husk;
 pub mod injection;
 mod interrupted;
 pub mod leftover;
+pub mod lock;
 pub mod memory;
 pub mod pagemap;
 pub mod pipe;

@@ -862,6 +862,17 @@ impl Tracee {
         Ok(())
     }
 
+    /// Has a parked process close a copy of each of its descriptors `fds`: that takes every record lock it has on these files
+    /// (fcntl_locking(2)).
+    pub(crate) fn close_copies(&mut self, fds: &[u32]) -> Result<()> {
+        self.must_be_frozen("giving up locks")?;
+        let stop_again = self.stop_again;
+        let closed = Injection::close_copies(self, fds);
+        // The first call took the SIGSTOP of the parking off the queue.
+        self.stop_again = stop_again;
+        self.send(libc::SIGSTOP).and(closed)
+    }
+
     fn must_be_frozen(&self, what: &'static str) -> Result<()> {
         if self.is_frozen() {
             Ok(())

@@ -446,6 +446,7 @@ mod tests {
                 Tag::Ready => message::Ready {
                     rebuild_ns: 1,
                     pages_resident: 2,
+                    waits_for_locks: true,
                 }
                 .into(),
                 Tag::Commit => message::Commit {}.into(),

@@ -11,7 +11,7 @@ fn generate(folders: &[&str], files: &[&str], out: &str, model_is_elsewhere: boo
     let mut config = prost_build::Config::new();
     config.out_dir(Path::new(out)).format(true);
     if model_is_elsewhere {
-        for module in ["files", "memory", "relations", "shared", "signals", "sockets", "task", "timers"] {
+        for module in ["files", "locks", "memory", "relations", "shared", "signals", "sockets", "task", "timers"] {
             config.extern_path(format!(".pageferry.{module}"), format!("::pageferry_image::model::{module}"));
         }
     }
@@ -19,7 +19,7 @@ fn generate(folders: &[&str], files: &[&str], out: &str, model_is_elsewhere: boo
 }
 
 fn main() {
-    let model = ["signals.proto", "timers.proto", "memory.proto", "shared.proto", "sockets.proto", "files.proto", "relations.proto", "task.proto"];
+    let model = ["signals.proto", "timers.proto", "memory.proto", "shared.proto", "sockets.proto", "files.proto", "locks.proto", "relations.proto", "task.proto"];
     generate(&["image/proto"], &model, "image/src/model/generated", false);
     generate(&["wire/proto", "image/proto"], &["message.proto"], "wire/src/generated", true);
 }

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 
 use super::files::{File, file};
+use super::locks::Lock;
 use super::relations::{Making, Member, Obstacle, Zombie};
 use super::shared::Shared;
 use super::signals::{Action, Pending};
@@ -324,6 +325,7 @@ impl Tree {
                 )?;
             }
         }
+        Lock::validate_all(&self.locks, &self.files, &tables)?;
         let mappings = self
             .processes
             .iter()

@@ -15,6 +15,7 @@ use crate::model::files::{
     Descriptor, Device, Epoll, EpollItem, Eventfd, Fifo, File, Pipe, PipeEnd, Regular, SharedFile,
     file,
 };
+use crate::model::locks::{self, Lock};
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use crate::model::relations::Zombie;
 use crate::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
@@ -420,6 +421,22 @@ impl Parts {
             if let Some(file::Kind::Socket(socket)) = &mut tree.files[id - 1].kind {
                 change(socket);
             }
+        });
+    }
+
+    /// Adds an exclusive lock of the root on the configuration file it has open, changed.
+    fn lock(&mut self, change: impl FnOnce(&mut Lock)) {
+        self.tree(|tree| {
+            let mut lock = Lock {
+                kind: locks::Kind::Record.into(),
+                exclusive: true,
+                pid: 4711,
+                file: 2,
+                start: 10,
+                len: 5,
+            };
+            change(&mut lock);
+            tree.locks.push(lock);
         });
     }
 
@@ -1046,6 +1063,47 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "ended-and-running",
             Built(|parts| parts.zombie(|zombie| zombie.pid = 4711)),
             "`tree`: process 4711 is in the tree twice",
+        ),
+        (
+            "lock-of-no-kind",
+            Built(|parts| parts.lock(|lock| lock.kind = 9)),
+            "`tree`: lock on open file 2 is of no known kind",
+        ),
+        (
+            "lock-of-nobody",
+            Built(|parts| parts.lock(|lock| lock.pid = 4720)),
+            "`tree`: lock on open file 2 is of a process that has not the file",
+        ),
+        (
+            "lock-on-nothing",
+            Built(|parts| parts.lock(|lock| lock.file = 99)),
+            "`tree`: lock on open file 99 has no file",
+        ),
+        (
+            "lock-beyond-the-end",
+            Built(|parts| parts.lock(|lock| lock.start = u64::MAX)),
+            "`tree`: lock on open file 2 reaches beyond the end of any file",
+        ),
+        (
+            "lock-on-part-by-flock",
+            Built(|parts| parts.lock(|lock| lock.kind = locks::Kind::Flock.into())),
+            "`tree`: lock on open file 2 is a flock on a part of the file",
+        ),
+        (
+            "lock-over-another",
+            Built(|parts| {
+                parts.lock(|_| {});
+                parts.lock(|lock| lock.start = 14);
+            }),
+            "`tree`: lock on open file 2 overlaps another of the same owner",
+        ),
+        (
+            "lock-twice",
+            Built(|parts| {
+                parts.lock(|_| {});
+                parts.lock(|_| {});
+            }),
+            "`tree`: locks are not in ascending order without duplicates",
         ),
         (
             "exit-signal",

@@ -29,6 +29,7 @@ use pageferry_tracee::procfs::{self, DescriptorEntry};
 use pageferry_tracee::{Error as ProcessError, pipe};
 
 use super::shared::Objects;
+use super::locks;
 use super::sockets::{self, flight, flight::InFlight};
 use crate::identity;
 use crate::survey::{Object, Pids, Refusal, RefusalKind, SurveyOptions};
@@ -340,9 +341,6 @@ fn memfd_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     if (entry.info.flags as i32) & libc::O_PATH != 0 {
         return Ok(Err(RefusalKind::PathOnly { path }));
     }
-    if let Some(kind) = lock_kind(entry) {
-        return Ok(Err(RefusalKind::FileLock { path, kind }));
-    }
     opened_object(look, entry, &path)
 }
 
@@ -354,14 +352,6 @@ fn opened_object(
     let limit = look.options.ghost_limit;
     let object = look.shared.opened(look.pid, entry.fd, name, limit)?;
     Ok(object.map(|object| Shape::Shared { object }))
-}
-
-/// The kernel's word for the first lock that is held by a descriptor.
-fn lock_kind(entry: &DescriptorEntry) -> Option<String> {
-    let lock = entry.info.locks.first()?;
-    // `1: POSIX  ADVISORY  WRITE 4711 08:01:99 0 EOF`
-    let kind = lock.split_ascii_whitespace().nth(1).unwrap_or("file");
-    Some(kind.to_owned())
 }
 
 fn anonymous_shape(name: &str) -> Verdict<Shape> {
@@ -405,9 +395,6 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     }
     if KERNEL_STORAGE.contains(&storage(&through)?) {
         return Ok(Err(RefusalKind::KernelFile { path }));
-    }
-    if let Some(kind) = lock_kind(entry) {
-        return Ok(Err(RefusalKind::FileLock { path, kind }));
     }
     let path = present_name(path, &open)?;
     let named = std::fs::metadata(&path);
@@ -494,6 +481,8 @@ pub(crate) struct Table {
     pub descriptors: BTreeMap<i32, Vec<Descriptor>>,
     pub files: Vec<File>,
     pub pipes: Vec<Pipe>,
+    /// As they were found.
+    pub locks: Vec<locks::Held>,
     pub refusals: Vec<Refusal>,
     /// Inodes of all pipes and sockets, for the question who else holds them.
     pub inodes: BTreeSet<u64>,
@@ -553,7 +542,22 @@ pub(crate) fn table(
                 if let Some(inode) = entry.pipe_or_socket_inode() {
                     sight.sockets.files.insert(inode, id);
                 }
+                if let Some(what) = group[0].is_sent().then(|| locks::sent(entry)).flatten() {
+                    table.refusals.push(Refusal {
+                        pid,
+                        object: Object::Fd(entry.fd),
+                        what,
+                    });
+                }
                 for row in group.iter().filter(|row| !row.is_sent()) {
+                    match locks::held(row.pid, row.entry, id) {
+                        Ok(held) => table.locks.extend(held),
+                        Err(what) => table.refusals.push(Refusal {
+                            pid: row.pid,
+                            object: Object::Fd(row.entry.fd),
+                            what,
+                        }),
+                    }
                     table
                         .descriptors
                         .entry(row.pid)

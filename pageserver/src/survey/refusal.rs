@@ -431,14 +431,14 @@ refusals! {
         /// The path.
         path: String,
     } = "writable-file", "{path} is open for writing on local storage (--same-file {path} if the target sees the same file)";
-    /// Locks.
+    /// A lease, a delegation, or a lock of a kind unknown here.
     FileLock {
         /// The path.
         path: String,
-        /// The kernel's word: POSIX, FLOCK, OFDLCK, LEASE.
+        /// The kernel's word, or its whole line.
         kind: String,
     } = "file-lock", "{kind} lock on {path}, which is not carried yet (release it)";
-    /// Leases and directory notifications, asked by `F_GETLEASE` or seen as such.
+    /// `O_PATH`.
     PathOnly {
         /// The path.
         path: String,

@@ -17,6 +17,7 @@ use pageferry_tracee::injection::Injection;
 use pageferry_tracee::procfs::TimerfdInfo;
 use pageferry_tracee::{descriptor, pipe, timer};
 
+use super::locks::Locks;
 use super::shared::Objects;
 use super::sockets::names::Names;
 use super::{Error, Result, Work, sockets};
@@ -203,6 +204,8 @@ pub(crate) struct Files {
     handed: BTreeSet<u32>,
     /// What is mapped and open in several.
     pub(super) objects: Objects,
+    /// What is taken on them.
+    pub(super) locks: Locks,
 }
 
 impl Files {
@@ -229,6 +232,7 @@ impl Files {
             made: BTreeMap::new(),
             handed: BTreeSet::new(),
             objects,
+            locks: Locks::new(tree),
         })
     }
 

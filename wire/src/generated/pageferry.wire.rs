@@ -137,6 +137,9 @@ pub struct Ready {
     pub rebuild_ns: u64,
     #[prost(uint64, tag = "2")]
     pub pages_resident: u64,
+    /// locks of the tree are held by somebody else, who may be the source: it gives its own up before COMMIT
+    #[prost(bool, tag = "3")]
+    pub waits_for_locks: bool,
 }
 /// Hands over the right to run. May be repeated: the answer stays the same.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

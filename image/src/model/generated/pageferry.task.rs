@@ -216,6 +216,9 @@ pub struct Tree {
     /// What has ended and was not waited for: behind each other those of one parent, in the order in which it will be told.
     #[prost(message, repeated, tag = "16")]
     pub zombies: ::prost::alloc::vec::Vec<super::relations::Zombie>,
+    /// by kind, file, process of a record lock, start
+    #[prost(message, repeated, tag = "20")]
+    pub locks: ::prost::alloc::vec::Vec<super::locks::Lock>,
     /// where it was captured; not in a state that travels, where the plan has told it
     #[prost(message, optional, tag = "7")]
     pub host: ::core::option::Option<Host>,

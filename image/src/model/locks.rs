@@ -1,0 +1,175 @@
+//! Locks on files.
+//!
+//! A lock tells nobody what it protects, so a wrong one is the loss of data: what comes from a peer must be locks that the
+//! processes named could have held at the same time.
+
+#![allow(
+    missing_docs,
+    reason = "generated fields are documented in image/proto/locks.proto"
+)]
+
+use std::collections::BTreeSet;
+
+use super::files::{Descriptor, File};
+use super::{Invalid, ascending, at_most, ensure, limits};
+
+include!("generated/pageferry.locks.rs");
+
+/// One past the last byte of a file that can be locked: `OFFSET_MAX` is the last.
+const END: u64 = 1 << 63;
+
+impl Lock {
+    /// Validates all locks of a tree against its open files and the table of each process, by pid.
+    ///
+    /// # Errors
+    /// The broken rule.
+    pub fn validate_all(
+        locks: &[Self],
+        files: &[File],
+        tables: &[(i32, &[Descriptor])],
+    ) -> Result<(), Invalid> {
+        at_most(locks.len(), limits::LOCKS, || "list of locks".into())?;
+        ascending(locks.iter().map(Self::place), "locks")?;
+        let mut missing: BTreeSet<(i32, u32)> =
+            locks.iter().map(|lock| (lock.pid, lock.file)).collect();
+        for (pid, descriptors) in tables.iter().filter(|_| !locks.is_empty()) {
+            for descriptor in *descriptors {
+                missing.remove(&(*pid, descriptor.file));
+            }
+        }
+        for lock in locks {
+            let object = || format!("lock on open file {}", lock.file);
+            ensure(lock.kind() != Kind::Invalid, object, "is of no known kind")?;
+            ensure(
+                File::find(files, lock.file).is_some(),
+                object,
+                "has no file",
+            )?;
+            let is_held = !missing.contains(&(lock.pid, lock.file));
+            ensure(is_held, object, "is of a process that has not the file")?;
+            let has_end = lock.start < END && lock.len < END - lock.start;
+            ensure(has_end, object, "reaches beyond the end of any file")?;
+            ensure(
+                lock.kind() != Kind::Flock || (lock.start, lock.len) == (0, 0),
+                object,
+                "is a flock on a part of the file",
+            )?;
+        }
+        for pair in locks.windows(2) {
+            let object = || format!("lock on open file {}", pair[1].file);
+            ensure(
+                pair[0].owner() != pair[1].owner() || pair[0].end() <= pair[1].start,
+                object,
+                "overlaps another of the same owner",
+            )?;
+        }
+        Ok(())
+    }
+
+    /// One past its last byte.
+    fn end(&self) -> u64 {
+        match self.len {
+            0 => END,
+            len => self.start.saturating_add(len),
+        }
+    }
+
+    /// Whose it is, on what: these cannot overlap. An open file has its locks whoever took them.
+    fn owner(&self) -> (i32, u32, i32) {
+        match self.kind() {
+            Kind::Record => (self.kind, self.file, self.pid),
+            _ => (self.kind, self.file, 0),
+        }
+    }
+
+    /// Where it stands in the list of a tree.
+    pub fn place(&self) -> (i32, u32, i32, u64) {
+        let (kind, file, pid) = self.owner();
+        (kind, file, pid, self.start)
+    }
+
+    /// As an operator knows it, and what for.
+    pub fn name(&self) -> &'static str {
+        match (self.kind(), self.exclusive) {
+            (Kind::Flock, true) => "exclusive flock",
+            (Kind::Flock, false) => "shared flock",
+            (Kind::Record, true) => "record lock for writing",
+            (Kind::Record, false) => "record lock for reading",
+            (_, true) => "open file description lock for writing",
+            (_, false) => "open file description lock for reading",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::files::{Eventfd, file};
+    use super::*;
+
+    fn lock(kind: Kind, pid: i32, file: u32, start: u64, len: u64) -> Lock {
+        Lock {
+            kind: kind.into(),
+            exclusive: true,
+            pid,
+            file,
+            start,
+            len,
+        }
+    }
+
+    fn check(locks: &[Lock]) -> Result<(), Invalid> {
+        let files: Vec<File> = [1, 2]
+            .map(|id| File {
+                id,
+                kind: Some(file::Kind::Eventfd(Eventfd::default())),
+                ..File::default()
+            })
+            .into();
+        let row = |fd, file| Descriptor {
+            fd,
+            file,
+            close_on_exec: false,
+        };
+        let (root, child) = ([row(3, 1), row(4, 2)], [row(9, 2)]);
+        Lock::validate_all(locks, &files, &[(7, &root), (8, &child)])
+    }
+
+    #[test]
+    fn a_lock_has_a_kind_a_file_and_an_owner_that_has_it() {
+        for kind in [Kind::Flock, Kind::Record, Kind::Description] {
+            assert_eq!(check(&[lock(kind, 7, 1, 0, 0)]), Ok(()));
+        }
+        assert!(check(&[lock(Kind::Invalid, 7, 1, 0, 0)]).is_err());
+        let unknown = Lock {
+            kind: 4,
+            ..lock(Kind::Record, 7, 1, 0, 0)
+        };
+        assert!(check(&[unknown]).is_err());
+        assert!(check(&[lock(Kind::Record, 7, 3, 0, 0)]).is_err(), "no file");
+        assert!(check(&[lock(Kind::Record, 8, 1, 0, 0)]).is_err(), "not its");
+        assert!(check(&[lock(Kind::Record, 9, 1, 0, 0)]).is_err(), "nobody");
+    }
+
+    #[test]
+    fn a_lock_lies_within_a_file() {
+        let last = END - 1;
+        assert_eq!(check(&[lock(Kind::Record, 7, 1, last, 0)]), Ok(()));
+        assert_eq!(check(&[lock(Kind::Record, 7, 1, 1, last - 1)]), Ok(()));
+        assert!(check(&[lock(Kind::Record, 7, 1, 1, last)]).is_err());
+        assert!(check(&[lock(Kind::Record, 7, 1, END, 0)]).is_err());
+        assert!(check(&[lock(Kind::Record, 7, 1, 1, u64::MAX)]).is_err());
+        assert!(check(&[lock(Kind::Flock, 7, 1, 0, 5)]).is_err());
+    }
+
+    #[test]
+    fn locks_of_one_owner_do_not_overlap() {
+        let record = |pid, start, len| lock(Kind::Record, pid, 2, start, len);
+        assert_eq!(check(&[record(7, 0, 5), record(7, 5, 0)]), Ok(()));
+        assert!(check(&[record(7, 0, 6), record(7, 5, 0)]).is_err());
+        assert!(check(&[record(7, 0, 0), record(7, 5, 1)]).is_err());
+        assert!(check(&[record(7, 5, 1), record(7, 0, 1)]).is_err(), "order");
+        assert_eq!(check(&[record(7, 0, 0), record(8, 0, 0)]), Ok(()));
+        let flock = |pid| lock(Kind::Flock, pid, 2, 0, 0);
+        assert!(check(&[flock(7), flock(8)]).is_err(), "one open file");
+    }
+}

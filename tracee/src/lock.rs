@@ -1,0 +1,330 @@
+//! Locks on files: what `/proc` tells of them, and how a process takes them again or gives them up.
+//!
+//! A record lock belongs to the process that made the call, so it is always that process which calls; the locks of an open file
+//! are given up through a copy of the descriptor. Nothing here waits for a lock.
+//!
+//! # Safety
+//! Each unsafe block is one system call with integers or with a structure that outlives the call.
+
+use std::os::fd::AsRawFd as _;
+
+use nix::errno::Errno;
+
+use crate::choke::{self, Kind as Call};
+use crate::descriptor::PidFd;
+use crate::error::{Error, Result};
+use crate::injection::{Batch, Injection};
+use crate::tree::Tracee;
+
+/// Who has a lock, and on what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `flock(2)`: an open file, on the whole file.
+    Flock,
+    /// `F_SETLK`: a process.
+    Record,
+    /// `F_OFD_SETLK` (3.15): an open file.
+    Description,
+}
+
+/// A lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lock {
+    /// Its kind.
+    pub kind: Kind,
+    /// For writing.
+    pub exclusive: bool,
+    /// Its first byte.
+    pub start: u64,
+    /// Bytes; 0: to the end of the file, wherever that will be.
+    pub len: u64,
+}
+
+/// A lock as its owner can give it up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The owner's descriptor.
+    pub fd: u32,
+    /// The lock.
+    pub lock: Lock,
+    /// As [`Line::file`].
+    pub file: (u64, u64, u64),
+}
+
+/// A line of `/proc/locks`, or of `fdinfo` behind `lock:`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// The kernel's word: `POSIX`, `FLOCK`, `OFDLCK`, `LEASE`, `DELEG`.
+    pub word: String,
+    /// The lock; `None` for a lease, or a kind that is not known.
+    pub lock: Option<Lock>,
+    /// Who took it: 0 or less if that is nobody in this pid namespace, or if the kernel does not say.
+    pub pid: i32,
+    /// The file: major and minor number of its file system's device, and its inode.
+    pub file: (u64, u64, u64),
+    /// It is not held but waited for.
+    pub waits: bool,
+}
+
+impl Line {
+    /// `1: POSIX  ADVISORY  WRITE 4711 08:01:99 0 EOF`, with `->` behind the number for one that waits; `None` for another form.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut words: Vec<&str> = text.split_ascii_whitespace().collect();
+        let waits = words.get(1) == Some(&"->");
+        if waits {
+            words.remove(1);
+        }
+        let [_, word, _, access, pid, file, start, end] = words[..] else {
+            return None;
+        };
+        let mut file = file.split(':');
+        let (major, minor, inode) = (file.next()?, file.next()?, file.next()?);
+        let kind = match word {
+            "FLOCK" => Some(Kind::Flock),
+            "POSIX" => Some(Kind::Record),
+            "OFDLCK" => Some(Kind::Description),
+            _ => None,
+        };
+        let exclusive = match access {
+            "WRITE" => Some(true),
+            "READ" => Some(false),
+            _ => None,
+        };
+        let start = start.parse().ok()?;
+        let len = match end {
+            "EOF" => 0,
+            end => end
+                .parse::<u64>()
+                .ok()?
+                .checked_sub(start)?
+                .checked_add(1)?,
+        };
+        let lock = kind.zip(exclusive).map(|(kind, exclusive)| Lock {
+            kind,
+            exclusive,
+            start,
+            len,
+        });
+        Some(Self {
+            word: word.to_owned(),
+            lock,
+            pid: pid.parse().ok()?,
+            file: (
+                u64::from_str_radix(major, 16).ok()?,
+                u64::from_str_radix(minor, 16).ok()?,
+                inode.parse().ok()?,
+            ),
+            waits,
+        })
+    }
+}
+
+/// All locks this pid namespace may know of, and who waits for them; leases are left out (proc_locks(5)).
+///
+/// # Errors
+/// [`Error::Path`].
+pub fn all() -> Result<Vec<Line>> {
+    const PATH: &str = "/proc/locks";
+    let failed = |errno| Error::path("read", PATH, errno);
+    choke::pass(Call::Proc).map_err(failed)?;
+    let text = std::fs::read_to_string(PATH)
+        .map_err(|error| failed(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)))?;
+    let lines = text.lines().filter_map(Line::parse);
+    Ok(lines.filter(|line| line.lock.is_some()).collect())
+}
+
+impl Lock {
+    /// Whether two owners cannot have both. The two kinds that lock ranges know of each other, `flock` only of itself.
+    pub fn conflicts(&self, other: &Self) -> bool {
+        let end = |lock: &Self| match lock.len {
+            0 => u64::MAX,
+            len => lock.start.saturating_add(len),
+        };
+        (self.kind == Kind::Flock) == (other.kind == Kind::Flock)
+            && (self.exclusive || other.exclusive)
+            && self.start < end(other)
+            && other.start < end(self)
+    }
+
+    fn flock_operation(&self) -> i32 {
+        match self.exclusive {
+            true => libc::LOCK_EX | libc::LOCK_NB,
+            false => libc::LOCK_SH | libc::LOCK_NB,
+        }
+    }
+
+    /// `struct flock` of x86-64: type, whence (from the start of the file), four bytes of nothing, start, length, pid.
+    fn record(&self, lock_type: i32) -> [u8; RECORD_LEN] {
+        let mut bytes = [0; RECORD_LEN];
+        bytes[..2].copy_from_slice(&(lock_type as i16).to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.start.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.len.to_le_bytes());
+        bytes
+    }
+}
+
+const RECORD_LEN: usize = 32;
+const _: () = assert!(size_of::<libc::flock>() == RECORD_LEN);
+const _: () = assert!(std::mem::offset_of!(libc::flock, l_start) == 8);
+const _: () = assert!(std::mem::offset_of!(libc::flock, l_len) == 16);
+
+/// Has thread `tid` take `locks`, each through the descriptor named with it. The answers are in that order; `EAGAIN` where
+/// somebody else has one (fcntl(2), flock(2)).
+///
+/// # Errors
+/// As [`Injection::run`].
+pub fn take(
+    injection: &mut Injection<'_>,
+    tid: i32,
+    locks: &[(u32, Lock)],
+) -> Result<Vec<std::result::Result<(), Errno>>> {
+    let mut answers = Vec::with_capacity(locks.len());
+    let room = injection.scratch(tid).len() / RECORD_LEN;
+    for some in locks.chunks(Batch::LIMIT.min(room)) {
+        let mut batch = Batch::new();
+        for (index, (fd, lock)) in some.iter().enumerate() {
+            let command = match lock.kind {
+                Kind::Flock => {
+                    let operation = lock.flock_operation();
+                    batch.call(libc::SYS_flock, &[(*fd).into(), operation.into()]);
+                    continue;
+                }
+                Kind::Record => libc::F_SETLK,
+                Kind::Description => libc::F_OFD_SETLK,
+            };
+            let at = index * RECORD_LEN;
+            let lock_type = match lock.exclusive {
+                true => libc::F_WRLCK,
+                false => libc::F_RDLCK,
+            };
+            injection.scratch(tid)[at..at + RECORD_LEN].copy_from_slice(&lock.record(lock_type));
+            let address = injection.scratch_address(tid) + at as u64;
+            batch.call(
+                libc::SYS_fcntl,
+                &[(*fd).into(), command.into(), address.into()],
+            );
+        }
+        let results = injection.run(tid, &batch)?;
+        answers.extend(results.into_iter().map(|result| result.map(drop)));
+    }
+    Ok(answers)
+}
+
+impl Tracee {
+    /// Has the frozen process take `locks`, as [`take`]. It is as it was afterwards.
+    ///
+    /// # Errors
+    /// As [`Tracee::plant`] and [`Injection::run`].
+    pub fn take_locks(
+        &mut self,
+        locks: &[(u32, Lock)],
+    ) -> Result<Vec<std::result::Result<(), Errno>>> {
+        let pid = self.pid();
+        let mut injection = self.plant(None)?;
+        let answers = take(&mut injection, pid, locks);
+        injection.cure()?;
+        answers
+    }
+
+    /// Gives up `locks` of a process that is [parked](Tracee::park), and all other record locks it has on the same files. It stays
+    /// parked; for the moments in which it gives up record locks itself, our death would let it run.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] unless frozen; [`Error::Gone`]; [`Error::Kernel`], [`Error::Injected`]. Some may be given up by then.
+    pub fn give_up_locks(&mut self, locks: &[Held]) -> Result<()> {
+        let pid = self.pid();
+        let is_record = |held: &&Held| held.lock.kind == Kind::Record;
+        let process = PidFd::open(pid)?;
+        for held in locks.iter().filter(|held| !is_record(held)) {
+            unlock(&process, held.fd, &held.lock)?;
+        }
+        let mut fds: Vec<u32> = locks.iter().filter(is_record).map(|held| held.fd).collect();
+        fds.dedup();
+        if fds.is_empty() {
+            return Ok(());
+        }
+        self.close_copies(&fds)
+    }
+}
+
+/// Gives up a lock of the open file behind descriptor `fd` of a process.
+fn unlock(process: &PidFd, fd: u32, lock: &Lock) -> Result<()> {
+    let copy = process.get_fd(fd)?;
+    let answer = match lock.kind {
+        // SAFETY: no pointers.
+        Kind::Flock => unsafe { libc::flock(copy.as_raw_fd(), libc::LOCK_UN) },
+        _ => {
+            let record = lock.record(libc::F_UNLCK);
+            // SAFETY: the structure has the length of a `struct flock` and outlives the call, which does not keep it.
+            unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_OFD_SETLK, record.as_ptr()) }
+        }
+    };
+    Errno::result(answer)
+        .map(drop)
+        .map_err(|errno| Error::kernel("giving up a lock", process.pid(), errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_the_kernel_are_understood() {
+        let parse = |text| Line::parse(text).expect("a lock");
+        let line = parse("1: POSIX  ADVISORY  WRITE 4711 08:1f:99 10 19");
+        assert_eq!((line.pid, line.file), (4711, (8, 31, 99)));
+        let lock = Lock {
+            kind: Kind::Record,
+            exclusive: true,
+            start: 10,
+            len: 10,
+        };
+        assert_eq!(line.lock, Some(lock));
+        let line = parse("1: OFDLCK ADVISORY  READ  -1 00:2a:7 3 EOF");
+        let lock = Lock {
+            kind: Kind::Description,
+            exclusive: false,
+            start: 3,
+            len: 0,
+        };
+        assert_eq!((line.lock, line.pid), (Some(lock), -1));
+        let line = parse("2: FLOCK  ADVISORY  READ 12 00:2a:7 0 EOF");
+        assert!(line.lock.is_some_and(|lock| lock.kind == Kind::Flock));
+        let lease = parse("1: LEASE  ACTIVE    READ 1 00:2a:7 0 EOF");
+        assert_eq!((lease.lock, lease.word.as_str()), (None, "LEASE"));
+        let waiter = parse("1: -> FLOCK  ADVISORY  READ 0 00:2a:7 0 EOF");
+        assert!(waiter.waits && waiter.pid == 0 && !line.waits);
+        for bad in ["", "1: POSIX ADVISORY READ 1 0:0 0 EOF"] {
+            assert_eq!(Line::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_overlapping_locks_for_writing_conflict() {
+        let lock = |kind, exclusive, start, len| Lock {
+            kind,
+            exclusive,
+            start,
+            len,
+        };
+        let conflict = |a: Lock, b: Lock| {
+            assert_eq!(a.conflicts(&b), b.conflicts(&a));
+            a.conflicts(&b)
+        };
+        use Kind::{Description, Flock, Record};
+        assert!(conflict(
+            lock(Record, true, 0, 10),
+            lock(Description, false, 9, 0)
+        ));
+        assert!(!conflict(
+            lock(Record, true, 0, 10),
+            lock(Description, false, 10, 0)
+        ));
+        assert!(!conflict(
+            lock(Record, false, 0, 0),
+            lock(Record, false, 0, 0)
+        ));
+        assert!(!conflict(lock(Record, true, 0, 0), lock(Flock, true, 0, 0)));
+        assert!(conflict(lock(Flock, true, 0, 0), lock(Flock, false, 0, 0)));
+    }
+}
