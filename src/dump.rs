@@ -17,7 +17,7 @@ use pageferry_image::model::task::Tree;
 use pageferry_image::page::PageRange;
 use pageferry_image::store::{self, Compression, Header, ImageWriter, ObjectId, Origin};
 use pageferry_pageserver::capture::Captured;
-use pageferry_pageserver::capture::shared::SharedPages;
+use pageferry_pageserver::capture::shared::{Moved, SharedPages};
 use pageferry_pageserver::serve::{PageReader, Piece};
 use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::{Error as SourceError, at_rest, identity, survey};
@@ -221,6 +221,8 @@ async fn dump(
         captured.tree.host = Some(this_host);
         refresh_written(&mut captured.tree);
         let members = captured.tree.members();
+        let mut memory = std::mem::take(&mut captured.moved);
+        memory.retain(Moved::is_memory);
         let (image, compression) = (args.image.clone(), compression(args.compress));
         let cancelled = Arc::clone(&cancel);
         let writing = tokio::task::spawn_blocking(move || {
@@ -228,7 +230,7 @@ async fn dump(
             write(&image, tree, shared, origin, compression, &cancelled)
         });
         let written = writing.await.map_err(|_| Unwritten::Thread)?;
-        written.map(|writer| (writer, members))
+        written.map(|writer| (writer, members, memory))
     }
     .await;
     let account = |ledger: &mut Ledger| {
@@ -237,7 +239,7 @@ async fn dump(
         ledger.downtime_ms = ledger.freeze_ms + ledger.capture_ms;
     };
 
-    let (writer, members) = match written {
+    let (writer, members, memory) = match written {
         Ok(written) => written,
         Err(error) => {
             let thawed = process.roll_back().await;
@@ -285,6 +287,12 @@ async fn dump(
                     return Err(Failure::Alive { image, pid, why });
                 }
                 wait_until_gone(&members).await;
+                for segment in memory {
+                    if let Err(error) = segment.remove() {
+                        let name = segment.name();
+                        tracing::warn!("{name} is in the image and could not be removed here: {error}");
+                    }
+                }
                 header
             }
             Err(error) => {

@@ -355,6 +355,7 @@ fn kind_of_shared(shared: &Shared) -> &'static str {
         Some(shared::Kind::Anonymous(_)) => "anonymous",
         Some(shared::Kind::Memfd(_)) => "memfd",
         Some(shared::Kind::Carried(_)) => "file",
+        Some(shared::Kind::Segment(_)) => "segment",
     }
 }
 

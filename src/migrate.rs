@@ -18,7 +18,7 @@ use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_image::store::ObjectId;
 use pageferry_pageserver::capture::Pages;
 use pageferry_pageserver::capture::locks::HeldLocks;
-use pageferry_pageserver::capture::shared::{MovedFile, SharedPages};
+use pageferry_pageserver::capture::shared::{Moved, SharedPages};
 use pageferry_pageserver::shared::SharedReader;
 use pageferry_pageserver::survey::{self, Survey, SurveyOptions};
 use pageferry_tracee::{choke, host, process, procfs};
@@ -397,7 +397,7 @@ struct Shell<'a> {
     /// Of each shared object.
     shared: Vec<SharedPages>,
     /// Files that are the target's once the process is.
-    moved: Vec<MovedFile>,
+    moved: Vec<Moved>,
     /// Locks of the processes, until they are given up.
     locks: HeldLocks,
     /// The target says that somebody has a lock it needs.
@@ -510,17 +510,8 @@ impl Shell<'_> {
                         return session.handle_failed(&report::chain(&error));
                     }
                 }
-                // COMMIT is recorded: the copy stays stopped, or gets them again before it runs.
-                if frame.tag() == Tag::Commit && std::mem::take(&mut self.waits_for_locks) {
-                    let locks = std::mem::take(&mut self.locks);
-                    let given_up = match &self.tree {
-                        Some(tree) => tree.give_up_locks(locks).await,
-                        None => Ok(()),
-                    };
-                    // The target cannot have them then, and refuses.
-                    if let Err(error) = given_up {
-                        tracing::warn!("{}", report::chain(&error));
-                    }
+                if frame.tag() == Tag::Commit {
+                    self.give_up_locks().await;
                 }
                 let state = frame.tag() == Tag::State;
                 let sent = match self.send(frame).await {
@@ -615,7 +606,7 @@ impl Shell<'_> {
                     if let Err(error) = file.remove() {
                         tracing::warn!(
                             "{} went along and could not be removed here: {error}",
-                            file.path()
+                            file.name()
                         );
                     }
                 }
@@ -634,17 +625,31 @@ impl Shell<'_> {
     }
 
     async fn park(&mut self) -> Result<(), String> {
-        if self.waits_for_locks {
-            let waited_for = self.locks.waited_for();
-            let waited_for = waited_for.map_err(|error| report::chain(&error))?;
-            if let Some(who) = waited_for {
+        let waited_for = self.locks.waited_for();
+        match waited_for.map_err(|error| report::chain(&error))? {
+            Some(who) if self.waits_for_locks => {
                 return Err(format!(
                     "the target sees the same file, and {who}, and would get it on the way"
                 ));
             }
+            // Theirs when the copy here has ended, and not before that is certain.
+            Some(_) => self.locks = HeldLocks::default(),
+            None => {}
         }
         let parked = self.tree()?.park().await;
         parked.map_err(|error| report::chain(&error))
+    }
+
+    /// COMMIT is recorded: the copy stays stopped, or gets them again before it runs. On the target they may already be had once more,
+    /// where they are for reading, or on another file; there the program must find none but its own.
+    async fn give_up_locks(&mut self) {
+        let locks = std::mem::take(&mut self.locks);
+        if let (Some(tree), false) = (&self.tree, locks.is_empty()) {
+            // The target cannot have them then, and refuses.
+            if let Err(error) = tree.give_up_locks(locks).await {
+                tracing::warn!("{}", report::chain(&error));
+            }
+        }
     }
 
     async fn capture(&mut self) -> Result<State, String> {

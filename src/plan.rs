@@ -12,14 +12,14 @@ use std::path::{Path, PathBuf};
 use nix::libc;
 use pageferry_image::model::files::file;
 use pageferry_image::model::memory::FileIdentity;
-use pageferry_image::model::shared::{Shared, shared};
+use pageferry_image::model::shared::{Segment, Shared, shared};
 use pageferry_image::model::sockets::{unix_name, unix_path};
 use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::PAGE_SIZE;
 use pageferry_pageserver::identity;
 use pageferry_pageserver::survey::{SurveyOptions, TcpPolicy};
 use pageferry_restorer::rebuild::sockets::names;
-use pageferry_tracee::{host, procfs, socket};
+use pageferry_tracee::{host, procfs, socket, sysv};
 use pageferry_wire::message::{self, BoundSocket, Plan, Refusal, Verdict};
 
 use crate::cli::{self, CarryArgs};
@@ -237,7 +237,7 @@ pub fn of_tree(tree: &Tree, resident_bytes: u64) -> Plan {
         carried: tree
             .shared
             .iter()
-            .filter(|shared| matches!(shared.kind, Some(shared::Kind::Carried(_))))
+            .filter(|shared| shared.is_named())
             .cloned()
             .collect(),
         sockets: bound,
@@ -324,10 +324,12 @@ fn judge_file(file: &FileIdentity, plan: &Plan) -> Option<String> {
     identity::difference(file, identity_check(plan.file_check()))
 }
 
-/// Whether a file can be made here, with its name or without.
+/// Whether a file can be made here, with its name or without, or a segment with its number and key.
 fn judge_carried(file: &Shared) -> Option<String> {
-    let Some(shared::Kind::Carried(carried)) = &file.kind else {
-        return None;
+    let carried = match &file.kind {
+        Some(shared::Kind::Carried(carried)) => carried,
+        Some(shared::Kind::Segment(segment)) => return judge_segment(segment),
+        _ => return None,
     };
     if file.new_path().is_some() && Path::new(&carried.path).symlink_metadata().is_ok() {
         return Some("is there on the target already, and may be another's (remove it there, or --same-file if it is the same)".into());
@@ -337,6 +339,23 @@ fn judge_carried(file: &Shared) -> Option<String> {
         let folder = folder.display();
         format!("cannot be made: there is no folder {folder} on the target (make it)")
     })
+}
+
+fn judge_segment(segment: &Segment) -> Option<String> {
+    if !sysv::can_number() {
+        return Some("cannot get its number on the target, whose kernel is built without CONFIG_CHECKPOINT_RESTORE".into());
+    }
+    if !matches!(sysv::segment(segment.number), Ok(None)) {
+        return Some(
+            "has a number that another segment has on the target (remove that with ipcrm)".into(),
+        );
+    }
+    let taken = (segment.key != 0).then(|| sysv::with_key(segment.key));
+    let other = taken.flatten()?;
+    let key = segment.key;
+    Some(format!(
+        "has the key {key:#010x}, which segment {other} has on the target (remove that with ipcrm)"
+    ))
 }
 
 /// Whether the address can be bound here: tried, and given back at once.

@@ -293,6 +293,7 @@ objects! {
     copied_pages_of_private_files_cross: "private_file", ORDINARY, FarAhead;
     shared_file_mappings_cross: "shared_file", ORDINARY, Behind;
     shared_memory_crosses_and_is_shared: "shared_memory", ORDINARY, FarAhead;
+    system_v_shared_memory_crosses: "sysv_memory", ORDINARY, Behind;
     memfds_cross_with_their_seals: "memfds", ORDINARY, Behind;
     files_on_a_tmpfs_and_deleted_ones_go_along: "tmpfs_files", ORDINARY, FarAhead;
     guard_pages_cross_and_are_followed: "guard_pages", ORDINARY, FarAhead;

@@ -729,6 +729,148 @@ fn a_java_virtual_machine_crosses_and_comes_to_rest() {
     program_goes_there_and_back("java", "/usr/bin/java", &arguments, Clocks::FarAhead);
 }
 
+/// Where PostgreSQL's programs lie: Debian has the server's in a folder for each version.
+fn find_postgresql() -> Option<PathBuf> {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
+    let mut folders: Vec<PathBuf> = versions
+        .flatten()
+        .map(|version| version.path().join("bin"))
+        .chain(find_program("postgres").and_then(|found| Some(found.parent()?.to_owned())))
+        .filter(|folder| folder.join("postgres").is_file() && folder.join("initdb").is_file())
+        .collect();
+    folders.sort();
+    folders.pop()
+}
+
+/// A database with its many processes, its System V segment, its POSIX shared memory and its shared buffers, idle while it is on its
+/// way; its tables are read and written wherever it is, also by workers that it starts for that.
+#[test]
+#[ignore = "long: installs PostgreSQL"]
+fn postgresql_crosses_and_comes_to_rest() {
+    if skip().is_some() {
+        return;
+    }
+    let Some(programs) = find_postgresql() else {
+        return say_skipped("needs postgresql");
+    };
+    let program = |name: &str| programs.join(name).display().to_string();
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let folder = pair.path("pg");
+    let text = folder.to_str().expect("it is ASCII");
+    // A user with a name, which it asks for.
+    pair.a
+        .must("install", &["-d", "-m", "700", "-o", "nobody", text]);
+    let ids = [
+        "--reuid=nobody",
+        "--regid=65534",
+        "--clear-groups",
+        "--no-new-privs",
+    ];
+    let initdb = program("initdb");
+    let data = format!("{text}/data");
+    let mut command = ids.to_vec();
+    command.extend(["--", &initdb, "-D", &data, "-U", "postgres", "-A", "trust"]);
+    command.extend(["--no-sync", "--no-locale", "-E", "UTF8"]);
+    pair.a.must("setpriv", &command);
+    let postgres = program("postgres");
+    let settings = [
+        "shared_buffers=16MB".to_owned(),
+        format!("unix_socket_directories={text}"),
+        "listen_addresses=127.0.0.1".to_owned(),
+        "logging_collector=on".to_owned(),
+        "autovacuum_naptime=1h".to_owned(),
+        "huge_pages=off".to_owned(),
+    ];
+    let mut command = vec![postgres.as_str(), "-D", &data];
+    command.extend(settings.iter().flat_map(|setting| ["-c", setting]));
+    pair.a.start(&ids, &command);
+    let psql = program("psql");
+    let query = |host: &Host, server: &str, sql: &str| {
+        let arguments = [
+            "-h", server, "-U", "postgres", "-d", "postgres", "-AtXqc", sql,
+        ];
+        let output = host.run(&psql, &arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
+            false => Err(errors.into_owned()),
+        }
+    };
+    eventually("it to answer", || query(&pair.a, text, "select 1").ok());
+    let script = "create table words (id int primary key, word text);
+        insert into words select n, md5(n::text) from generate_series(1, 50000) n;
+        create table rounds (id serial, place text); analyze";
+    query(&pair.a, text, script).expect("it is idle");
+    let sum = "select count(*), md5(string_agg(word, '' order by id)) from words";
+    let words = query(&pair.a, text, sum).expect("it is idle");
+    assert!(words.starts_with("50000|"), "{words}");
+    let pid = fs::read_to_string(folder.join("data/postmaster.pid")).expect("it answers");
+    let pid: i32 = pid
+        .lines()
+        .next()
+        .and_then(|pid| pid.parse().ok())
+        .expect("a process id");
+    // Postmaster, logger, checkpointer, two writers, two launchers, at least; what serves a client ends behind it.
+    let rest = |host: &Host| {
+        host.processes()
+            .iter()
+            .filter(|process| {
+                let command = fs::read(process.proc("cmdline")).unwrap_or_default();
+                let command = String::from_utf8_lossy(&command).into_owned();
+                let passes = ["postgres: postgres ", "postgres: parallel "];
+                !command.is_empty() && !passes.iter().any(|name| command.starts_with(name))
+            })
+            .map(|process| process.inner)
+            .collect::<Vec<i32>>()
+    };
+    let is_idle = |host: &Host| host.processes().len() == rest(host).len();
+    eventually("its clients' processes to end", || {
+        is_idle(&pair.a).then_some(())
+    });
+    let standing = rest(&pair.a);
+    assert!(
+        standing.len() >= 6 && standing.contains(&pid),
+        "{standing:?}"
+    );
+    let mut rounds = 0;
+    let host = journey(&pair, pid, THERE_AND_BACK, |host, when| {
+        let ask = |server: &str, sql: &str| {
+            let answer = query(host, server, sql);
+            answer.unwrap_or_else(|why| panic!("{sql}: {why} {when}"))
+        };
+        assert_eq!(rest(host), standing, "{when}");
+        assert_eq!(ask(text, sum), words, "{when}");
+        rounds += 1;
+        let place = format!("insert into rounds (place) values ('{}')", host.name);
+        ask("127.0.0.1", &place);
+        ask(
+            text,
+            "update words set word = md5(id::text) where id % 7 = 0; checkpoint",
+        );
+        let parallel = "set parallel_setup_cost = 0; set parallel_tuple_cost = 0;
+            set min_parallel_table_scan_size = 0; set max_parallel_workers_per_gather = 2;";
+        let plan = ask(
+            text,
+            &format!("{parallel} explain select count(*) from words"),
+        );
+        assert!(plan.contains("Workers Planned"), "{plan}");
+        let count = ask(text, &format!("{parallel} select count(*) from words"));
+        assert_eq!(count, "50000", "{when}");
+        let count = ask(text, "select count(*), max(id) from rounds");
+        assert_eq!(count, format!("{rounds}|{rounds}"), "{when}");
+        eventually("its clients' processes to end", || {
+            is_idle(host).then_some(())
+        });
+    });
+    let process = host.process(pid).expect("it has answered");
+    process.signal(Signal::SIGINT);
+    eventually("it to end", || host.processes().is_empty().then_some(()));
+    let state = host.must(&program("pg_controldata"), &[&data]);
+    assert!(state.contains("shut down\n"), "{state}");
+    before.assert_nothing_left(&pair);
+}
+
 /// Pages of a file that are not on its storage yet: cachestat(2), Linux 6.5.
 #[track_caller]
 fn unwritten_pages(host: &Host, path: &Path) -> u64 {

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::ferry::{Drain, Ferry, Finished};
-use crate::hosts::{Before, Clocks, LIBRARY_THAT_DIFFERS, Pair, say_skipped, skip};
+use crate::hosts::{
+    Before, Clocks, Host, LIBRARY_THAT_DIFFERS, Pair, eventually, say_skipped, skip,
+};
 use crate::subject::{Answer, ORDINARY, Subject};
 
 /// Tries a crossing that must be refused; checks that neither side did anything.
@@ -521,6 +523,81 @@ fn a_file_that_goes_along_needs_its_place_on_the_target() {
     ferry.migrate_options = options;
     ferry.cross(subject.pid);
     subject.must_pass("where its files had a place");
+    subject.end(&pair.b);
+    before.assert_nothing_left(&pair);
+}
+
+/// Attaches to, or makes, a segment of System V shared memory as its arguments say, and stays if it is to.
+const SEGMENTS: &str = "import ctypes, sys, time
+libc, what, number = ctypes.CDLL(None), sys.argv[1], int(sys.argv[2])
+libc.shmat.restype = ctypes.c_void_p
+if what == 'attach':
+    assert libc.shmat(number, None, 0) + 1
+    time.sleep(100000)
+elif what == 'key':
+    assert libc.shmget(number, 4096, 0o1600) >= 0
+elif what == 'number':
+    open('/proc/sys/kernel/shm_next_id', 'w').write(str(number))
+    assert libc.shmget(0, 4096, 0o1600) == number
+else:
+    assert libc.shmctl(number, 0, None) == 0";
+
+/// Who else is attached to a segment keeps it here; who has its number or key there keeps it from there.
+#[test]
+fn segments_that_others_have_are_refused_by_name() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let subject = Subject::start(&pair, &pair.a, "sysv_memory", ORDINARY, &[]);
+    let mut subject = subject.expect("it needs nothing");
+    let segments = |host: &Host| -> Vec<(i64, i64)> {
+        let table = host.must("cat", &["/proc/sysvipc/shm"]);
+        let rows = table.lines().skip(1).map(|line| {
+            let mut numbers = line
+                .split_whitespace()
+                .map(|word| word.parse().unwrap_or(0));
+            (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+        });
+        rows.collect()
+    };
+    let has_key = |(key, _): &(i64, i64)| *key != 0;
+    let kept = segments(&pair.a).into_iter().find(has_key);
+    let (key, number) = kept.expect("one has a key");
+    let (key, number) = (key.to_string(), number.to_string());
+    let ferry = Ferry::new(&pair);
+
+    pair.a
+        .start(&[], &["python3", "-c", SEGMENTS, "attach", &number]);
+    let stranger = eventually("somebody to be attached", || {
+        let mut processes = pair.a.processes().into_iter();
+        processes.find(|process| {
+            let maps = fs::read_to_string(process.proc("maps")).unwrap_or_default();
+            process.name.starts_with("python") && maps.contains("/SYSV")
+        })
+    });
+    let finished = refused(&ferry, &mut subject);
+    let named = format!("is shared with process {}", stranger.inner);
+    assert_some(&finished, "attached", &[&named]);
+    stranger.signal(nix::sys::signal::Signal::SIGKILL);
+    eventually("it to end", || {
+        pair.a.process(stranger.inner).is_none().then_some(())
+    });
+
+    for (what, argument) in [("key", &key), ("number", &number)] {
+        pair.b.must("python3", &["-c", SEGMENTS, what, argument]);
+        let finished = refused(&ferry, &mut subject);
+        let object = format!("System V shared memory {number}");
+        assert_some(&finished, what, &[&object, what, "on the target"]);
+        for (_, number) in segments(&pair.b) {
+            pair.b
+                .must("python3", &["-c", SEGMENTS, "remove", &number.to_string()]);
+        }
+    }
+    ferry.cross(subject.pid);
+    assert_eq!(subject.ask(), Answer::Pass, "on B");
+    assert_eq!(segments(&pair.a), [], "left on A");
     subject.end(&pair.b);
     before.assert_nothing_left(&pair);
 }

@@ -13,6 +13,7 @@ mod hosts;
 mod hosts_themselves;
 mod images;
 mod lifecycle;
+mod locks;
 mod programs;
 mod refusals;
 mod subject;

@@ -118,7 +118,7 @@ const FILE: Shape = of::<files::File>(fields! {
     13 "shared": of::<files::SharedFile>(&[]), 14 "fifo": of::<files::Fifo>(&[]),
 });
 const SHARED: Shape = of::<shared::Shared>(
-    fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[]), 5 "carried": of::<shared::Carried>(&[])},
+    fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[]), 5 "carried": of::<shared::Carried>(&[]), 10 "segment": of::<shared::Segment>(&[])},
 );
 const TREE: &[Field] = fields! {
     1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[]),

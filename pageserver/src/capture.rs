@@ -33,7 +33,7 @@ use pageferry_tracee::{Family, Injection, Tracee};
 use self::files::{Depth, Look};
 use self::locks::HeldLocks;
 use self::memory::FirstTouch;
-use self::shared::{MovedFile, Objects, SharedPages};
+use self::shared::{Moved, Objects, SharedPages};
 use self::sockets::flight::InFlight;
 use self::task::{Answered, Cpus};
 use crate::survey::{
@@ -58,7 +58,7 @@ pub struct Captured {
     /// Where the pages of each shared object are, in the order of the model: all travel before the tree runs.
     pub shared: Vec<SharedPages>,
     /// Files that are in the way here once the tree runs elsewhere.
-    pub moved: Vec<MovedFile>,
+    pub moved: Vec<Moved>,
     /// Locks that are in the way of those the tree is to hold elsewhere.
     pub held_locks: HeldLocks,
 }
@@ -145,6 +145,9 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     if !unknown.is_empty() || !fifos.is_empty() {
         refusals.extend(files::held_outside(&entries, &unknown, &fifos)?);
     }
+    let places = locks::of_files(&table.locks);
+    let unknown = places.difference(&survey.locks).copied().collect();
+    refusals.extend(locks::held_outside(&pids, &unknown)?);
     let mut members = Vec::with_capacity(stats.len());
     for (pid, stat) in stats {
         look.pid = pid;

@@ -28,7 +28,7 @@ pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
 use crate::capture::shared::Objects;
 use crate::capture::sockets::flight::InFlight;
-use crate::capture::{memory, relations, task, timers};
+use crate::capture::{locks, memory, relations, task, timers};
 use crate::identity::FileCheck;
 use crate::{Error, Result};
 
@@ -97,6 +97,8 @@ pub struct Survey {
     pub(crate) inodes: BTreeSet<u64>,
     /// Shared objects.
     pub(crate) shared: BTreeSet<FileKey>,
+    /// Locks of open files, which nobody outside has.
+    pub(crate) locks: BTreeSet<locks::Place>,
     /// Named pipes, by device and inode.
     pub(crate) fifos: BTreeSet<(u64, u64)>,
     pub(crate) known: KnownFiles,
@@ -218,16 +220,20 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found
         .refusals
         .extend(files::held_outside(&tables, &table.inodes, &table.fifos)?);
+    found.locks = locks::of_files(&table.locks);
+    found
+        .refusals
+        .extend(locks::held_outside(&pids, &found.locks)?);
     found.shared = look.shared.keys();
     let outside = look.shared.held_outside(&pids, &found.shared)?;
     found.refusals.extend(outside);
     found.resident_bytes += look.shared.bytes();
     found.carried = look.shared.carried();
     for file in look.shared.moved() {
-        let path = file.path();
+        let name = file.name();
         found
             .notes
-            .push(format!("file {path} goes along and is removed here"));
+            .push(format!("{name} goes along and is removed here"));
     }
     found
         .refusals
@@ -377,6 +383,7 @@ fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {
         inodes: BTreeSet::new(),
         shared: BTreeSet::new(),
         fifos: BTreeSet::new(),
+        locks: BTreeSet::new(),
         known: KnownFiles::default(),
     }
 }

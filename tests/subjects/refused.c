@@ -9,7 +9,6 @@
 #include <sys/file.h>
 #include <sys/inotify.h>
 #include <sys/ipc.h>
-#include <sys/shm.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -108,9 +107,6 @@ static void setup(void) {
     holds("io-uring", (int)syscall(SYS_io_uring_setup, 4, &parameters));
     holds("userfaultfd", (int)syscall(SYS_userfaultfd, 1 /* UFFD_USER_MODE_ONLY */));
 
-    int segment = shmget(IPC_PRIVATE, PAGE, 0600);
-    maps_object("sysv-memory", shmat(segment, NULL, 0));
-    shmctl(segment, IPC_RMID, NULL);
     say("OBJECT sibling pid %d", child);
 }
 

@@ -1085,6 +1085,11 @@ pub fn file_holders(keys: &BTreeSet<FileKey>) -> Result<BTreeMap<FileKey, BTreeS
 fn mapped_key(line: &str) -> Option<FileKey> {
     let mut fields = line.split_ascii_whitespace().skip(3);
     let (device, inode) = (fields.next()?, fields.next()?);
+    // The inode of a System V segment is its number, which a file of the same device may have, too.
+    let name = [fields.next().unwrap_or(""), fields.next().unwrap_or("")].join(" ");
+    if crate::sysv::is_name(&name) {
+        return None;
+    }
     let (major, minor) = device.split_once(':')?;
     let number = |text| u64::from_str_radix(text, 16).ok();
     let device = nix::sys::stat::makedev(number(major)?, number(minor)?);

@@ -16,7 +16,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use pageferry_tracee::choke;
+use pageferry_tracee::lock::{Held, Kind, Line, Lock};
 use pageferry_tracee::{
     Arg, Batch, Birth, End, Error, Family, Injection, RemoteMemory, SeizeOptions, ThreadStart,
     Tracee, agent, husk, procfs,
@@ -776,6 +778,83 @@ fn unparking_gives_back_a_pending_sigcont() {
         assert!(has(libc::SIGCONT) && !has(libc::SIGSTOP));
         tracee.thaw().unwrap();
         victim.assert_works(4, "after unpark");
+    }
+}
+
+/// A lock of each kind, on what the victim has as descriptor 0.
+fn locks() -> [(u32, Lock); 3] {
+    let lock = |kind, start, len| Lock {
+        kind,
+        exclusive: true,
+        start,
+        len,
+    };
+    [
+        (0, lock(Kind::Flock, 0, 0)),
+        (0, lock(Kind::Record, 1000, 10)),
+        (0, lock(Kind::Description, 2000, 0)),
+    ]
+}
+
+#[test]
+fn a_parked_process_gives_up_its_locks_and_takes_them_again() {
+    if !able() {
+        return;
+    }
+    let victim = Victim::checker(4, false);
+    let pid = victim.pid();
+    let told = || -> Vec<Line> {
+        let entry = procfs::descriptor(pid, 0).unwrap();
+        let lines = entry.info.locks.iter();
+        lines.map(|line| Line::parse(line).unwrap()).collect()
+    };
+    for round in 0..3 {
+        let mut tracee = frozen(pid);
+        let before = Snapshot::of(&tracee);
+        let answers = tracee.take_locks(&locks()).unwrap();
+        assert_eq!(answers, [Ok(()); 3]);
+        Snapshot::of(&tracee).assert_is(&before, "locked");
+        let mut seen: Vec<Lock> = told().iter().filter_map(|line| line.lock).collect();
+        seen.sort_by_key(|lock| lock.start);
+        assert_eq!(seen, locks().map(|(_, lock)| lock));
+        let file = told()[0].file;
+        let held = locks().map(|(fd, lock)| Held { fd, lock, file });
+
+        tracee.park().unwrap();
+        tracee.give_up_locks(&held).unwrap();
+        assert_eq!(told(), []);
+        let pending = procfs::status(pid, pid).unwrap().shd_pnd;
+        assert_ne!(pending & bit(libc::SIGSTOP), 0, "it is parked no more");
+        // Somebody else has them for a moment.
+        let other = same_file(&victim);
+        let mut stranger = frozen(other.pid());
+        assert_eq!(stranger.take_locks(&locks()).unwrap()[1], Ok(()));
+        tracee.unpark().unwrap();
+        let answers = tracee.take_locks(&locks()).unwrap();
+        assert_eq!(answers[1], Err(Errno::EAGAIN));
+        stranger.kill().unwrap();
+        drop(other);
+        let answers = tracee.take_locks(&locks()).unwrap();
+        assert_eq!(answers, [Ok(()); 3], "round {round}");
+        Snapshot::of(&tracee).assert_is(&before, "locked again");
+        tracee.park().unwrap();
+        tracee.give_up_locks(&held).unwrap();
+        tracee.unpark().unwrap();
+        tracee.thaw().unwrap();
+        victim.assert_works(4, "after all that");
+    }
+}
+
+/// A program that has the same file.
+fn same_file(victim: &Victim) -> Victim {
+    let child = Command::new("sleep")
+        .arg("1000")
+        .stdin(victim.page.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    Victim {
+        child,
+        page: victim.page.try_clone().unwrap(),
     }
 }
 

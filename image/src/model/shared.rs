@@ -17,6 +17,8 @@ include!("generated/pageferry.shared.rs");
 
 /// `F_SEAL_SEAL`, `SHRINK`, `GROW`, `WRITE`, `FUTURE_WRITE`, `EXEC`.
 const SEALS: u32 = 0x3f;
+/// Permission bits of a segment.
+const SEGMENT_MODES: u32 = 0o777;
 /// Permission bits, with set-user-id, set-group-id and sticky.
 const MODES: u32 = 0o7777;
 
@@ -43,6 +45,14 @@ impl Shared {
         }
     }
 
+    /// Whether it is made under a name that somebody may have on the target: a path, a number or a key.
+    pub fn is_named(&self) -> bool {
+        matches!(
+            self.kind,
+            Some(shared::Kind::Carried(_) | shared::Kind::Segment(_))
+        )
+    }
+
     /// What an operator would call it.
     pub fn name(&self) -> String {
         match &self.kind {
@@ -51,6 +61,9 @@ impl Shared {
                 format!("deleted file {}", file.path)
             }
             Some(shared::Kind::Carried(file)) => format!("file {}", file.path),
+            Some(shared::Kind::Segment(segment)) => {
+                format!("System V shared memory {}", segment.number)
+            }
             Some(shared::Kind::Anonymous(_)) | None => format!("shared memory {}", self.id),
         }
     }
@@ -76,6 +89,17 @@ impl Shared {
                 ensure(is_name, object, "has an impossible name")?;
                 ensure(memfd.mode & !MODES == 0, object, "has an impossible mode")?;
                 ensure(memfd.seals & !SEALS == 0, object, "has unknown seals")
+            }
+            Some(shared::Kind::Segment(segment)) => {
+                ensure(segment.number >= 0, object, "has an impossible number")?;
+                ensure(self.size != 0, object, "is empty")?;
+                let is_mode = segment.mode & !SEGMENT_MODES == 0;
+                ensure(is_mode, object, "has an impossible mode")?;
+                ensure(
+                    !segment.removed || segment.key == 0,
+                    object,
+                    "is removed and has a key",
+                )
             }
             Some(shared::Kind::Carried(file)) => {
                 absolute(&file.path, object)?;
@@ -115,6 +139,16 @@ impl Shared {
         if let Some(pair) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(Invalid::new(format!("file {}", pair[0]), "is made twice"));
         }
+        let segments = shared.iter().filter_map(|object| match &object.kind {
+            Some(shared::Kind::Segment(segment)) => Some((object, segment)),
+            _ => None,
+        });
+        let (mut numbers, mut keys) = (BTreeSet::new(), BTreeSet::new());
+        for (object, segment) in segments {
+            let is_one =
+                numbers.insert(segment.number) && (segment.key == 0 || keys.insert(segment.key));
+            ensure(is_one, || object.name(), "has the number or key of another")?;
+        }
         let mut reached = BTreeSet::new();
         for mapping in mappings.filter(|mapping| mapping.shared != 0) {
             let name = || format!("mapping {:x}-{:x}", mapping.start, mapping.end);
@@ -132,14 +166,30 @@ impl Shared {
                 name,
                 "may write an object that is sealed against it",
             )?;
+            // It is attached whole, and then cut.
+            let is_attached = match &object.kind {
+                Some(shared::Kind::Segment(_)) => {
+                    mapping.kind() == Kind::Shared
+                        && mapping.offset <= mapping.start
+                        && mapping.offset + (mapping.end - mapping.start) <= object.pages().end
+                        && mapping.start - mapping.offset + object.pages().end
+                            <= limits::ADDRESS_END
+                }
+                _ => true,
+            };
+            ensure(is_attached, name, "is no part of the segment it names")?;
             reached.insert(mapping.shared);
         }
         for file in files {
             if let Some(files::file::Kind::Shared(open)) = &file.kind {
                 let name = || format!("open file {}", file.id);
                 let object = Self::find(shared, open.object);
-                let is_file = object
-                    .is_some_and(|object| !matches!(object.kind, Some(shared::Kind::Anonymous(_))));
+                let is_file = object.is_some_and(|object| {
+                    !matches!(
+                        object.kind,
+                        Some(shared::Kind::Anonymous(_) | shared::Kind::Segment(_))
+                    )
+                });
                 ensure(is_file, name, "names no shared object that can be opened")?;
                 reached.insert(open.object);
             }

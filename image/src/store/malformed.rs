@@ -18,7 +18,7 @@ use crate::model::files::{
 use crate::model::locks::{self, Lock};
 use crate::model::memory::{FileIdentity, Kind, Mapping, Range, Space};
 use crate::model::relations::Zombie;
-use crate::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
+use crate::model::shared::{Anonymous, Carried, Memfd, Segment, Shared, shared};
 use crate::model::signals::Action;
 use crate::model::sockets::{Attached, Ids, Socket, State};
 use crate::model::task::{Credentials, Host, Limit, Process, Scheduling, Thread};
@@ -554,6 +554,21 @@ fn carried(id: u32, path: &str) -> Shared {
     }
 }
 
+fn segment(id: u32, change: impl FnOnce(&mut Segment)) -> Shared {
+    let mut segment = Segment {
+        number: 7,
+        key: 42,
+        mode: 0o600,
+        ..Segment::default()
+    };
+    change(&mut segment);
+    Shared {
+        id,
+        size: 100,
+        kind: Some(shared::Kind::Segment(segment)),
+    }
+}
+
 /// Has an open file whose content is carried, but not its pages.
 fn shared_file(parts: &mut Parts) {
     parts.tree(|tree| tree.shared = vec![memfd(0)]);
@@ -924,6 +939,67 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                 parts.tree(|tree| tree.shared = vec![memfd(8)]);
             }),
             "`tree`: mapping 555555558000-55555555a000 may write an object that is sealed against it",
+        ),
+        (
+            "segment-without-number",
+            Built(|parts| {
+                parts.tree(|tree| tree.shared = vec![segment(1, |segment| segment.number = -1)])
+            }),
+            "`tree`: System V shared memory -1 has an impossible number",
+        ),
+        (
+            "segment-without-end",
+            Built(|parts| {
+                parts.tree(|tree| {
+                    tree.shared = vec![Shared {
+                        size: 1 << 60,
+                        ..segment(1, |_| {})
+                    }]
+                })
+            }),
+            "`tree`: System V shared memory 7 is larger than an address space",
+        ),
+        (
+            "segment-with-other-modes",
+            Built(|parts| {
+                parts.tree(|tree| tree.shared = vec![segment(1, |segment| segment.mode = 0o4600)])
+            }),
+            "`tree`: System V shared memory 7 has an impossible mode",
+        ),
+        (
+            "segment-removed-with-key",
+            Built(|parts| {
+                parts.tree(|tree| tree.shared = vec![segment(1, |segment| segment.removed = true)])
+            }),
+            "`tree`: System V shared memory 7 is removed and has a key",
+        ),
+        (
+            "segment-twice",
+            Built(|parts| {
+                let other = |segment: &mut Segment| segment.number = 8;
+                parts.tree(|tree| tree.shared = vec![segment(1, |_| {}), segment(2, other)]);
+            }),
+            "`tree`: System V shared memory 8 has the number or key of another",
+        ),
+        (
+            "segment-opened",
+            Built(|parts| {
+                shared_file(parts);
+                parts.tree(|tree| tree.shared = vec![segment(1, |_| {})]);
+            }),
+            "`tree`: open file 1 names no shared object that can be opened",
+        ),
+        (
+            "segment-mapped-beyond-its-end",
+            Built(|parts| {
+                parts.space(|space| {
+                    let mapping = &mut space.mappings[0];
+                    (mapping.file, mapping.shared) = (None, 1);
+                    mapping.kind = Kind::Shared.into();
+                });
+                parts.tree(|tree| tree.shared = vec![segment(1, |_| {})]);
+            }),
+            "`tree`: mapping 555555558000-55555555a000 is no part of the segment it names",
         ),
         (
             "carried-with-way-up",

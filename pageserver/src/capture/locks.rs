@@ -3,15 +3,17 @@
 //!
 //! A thread that waits for a lock asks for it again when it goes on, so only locks that are held are carried.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 
 use pageferry_image::model::locks::{Kind, Lock as Model};
+use pageferry_tracee::descriptor;
 use pageferry_tracee::lock::{self, Line, Lock};
-use pageferry_tracee::procfs::DescriptorEntry;
+use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey};
 
 use super::files::Verdict;
 use crate::Result;
-use crate::survey::RefusalKind;
+use crate::survey::{Object, Pids, Refusal, RefusalKind};
 
 /// Locks of frozen processes as these could give them up, by process.
 #[derive(Debug, Clone, Default)]
@@ -110,6 +112,66 @@ pub(crate) fn sent(entry: &DescriptorEntry) -> Option<RefusalKind> {
         path: entry.link.clone(),
         kind: Line::parse(text).map_or_else(|| text.clone(), |line| line.word),
     })
+}
+
+/// Where a lock of an open file was found: process and descriptor.
+pub(crate) type Place = (i32, u32);
+
+/// The places of those locks that are of open files, and not of processes.
+pub(crate) fn of_files(locks: &[Held]) -> BTreeSet<Place> {
+    let of_files = locks
+        .iter()
+        .filter(|held| held.model.kind() != Kind::Record);
+    of_files
+        .map(|held| (held.model.pid, held.held.fd))
+        .collect()
+}
+
+/// Open files among `places` that processes outside of the tree, which is `pids`, have too: what they have locked together cannot be
+/// in two places.
+pub(crate) fn held_outside(pids: &[i32], places: &BTreeSet<Place>) -> Result<Vec<Refusal>> {
+    let mut keys: BTreeMap<FileKey, Vec<Place>> = BTreeMap::new();
+    for &(pid, fd) in places {
+        // Closed meanwhile, as only a running process can do.
+        if let Ok(found) = std::fs::metadata(format!("/proc/{pid}/fd/{fd}")) {
+            keys.entry((found.dev(), found.ino()))
+                .or_default()
+                .push((pid, fd));
+        }
+    }
+    let own = std::process::id() as i32;
+    let mut refusals = Vec::new();
+    for (key, holders) in procfs::file_holders(&keys.keys().copied().collect())? {
+        let outside = holders
+            .into_iter()
+            .filter(|holder| *holder != own && !pids.contains(holder));
+        let mut others: BTreeMap<Place, Vec<i32>> = BTreeMap::new();
+        for holder in outside {
+            // One that has ended, or that may not be looked at.
+            let entries = procfs::descriptors(holder).unwrap_or_default();
+            for place in keys.get(&key).into_iter().flatten() {
+                let is_it = |entry: &DescriptorEntry| {
+                    entry.info.ino == key.1
+                        && descriptor::same_file(place.0, place.1, holder, entry.fd)
+                            .unwrap_or(false)
+                };
+                if entries.iter().any(is_it) {
+                    others.entry(*place).or_default().push(holder);
+                }
+            }
+        }
+        for ((pid, fd), holders) in others {
+            refusals.push(Refusal {
+                pid,
+                object: Object::Fd(fd),
+                what: RefusalKind::LockOutside {
+                    path: procfs::descriptor(pid, fd)?.link,
+                    holders: Pids(holders),
+                },
+            });
+        }
+    }
+    Ok(refusals)
 }
 
 /// As the model wants them: those of an open file once, though each of its descriptors tells them.

@@ -83,9 +83,6 @@ pub(crate) fn classify(vma: &Vma) -> std::result::Result<Option<Kind>, RefusalKi
         Some("/anon_hugepage") => return Err(RefusalKind::HugePages),
         Some("/[aio]") => return Err(RefusalKind::AioRing),
         Some("/secretmem") => return Err(RefusalKind::SecretMemory),
-        Some(name) if name.starts_with("/SYSV") => {
-            return Err(RefusalKind::SysvMemory { path: path() });
-        }
         _ => {}
     }
     if is("pf") || is("io") || is("mm") {
@@ -618,10 +615,8 @@ mod tests {
                 path: "[uprobes]".into()
             })
         );
-        assert!(matches!(
-            kind("/SYSV00000000 (deleted)"),
-            Err(RefusalKind::SysvMemory { .. })
-        ));
+        // Whether it is attached is seen when it is looked at.
+        assert_eq!(kind("/SYSV00000000 (deleted)"), Ok(Some(Kind::FilePrivate)));
         assert_eq!(kind("/memfd:x (deleted)"), Ok(Some(Kind::FilePrivate)));
         assert!(matches!(
             kind("anon_inode:[io_uring]"),

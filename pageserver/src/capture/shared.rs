@@ -9,12 +9,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use pageferry_image::model::limits;
-use pageferry_image::model::shared::{Anonymous, Carried, Memfd, Shared, shared};
+use pageferry_image::model::shared::{Anonymous, Carried, Memfd, Segment, Shared, shared};
 use pageferry_image::page::PageRange;
 use pageferry_image::store::ObjectId;
 use pageferry_tracee::choke::{self, Kind as Call};
 use pageferry_tracee::procfs::{self, FileKey, Vma};
-use pageferry_tracee::{Error as ProcessError, shared as kernel};
+use pageferry_tracee::{Error as ProcessError, shared as kernel, sysv};
 
 use super::files::{TMPFS, Verdict, storage};
 use crate::survey::{Object, Pids, Refusal, RefusalKind};
@@ -26,7 +26,7 @@ const MEMFD: &str = "/memfd:";
 
 /// Whether a mapping or descriptor of this name reaches an object that is carried.
 pub(crate) fn is_object(name: &str) -> bool {
-    name == ANONYMOUS || name.starts_with(MEMFD)
+    name == ANONYMOUS || name.starts_with(MEMFD) || sysv::is_name(name)
 }
 
 /// Where the pages of an object of the frozen tree are had from.
@@ -52,26 +52,41 @@ impl SharedPages {
     }
 }
 
-/// A file that went with the tree.
+/// What went with the tree and stays here under its name: a file, or a segment of System V shared memory.
 #[derive(Debug, Clone)]
-pub struct MovedFile {
-    path: String,
-    key: FileKey,
+pub struct Moved {
+    name: String,
+    place: Place,
 }
 
-impl MovedFile {
-    /// Its path.
-    pub fn path(&self) -> &str {
-        &self.path
+#[derive(Debug, Clone)]
+enum Place {
+    File { path: String, key: FileKey },
+    Segment { id: i32 },
+}
+
+impl Moved {
+    /// What an operator would call it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
-    /// Removes it here, unless something else is at its path by now.
+    /// Whether only processes could use it: without them it is of no use, even to an image.
+    pub fn is_memory(&self) -> bool {
+        matches!(self.place, Place::Segment { .. })
+    }
+
+    /// Removes it here, unless something else is at its path by now. A segment must have no user left.
     ///
     /// # Errors
     /// What the kernel says; that it is gone is none.
     pub fn remove(&self) -> std::io::Result<()> {
-        match std::fs::symlink_metadata(&self.path) {
-            Ok(found) if (found.dev(), found.ino()) == self.key => std::fs::remove_file(&self.path),
+        let (path, key) = match &self.place {
+            Place::File { path, key } => (path, *key),
+            Place::Segment { id } => return sysv::remove(*id).map_err(std::io::Error::other),
+        };
+        match std::fs::symlink_metadata(path) {
+            Ok(found) if (found.dev(), found.ino()) == key => std::fs::remove_file(path),
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -82,6 +97,8 @@ impl MovedFile {
 #[derive(Debug, Default)]
 pub(crate) struct Objects {
     known: BTreeMap<FileKey, usize>,
+    /// Segments, by number.
+    segments: BTreeMap<i32, usize>,
     found: Vec<Found>,
     /// Inodes of files that the tree writes, once somebody has asked.
     written: Option<BTreeSet<u64>>,
@@ -91,6 +108,7 @@ pub(crate) struct Objects {
 
 #[derive(Debug)]
 struct Found {
+    /// `(0, 0)` for a segment.
     key: FileKey,
     model: Shared,
     /// Leads to it.
@@ -99,6 +117,8 @@ struct Found {
     at: (i32, Object),
     /// Memory it takes.
     bytes: u64,
+    /// Of a segment: the mappings that were met, by process and address.
+    attached: BTreeSet<(i32, u64)>,
 }
 
 impl Objects {
@@ -113,6 +133,9 @@ impl Objects {
         let (start, end) = (vma.start, vma.end);
         let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
         let at = (pid, Object::Mapping { start, end });
+        if sysv::is_name(name) {
+            return self.attached(at, path, vma);
+        }
         let id = match self.met((vma.device, vma.inode)) {
             Some(id) => Ok(id),
             None => self.meet(at, path, name, limit)?,
@@ -203,8 +226,93 @@ impl Objects {
             path,
             at,
             bytes: metadata.blocks().saturating_mul(512),
+            attached: BTreeSet::new(),
         });
         Ok(Ok(id))
+    }
+
+    /// The segment that is attached at `vma`.
+    fn attached(&mut self, at: (i32, Object), path: String, vma: &Vma) -> Result<Verdict<u32>> {
+        let place = (at.0, vma.start);
+        let refused = || RefusalKind::SysvMemory {
+            path: vma.path.clone(),
+        };
+        // Where the rest of it would lie, as it does where a part was cut off. What is not shared was not attached.
+        let is_attached = vma.shared && vma.offset <= vma.start;
+        let Some(id) = i32::try_from(vma.inode).ok().filter(|_| is_attached) else {
+            return Ok(Err(refused()));
+        };
+        if let Some(&index) = self.segments.get(&id) {
+            self.found[index].attached.insert(place);
+            return Ok(Ok(number(index)));
+        }
+        let metadata = look_at(&path)?;
+        let is_it = |segment: &sysv::Segment| segment.size == metadata.len();
+        let Some(segment) = sysv::segment(id)?.filter(is_it) else {
+            return Ok(Err(refused()));
+        };
+        if segment.huge {
+            return Ok(Err(RefusalKind::HugePages));
+        }
+        if segment.size > limits::ADDRESS_END {
+            let bytes = segment.size;
+            return Ok(Err(RefusalKind::SharedSize { bytes }));
+        }
+        if self.found.len() == limits::SHARED {
+            let limit = limits::SHARED;
+            return Ok(Err(RefusalKind::SharedCount { limit }));
+        }
+        let index = self.found.len();
+        self.segments.insert(id, index);
+        self.found.push(Found {
+            key: (0, 0),
+            model: Shared {
+                id: number(index),
+                size: segment.size,
+                kind: Some(shared::Kind::Segment(Segment {
+                    number: id,
+                    key: segment.key,
+                    mode: segment.mode,
+                    uid: segment.uid,
+                    gid: segment.gid,
+                    removed: segment.removed,
+                    locked: segment.locked,
+                })),
+            },
+            bytes: metadata.blocks().saturating_mul(512),
+            path,
+            at,
+            attached: BTreeSet::from([place]),
+        });
+        Ok(Ok(number(index)))
+    }
+
+    /// Segments to which a process outside of the tree is attached too.
+    fn attached_outside(&self, pids: &[i32]) -> Result<Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        for (&id, &index) in &self.segments {
+            let found = &self.found[index];
+            let count = sysv::segment(id)?.map_or(0, |segment| segment.attached);
+            let count = count.saturating_sub(found.attached.len() as u64);
+            if count == 0 {
+                continue;
+            }
+            let mut holders = sysv::holders(&BTreeSet::from([id]))?;
+            let mut others = holders.remove(&id).unwrap_or_default();
+            others.retain(|holder| !pids.contains(holder));
+            let (pid, object) = found.at;
+            refusals.push(Refusal {
+                pid,
+                object,
+                what: match others.is_empty() {
+                    true => RefusalKind::SysvOutside { id, count },
+                    false => RefusalKind::SharedOutside {
+                        holders: Pids(others.into_iter().collect()),
+                    },
+                },
+            });
+        }
+        Ok(refusals)
     }
 
     fn no_reserve(&mut self, id: u32) {
@@ -222,22 +330,24 @@ impl Objects {
         self.found.iter().map(|found| found.bytes).sum()
     }
 
-    /// Those that are files, as far as they will be made on the target.
+    /// Those that will be made on the target under their names.
     pub(crate) fn carried(&self) -> Vec<Shared> {
         let models = self.found.iter().map(|found| &found.model);
-        models
-            .filter(|model| matches!(model.kind, Some(shared::Kind::Carried(_))))
-            .cloned()
-            .collect()
+        models.filter(|model| model.is_named()).cloned().collect()
     }
 
-    /// The files with a name that go along: here they are in the way once the tree is elsewhere.
-    pub(crate) fn moved(&self) -> Vec<MovedFile> {
+    /// What goes along and has a name: here it is in the way once the tree is elsewhere.
+    pub(crate) fn moved(&self) -> Vec<Moved> {
         let moved = self.found.iter().filter_map(|found| {
-            Some(MovedFile {
-                path: found.model.new_path()?.to_owned(),
-                key: found.key,
-            })
+            let place = match &found.model.kind {
+                Some(shared::Kind::Segment(segment)) => Place::Segment { id: segment.number },
+                _ => Place::File {
+                    path: found.model.new_path()?.to_owned(),
+                    key: found.key,
+                },
+            };
+            let name = found.model.name();
+            Some(Moved { name, place })
         });
         moved.collect()
     }
@@ -247,7 +357,7 @@ impl Objects {
         self.known.keys().copied().collect()
     }
 
-    /// Those of `keys` that a process outside of the tree, whose processes are `pids`, reaches too.
+    /// Those of `keys`, and segments, that a process outside of the tree, whose processes are `pids`, reaches too.
     pub(crate) fn held_outside(
         &self,
         pids: &[i32],
@@ -255,7 +365,7 @@ impl Objects {
     ) -> Result<Vec<Refusal>> {
         let own = std::process::id() as i32;
         let mut holders = procfs::file_holders(keys)?;
-        let mut refusals = Vec::new();
+        let mut refusals = self.attached_outside(pids)?;
         for found in &self.found {
             let mut others = holders.remove(&found.key).unwrap_or_default();
             others.retain(|holder| *holder != own && !pids.contains(holder));

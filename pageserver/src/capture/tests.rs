@@ -303,9 +303,6 @@ int main(void) {
     write(gone, "x", 1);
     signal(SIGPIPE, SIG_IGN);
     mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, gone, 0);
-    int segment = shmget(IPC_PRIVATE, 4096, 0600);
-    shmat(segment, NULL, 0);
-    shmctl(segment, IPC_RMID, NULL);
     int listener = socket(AF_INET, SOCK_STREAM, 0);
     listen(listener, 1);
     struct sockaddr_in address;
@@ -336,8 +333,7 @@ int main(void) {
     epoll_ctl(epoll, EPOLL_CTL_ADD, watched, &watch);
     dup(watched);
     close(watched);
-    int locked = open("/etc/hostname", O_RDONLY);
-    flock(locked, LOCK_SH);
+    fcntl(open("/etc/hostname", O_RDONLY), F_SETLEASE, F_RDLCK);
     open("/dev/ptmx", O_RDWR);
     syscall(SYS_pidfd_open, getpid(), 0);
     ready();
@@ -360,7 +356,6 @@ int main(void) {
         "other-socket",
         "path-only",
         "pidfd",
-        "sysv-memory",
         "tcp",
         "terminal",
         "unix-accept-queue",

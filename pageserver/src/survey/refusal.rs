@@ -226,11 +226,18 @@ refusals! {
         /// The limit.
         limit: usize,
     } = "shared-count", "is one more shared object than the {limit} that are carried (use fewer, larger ones)";
-    /// System V shared memory.
+    /// System V shared memory that was moved to below its beginning, was not attached but mapped otherwise, or is of another ipc namespace.
     SysvMemory {
         /// The kernel's name of it.
         path: String,
-    } = "sysv-memory", "maps the System V shared memory {path}, which is not carried yet (detach it)";
+    } = "sysv-memory", "maps the System V shared memory {path} in a way that cannot be made again (detach it)";
+    /// A segment that others are attached to, who cannot be named.
+    SysvOutside {
+        /// Its number.
+        id: i32,
+        /// Their mappings.
+        count: u64,
+    } = "sysv-outside", "is the System V shared memory {id}, which is attached {count} time(s) by processes that cannot be seen from here (detach it there)";
     /// Huge pages of hugetlbfs.
     HugePages = "hugetlb", "uses hugetlb pages, which are not carried yet (use transparent huge pages)";
     /// A file that has no name any more.
@@ -438,6 +445,13 @@ refusals! {
         /// The kernel's word, or its whole line.
         kind: String,
     } = "file-lock", "{kind} lock on {path}, which is not carried yet (release it)";
+    /// A lock of an open file that is not the tree's alone.
+    LockOutside {
+        /// The path.
+        path: String,
+        /// Who has the open file too.
+        holders: Pids,
+    } = "lock-outside", "has a lock on {path} together with process {holders}, which stays here (close it there)";
     /// `O_PATH`.
     PathOnly {
         /// The path.

@@ -168,10 +168,17 @@ pub(crate) fn map(
     // Mappings of one file share one descriptor; (path, writable) keeps a shared writable one apart.
     let mut by_file: BTreeMap<(String, bool), Vec<&Mapping>> = BTreeMap::new();
     let mut by_object: BTreeMap<(u32, bool), Vec<&Mapping>> = BTreeMap::new();
+    // By number, and where it was attached.
+    let mut by_segment: BTreeMap<(i32, u64), Vec<&Mapping>> = BTreeMap::new();
     let mut anon: Vec<&Mapping> = Vec::new();
     for mapping in &space.mappings {
         match mapping.kind() {
             Kind::Anon => anon.push(mapping),
+            Kind::Shared if objects.segment(mapping.shared).is_some() => {
+                let number = objects.segment(mapping.shared).unwrap_or_default();
+                let base = mapping.start.wrapping_sub(mapping.offset);
+                by_segment.entry((number, base)).or_default().push(mapping);
+            }
             Kind::FilePrivate | Kind::Shared if mapping.shared != 0 => by_object
                 .entry((mapping.shared, mapping.file_writable))
                 .or_default()
@@ -201,6 +208,16 @@ pub(crate) fn map(
         }
     }
     let mut work = Work::new(injection, pid);
+    // Before all others, which may lie where a part of one was cut off.
+    for ((number, base), mappings) in by_segment {
+        attach(
+            &mut work,
+            number,
+            base,
+            objects.pages(mappings[0].shared),
+            &mappings,
+        )?;
+    }
     for mapping in anon {
         work.room()?;
         map_one(&mut work, mapping, u64::MAX);
@@ -229,6 +246,67 @@ pub(crate) fn map(
     }
     work.run()?;
     Ok(())
+}
+
+/// Attaches a segment of `len` bytes, whole pages, at `base`, and leaves of it what `mappings`, ascending, have.
+fn attach(
+    work: &mut Work<'_, '_>,
+    number: i32,
+    base: u64,
+    len: u64,
+    mappings: &[&Mapping],
+) -> Result<()> {
+    let is_writable = mappings.iter().any(|mapping| mapping.file_writable);
+    let attached = match is_writable {
+        true => libc::PROT_READ | libc::PROT_WRITE,
+        false => libc::PROT_READ,
+    };
+    let flags = match is_writable {
+        true => 0,
+        false => libc::SHM_RDONLY,
+    };
+    work.room()?;
+    work.exactly(
+        base,
+        format!("System V shared memory {number}"),
+        "shmat",
+        libc::SYS_shmat,
+        &[number.into(), base.into(), flags.into()],
+    );
+    let mut at = base;
+    let end = base.saturating_add(len);
+    for mapping in mappings {
+        work.room()?;
+        cut(work, at, mapping.start);
+        at = mapping.end;
+        if mapping.prot != attached.unsigned_abs() {
+            work.call(
+                mapping_name(mapping.start, mapping.end),
+                "mprotect",
+                libc::SYS_mprotect,
+                &[
+                    mapping.start.into(),
+                    (mapping.end - mapping.start).into(),
+                    mapping.prot.into(),
+                ],
+            );
+        }
+    }
+    work.room()?;
+    cut(work, at, end);
+    Ok(())
+}
+
+/// Unmaps from `start` to `end`, if that is anything.
+fn cut(work: &mut Work<'_, '_>, start: u64, end: u64) {
+    if start < end {
+        work.call(
+            mapping_name(start, end),
+            "munmap",
+            libc::SYS_munmap,
+            &[start.into(), (end - start).into()],
+        );
+    }
 }
 
 fn files_open(path: &str, writable: bool) -> Result<std::fs::File> {

@@ -13,15 +13,17 @@ use pageferry_image::model::Invalid;
 use pageferry_image::model::shared::{Carried, Memfd, Shared, shared};
 use pageferry_image::model::task::Tree;
 use pageferry_image::store::ObjectId;
-use pageferry_tracee::shared as kernel;
+use pageferry_tracee::{shared as kernel, sysv};
 
 use super::sockets::names::Names;
 use super::{Error, Result};
 
-/// Files that were made at their paths. Dropped before they are kept, they are removed again.
+/// Files that were made at their paths, and segments with their numbers. Dropped before they are kept, they are removed again.
 #[derive(Debug, Default)]
 pub struct NewFiles {
     made: Vec<NewFile>,
+    /// Segments, by number.
+    segments: Vec<i32>,
     /// Those of sockets and named pipes.
     pub(super) names: Names,
 }
@@ -37,6 +39,7 @@ impl NewFiles {
     /// The tree runs: they are its files.
     pub fn keep(&mut self) {
         self.made.clear();
+        self.segments.clear();
         self.names.keep();
     }
 }
@@ -49,6 +52,9 @@ impl Drop for NewFiles {
                 // What stays is refused by name at the next attempt.
                 let _ = std::fs::remove_file(&file.path);
             }
+        }
+        for &segment in &self.segments {
+            let _ = sysv::remove(segment);
         }
     }
 }
@@ -70,6 +76,8 @@ struct Made {
     /// When it was modified last, nanoseconds since 1970; memory has no such time.
     mtime_ns: Option<i64>,
     file: File,
+    /// It can only be attached.
+    segment: Option<sysv::Segment>,
 }
 
 impl Objects {
@@ -122,6 +130,23 @@ impl Objects {
             .map_err(|error| Error::object(&made.name, "pwrite", error))
     }
 
+    /// The number of the segment that the object with this id is.
+    pub(super) fn segment(&self, id: u32) -> Option<i32> {
+        let made = self.made.get(usize::try_from(id.checked_sub(1)?).ok()?)?;
+        made.segment.map(|segment| segment.id)
+    }
+
+    /// Bytes of the object with this id, up to the end of its last page.
+    pub(super) fn pages(&self, id: u32) -> u64 {
+        let index = id
+            .checked_sub(1)
+            .and_then(|index| usize::try_from(index).ok());
+        let made = index.and_then(|index| self.made.get(index));
+        made.map_or(0, |made| {
+            made.size.next_multiple_of(pageferry_image::page::PAGE_SIZE)
+        })
+    }
+
     /// The object with this id as what maps it needs it: writable or not is told by the descriptor.
     pub(super) fn to_map(&self, id: u32, writable: bool) -> Result<File> {
         let flags = if writable {
@@ -156,6 +181,9 @@ impl Objects {
                     Error::object(&made.name, "fcntl(F_ADD_SEALS)", error)
                 })?;
             }
+            if let Some(segment) = &made.segment {
+                sysv::settle(segment)?;
+            }
             if let Some(mtime_ns) = made.mtime_ns {
                 made.file
                     .set_modified(time(mtime_ns))
@@ -176,7 +204,7 @@ fn time(ns: i64) -> SystemTime {
 
 fn make(shared: &Shared, new_files: &mut NewFiles) -> Result<Made> {
     let name = shared.name();
-    let (mut seals, mut mtime_ns) = (0, None);
+    let (mut seals, mut mtime_ns, mut segment) = (0, None, None);
     let file = match &shared.kind {
         Some(shared::Kind::Anonymous(anonymous)) => {
             kernel::anonymous(shared.size, anonymous.no_reserve)?
@@ -189,6 +217,23 @@ fn make(shared: &Shared, new_files: &mut NewFiles) -> Result<Made> {
             mtime_ns = Some(file.mtime_ns);
             make_file(file, shared.size, &name, new_files)?
         }
+        Some(shared::Kind::Segment(model)) => {
+            let wanted = sysv::Segment {
+                id: model.number,
+                key: model.key,
+                size: shared.size,
+                mode: model.mode,
+                uid: model.uid,
+                gid: model.gid,
+                removed: model.removed,
+                locked: model.locked,
+                ..sysv::Segment::default()
+            };
+            let file = sysv::create(&wanted)?;
+            new_files.segments.push(wanted.id);
+            segment = Some(wanted);
+            file
+        }
         None => return Err(Invalid::new(name, "is of no known kind").into()),
     };
     Ok(Made {
@@ -197,6 +242,7 @@ fn make(shared: &Shared, new_files: &mut NewFiles) -> Result<Made> {
         seals,
         mtime_ns,
         file,
+        segment,
     })
 }
 
@@ -258,6 +304,8 @@ fn shape(file: &File, size: u64, uid: u32, gid: u32, mode: u32, name: &str) -> R
 
 #[cfg(test)]
 mod tests {
+    use pageferry_image::model::shared::Segment;
+
     use super::*;
 
     fn objects(size: u64) -> Objects {
@@ -301,6 +349,40 @@ mod tests {
         let mut bytes = [0; 5];
         reader.read_exact_at(&mut bytes, 4096).expect("it is there");
         assert_eq!(bytes, [7; 5]);
+    }
+
+    #[test]
+    fn a_segment_that_was_made_is_removed_unless_it_is_kept() {
+        if !nix::unistd::geteuid().is_root() || !sysv::can_number() {
+            return;
+        }
+        let number = 9 << 15 | 99;
+        let segment = Segment {
+            number,
+            mode: 0o600,
+            ..Segment::default()
+        };
+        let tree = Tree {
+            processes: vec![Default::default()],
+            shared: vec![Shared {
+                id: 1,
+                size: 5000,
+                kind: Some(shared::Kind::Segment(segment)),
+            }],
+            ..Tree::default()
+        };
+        let is_there = || sysv::segment(number).expect("it can be asked").is_some();
+        let objects = Objects::create(&tree).expect("the number is free");
+        assert_eq!((objects.segment(1), objects.pages(1)), (Some(number), 8192));
+        objects.write(2, 4096, &[7; 4096]).expect("it has a place");
+        assert!(Objects::create(&tree).is_err(), "it is there");
+        assert!(is_there(), "the first is still there");
+        drop(objects);
+        assert!(!is_there());
+        let objects = Objects::create(&tree).expect("the number is free");
+        objects.finish().expect("nothing is left to do").keep();
+        assert!(is_there(), "it was kept");
+        sysv::remove(number).expect("it is there");
     }
 
     #[test]

@@ -7,7 +7,7 @@ pub struct Shared {
     /// bytes
     #[prost(uint64, tag = "2")]
     pub size: u64,
-    #[prost(oneof = "shared::Kind", tags = "3, 4, 5")]
+    #[prost(oneof = "shared::Kind", tags = "3, 4, 5, 10")]
     pub kind: ::core::option::Option<shared::Kind>,
 }
 /// Nested message and enum types in `Shared`.
@@ -20,6 +20,8 @@ pub mod shared {
         Memfd(super::Memfd),
         #[prost(message, tag = "5")]
         Carried(super::Carried),
+        #[prost(message, tag = "10")]
+        Segment(super::Segment),
     }
 }
 /// mmap(MAP_SHARED | MAP_ANONYMOUS): only mappings reach it.
@@ -44,6 +46,29 @@ pub struct Memfd {
     /// F_GET_SEALS
     #[prost(uint32, tag = "5")]
     pub seals: u32,
+}
+/// System V shared memory: shmget(2). Only mappings reach it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Segment {
+    /// its identifier, which the program keeps
+    #[prost(int32, tag = "1")]
+    pub number: i32,
+    /// 0: IPC_PRIVATE, or removed
+    #[prost(int32, tag = "2")]
+    pub key: i32,
+    /// permission bits
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
+    /// IPC_RMID: it goes with the last that is attached
+    #[prost(bool, tag = "6")]
+    pub removed: bool,
+    /// SHM_LOCK
+    #[prost(bool, tag = "7")]
+    pub locked: bool,
 }
 /// A regular file that is made again with its content: the target has not got it, or it has no name any more.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
