@@ -732,12 +732,12 @@ fn a_java_virtual_machine_crosses_and_comes_to_rest() {
 /// Where PostgreSQL's programs lie: Debian has the server's in a folder for each version.
 fn find_postgresql() -> Option<PathBuf> {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
-    let mut folders: Vec<PathBuf> = versions
-        .flatten()
-        .map(|version| version.path().join("bin"))
-        .chain(find_program("postgres").and_then(|found| Some(found.parent()?.to_owned())))
-        .filter(|folder| folder.join("postgres").is_file() && folder.join("initdb").is_file())
-        .collect();
+    let has_all = |folder: &PathBuf| {
+        let mut programs = ["initdb", "postgres", "psql", "pg_controldata"].iter();
+        programs.all(|program| folder.join(program).is_file())
+    };
+    let folders = versions.flatten().map(|version| version.path().join("bin"));
+    let mut folders: Vec<PathBuf> = folders.filter(has_all).collect();
     folders.sort();
     folders.pop()
 }
