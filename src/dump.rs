@@ -290,7 +290,9 @@ async fn dump(
                 for segment in memory {
                     if let Err(error) = segment.remove() {
                         let name = segment.name();
-                        tracing::warn!("{name} is in the image and could not be removed here: {error}");
+                        tracing::warn!(
+                            "{name} is in the image and could not be removed here: {error}"
+                        );
                     }
                 }
                 header

@@ -812,22 +812,27 @@ fn postgresql_crosses_and_comes_to_rest() {
         .and_then(|pid| pid.parse().ok())
         .expect("a process id");
     // Postmaster, logger, checkpointer, two writers, two launchers, at least; what serves a client ends behind it.
-    let rest = |host: &Host| {
-        host.processes()
-            .iter()
-            .filter(|process| {
-                let command = fs::read(process.proc("cmdline")).unwrap_or_default();
-                let command = String::from_utf8_lossy(&command).into_owned();
-                let passes = ["postgres: postgres ", "postgres: parallel "];
-                !command.is_empty() && !passes.iter().any(|name| command.starts_with(name))
-            })
+    let (serving, standing) = (
+        ["postgres: postgres ", "postgres: parallel "],
+        ["postgres: ", &postgres],
+    );
+    let named = |host: &Host, names: &[&str]| -> Vec<i32> {
+        let is_named = |process: &Process| {
+            let command = fs::read(process.proc("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command).into_owned();
+            names.iter().any(|name| command.starts_with(name))
+        };
+        let processes = host.processes().into_iter();
+        processes
+            .filter(is_named)
             .map(|process| process.inner)
-            .collect::<Vec<i32>>()
+            .collect()
     };
-    let is_idle = |host: &Host| host.processes().len() == rest(host).len();
+    let is_idle = |host: &Host| named(host, &serving).is_empty();
     eventually("its clients' processes to end", || {
         is_idle(&pair.a).then_some(())
     });
+    let rest = |host: &Host| named(host, &standing);
     let standing = rest(&pair.a);
     assert!(
         standing.len() >= 6 && standing.contains(&pid),
