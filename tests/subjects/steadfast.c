@@ -5,7 +5,10 @@
  * themselves as it does, and things that are shared with them (all of these in one word, with commas); "mdwe": it denies itself executable memory that was writable; "dispatch": its system calls would come back to it, if it asked for that. */
 #include "hold.h"
 
+#include <sys/file.h>
 #include <sys/ioctl.h>
+#include <sys/ipc.h>
+#include <sys/shm.h>
 #include <sys/socket.h>
 
 enum { SET_MDWE = 65, REFUSE_EXEC_GAIN = 1 }; /* linux/prctl.h of 6.3 */
@@ -26,7 +29,8 @@ enum { LEADER, BELOW, BESIDE, CHILDREN, SHARED_PAGES = 16 };
 struct member { _Atomic int asked, answered; pid_t parent; char why[200]; };
 static struct member *family; /* memory that all share; behind it what none may change */
 static int memfd, ghost, messages[2], queue[2];
-static pid_t ended;
+static uint64_t *segment; /* System V shared memory */
+static pid_t ended, locker;
 
 static size_t read_file(const char *path, char *into, size_t size) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -148,7 +152,18 @@ static void compare_shared(void) {
         CHECK(word_of(memfd, page) == mix((uint64_t)page + 5), "page %d of the memfd differs", page);
         CHECK(word_of(ghost, page) == mix((uint64_t)page + 6), "page %d of the deleted file differs", page);
     }
-    char text[16] = "";
+    for (uint64_t page = 0; page < SHARED_PAGES; page++) CHECK(segment[page * (PAGE / 8)] == mix(page + 8), "page %lu of the segment differs", page);
+    struct flock lock = {.l_type = F_WRLCK};
+    CHECK(fcntl(memfd, F_GETLK, &lock) == 0 && lock.l_type == (getpid() == locker ? F_UNLCK : F_WRLCK), "the record lock is of type %d", lock.l_type);
+    CHECK(getpid() == locker || (lock.l_pid == locker && lock.l_start == 7 && lock.l_len == 5), "the record lock is another");
+    char path[64], text[1024] = "";
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", ghost);
+    read_file(path, text, sizeof text);
+    CHECK(strstr(text, "FLOCK  ADVISORY  WRITE"), "the flock is gone");
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", memfd);
+    read_file(path, text, sizeof text);
+    CHECK(getpid() != locker || strstr(text, "POSIX  ADVISORY  WRITE"), "the record lock is gone");
+    text[0] = 0;
     int waiting = -1;
     CHECK(recv(messages[0], text, sizeof text, MSG_PEEK | MSG_DONTWAIT) == 6 && !memcmp(text, "first", 6), "the message is %.15s", text);
     CHECK(ioctl(queue[0], FIONREAD, &waiting) == 0 && waiting == 3, "%d bytes in the pipe", waiting);
@@ -190,6 +205,13 @@ static void make_family(void) {
         MUST(pwrite(memfd, &one, sizeof one, (off_t)page * PAGE) == sizeof one);
         MUST(pwrite(ghost, &other, sizeof other, (off_t)page * PAGE) == sizeof other);
     }
+    struct flock lock = {.l_type = F_WRLCK, .l_start = 7, .l_len = 5};
+    MUST(fcntl(memfd, F_SETLK, &lock) == 0 && flock(ghost, LOCK_EX) == 0);
+    locker = getpid();
+    int number = shmget(IPC_PRIVATE, SHARED_PAGES * PAGE, 0600);
+    segment = shmat(number, NULL, 0);
+    MUST(segment != (void *)-1 && shmctl(number, IPC_RMID, NULL) == 0);
+    for (uint64_t page = 0; page < SHARED_PAGES; page++) segment[page * (PAGE / 8)] = mix(page + 8);
     MUST(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, messages) == 0 && send(messages[1], "first", 6, 0) == 6);
     MUST(pipe(queue) == 0 && write(queue[1], "abc", 3) == 3);
     ended = fork();

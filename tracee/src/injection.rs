@@ -30,6 +30,7 @@ use crate::agent::{self, CloneArguments, Shared};
 use crate::choke::{self, Kind};
 use crate::interrupted::{self, NO_CALL};
 use crate::leftover;
+use crate::lock;
 use crate::memory::RemoteMemory;
 use crate::procfs::{self, Vma};
 use crate::ptrace::{self, Report, Stop};
@@ -174,6 +175,8 @@ const ALL_SIGNALS: u64 = u64::MAX;
 /// kernel gives a new program 128 KiB.
 const BELOW_GATE_LEN: u64 = 32 << 10;
 const _: () = assert!(agent::FRAME_LEN as u64 + CloneArguments::MEMORY_LEN <= BELOW_GATE_LEN);
+/// Bytes below a gate's frame that hold a lock's record, so many that it is aligned.
+const RECORD_ROOM: u64 = 64;
 /// How long a husk may take to die.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the agent may work at one batch before it is given up.
@@ -219,6 +222,8 @@ pub struct Injection<'a> {
     address: Option<u64>,
     shared: Option<Shared>,
     narrowed: bool,
+    /// A SIGSTOP is to be in the queue of the process.
+    parked: bool,
     cured: bool,
 }
 
@@ -241,20 +246,44 @@ impl<'a> Injection<'a> {
         injection.cure()
     }
 
-    /// Duplicates each descriptor of a parked process and closes the copy, by calls through the gate alone. The process then stands
-    /// behind a SIGSTOP as before.
-    pub(crate) fn close_copies(tracee: &'a mut Tracee, fds: &[u32]) -> Result<()> {
+    /// Has a parked process make the call `fcntl(fd, F_SETLK, record)` for each of `fds`, through the gate alone. Each is one call, so
+    /// that nothing is half done between two of them, and the SIGSTOP of the parking, which the way to it takes off the queue, is in
+    /// the queue again before the kernel does what it is asked.
+    pub(crate) fn set_locks(
+        tracee: &'a mut Tracee,
+        fds: &[u32],
+        record: &[u8; lock::RECORD_LEN],
+    ) -> Result<()> {
         let mut injection = Self::new(tracee, 0)?;
+        injection.parked = true;
         injection.open_first_gate()?;
-        let tid = injection.tracee.pid();
-        let failed = |what| move |errno| Error::Injected { what, tid, errno };
+        // Below the gate's frame: nothing that is in use, and nothing of it is left.
+        let below = match injection.gate.as_ref().and_then(|gate| gate.frame.as_ref()) {
+            Some((frame, _)) => frame - RECORD_ROOM,
+            None => below_red_zone(injection.homes[0].registers.rsp, RECORD_ROOM),
+        };
+        let mut before = [0; lock::RECORD_LEN];
+        injection.memory.read(below, &mut before)?;
+        let set = injection
+            .memory
+            .write(below, record)
+            .and_then(|()| injection.set_each(fds, below));
+        let put_back = twice(|| injection.memory.write(below, &before));
+        set.and(put_back).and(injection.cure())
+    }
+
+    fn set_each(&mut self, fds: &[u32], record: u64) -> Result<()> {
+        let tid = self.tracee.pid();
         for &fd in fds {
-            let copy = injection.call("dup", libc::SYS_dup, [fd.into(), 0, 0, 0, 0, 0])?;
-            let copy = copy.map_err(failed("dup"))?;
-            let closed = injection.call("close", libc::SYS_close, [copy, 0, 0, 0, 0, 0])?;
-            closed.map_err(failed("close"))?;
+            let arguments = [fd.into(), libc::F_SETLK as u64, record, 0, 0, 0];
+            let set = self.call("fcntl(F_SETLK)", libc::SYS_fcntl, arguments)?;
+            set.map_err(|errno| Error::Injected {
+                what: "fcntl(F_SETLK)",
+                tid,
+                errno,
+            })?;
         }
-        injection.cure()
+        Ok(())
     }
 
     fn new(tracee: &'a mut Tracee, room: usize) -> Result<Self> {
@@ -283,6 +312,7 @@ impl<'a> Injection<'a> {
             address: None,
             shared: None,
             narrowed: false,
+            parked: false,
             cured: false,
             tracee,
         })
@@ -446,7 +476,10 @@ impl<'a> Injection<'a> {
         };
         ptrace::set_registers(tid, &registers)?;
         ptrace::set_sigmask(tid, ALL_SIGNALS)?;
-        for _ in ["entry", "exit"] {
+        for stop in ["entry", "exit"] {
+            if self.parked && stop == "exit" {
+                self.tracee.send(libc::SIGSTOP)?;
+            }
             loop {
                 ptrace::resume_to_syscall(tid)?;
                 self.tracee.threads[index].stop = None;

@@ -163,7 +163,8 @@ impl Lock {
     }
 }
 
-const RECORD_LEN: usize = 32;
+/// Bytes of a `struct flock`.
+pub(crate) const RECORD_LEN: usize = 32;
 const _: () = assert!(size_of::<libc::flock>() == RECORD_LEN);
 const _: () = assert!(std::mem::offset_of!(libc::flock, l_start) == 8);
 const _: () = assert!(std::mem::offset_of!(libc::flock, l_len) == 16);
@@ -227,7 +228,7 @@ impl Tracee {
     }
 
     /// Gives up `locks` of a process that is [parked](Tracee::park), and all other record locks it has on the same files. It stays
-    /// parked; for the moments in which it gives up record locks itself, our death would let it run.
+    /// parked; on its way to the call that gives up record locks our death would let it run.
     ///
     /// # Errors
     /// [`Error::WrongState`] unless frozen; [`Error::Gone`]; [`Error::Kernel`], [`Error::Injected`]. Some may be given up by then.
@@ -243,7 +244,13 @@ impl Tracee {
         if fds.is_empty() {
             return Ok(());
         }
-        self.close_copies(&fds)
+        let everything = Lock {
+            kind: Kind::Record,
+            exclusive: false,
+            start: 0,
+            len: 0,
+        };
+        self.set_locks(&fds, &everything.record(libc::F_UNLCK))
     }
 }
 

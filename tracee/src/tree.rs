@@ -15,6 +15,7 @@ use crate::choke::{self, Kind};
 use crate::injection::Injection;
 use crate::interrupted::{self, Timeout};
 use crate::leftover;
+use crate::lock::RECORD_LEN;
 use crate::memory::{RemoteMemory, RemotePtr};
 use crate::ptrace::{self, Patience, Report, Stop};
 use crate::registers::Registers;
@@ -862,15 +863,18 @@ impl Tracee {
         Ok(())
     }
 
-    /// Has a parked process close a copy of each of its descriptors `fds`: that takes every record lock it has on these files
-    /// (fcntl_locking(2)).
-    pub(crate) fn close_copies(&mut self, fds: &[u32]) -> Result<()> {
+    /// Has a parked process make the call `fcntl(fd, F_SETLK, record)` for each of `fds`. It stays parked.
+    pub(crate) fn set_locks(&mut self, fds: &[u32], record: &[u8; RECORD_LEN]) -> Result<()> {
         self.must_be_frozen("giving up locks")?;
         let stop_again = self.stop_again;
-        let closed = Injection::close_copies(self, fds);
-        // The first call took the SIGSTOP of the parking off the queue.
+        let set = Injection::set_locks(self, fds, record);
+        // What was met is the SIGSTOP of the parking.
         self.stop_again = stop_again;
-        self.send(libc::SIGSTOP).and(closed)
+        let pending = twice(|| procfs::status(self.pid, self.pid))?.shd_pnd;
+        if pending & bit(libc::SIGSTOP) == 0 {
+            self.send(libc::SIGSTOP)?;
+        }
+        set
     }
 
     fn must_be_frozen(&self, what: &'static str) -> Result<()> {

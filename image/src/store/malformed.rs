@@ -984,10 +984,14 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "segment-opened",
             Built(|parts| {
-                shared_file(parts);
+                let object = SharedFile {
+                    object: 1,
+                    position: 0,
+                };
+                parts.file(2, file::Kind::Shared(object));
                 parts.tree(|tree| tree.shared = vec![segment(1, |_| {})]);
             }),
-            "`tree`: open file 1 names no shared object that can be opened",
+            "`tree`: open file 2 names no shared object that can be opened",
         ),
         (
             "segment-mapped-beyond-its-end",
