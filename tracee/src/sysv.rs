@@ -1,7 +1,7 @@
 //! System V shared memory: looked at, and made anew under its old number.
 //!
-//! A segment made here is filled through a file, as other shared memory is: the one mapping that is made for that is never accessed,
-//! and gone again. A segment lives until it is removed, whoever is attached or not.
+//! A segment made here is filled through a file, as other shared memory is: the one mapping that is made for that is never accessed.
+//! A segment lives until it is removed, whoever is attached or not; one that is removed already lives for as long as somebody is.
 //!
 //! # Safety
 //! Each unsafe block is one system call with integers, or with a structure that outlives the call.
@@ -139,13 +139,29 @@ fn attached_id(line: &str) -> Option<i32> {
     is_name(&format!("{name} {deleted}")).then(|| inode.parse().ok())?
 }
 
-/// Makes `wanted` with its number, all holes, and opens it. What it has of [`Segment::removed`] and [`Segment::locked`] is
-/// [given](settle) to it later, when everybody is attached.
+/// A segment that was made here. We are attached to it until this is dropped.
+#[derive(Debug)]
+pub struct Made {
+    /// Leads to what it holds.
+    pub file: File,
+    /// Where it is mapped.
+    at: usize,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made for this value alone, and is never accessed.
+        unsafe { libc::shmdt(self.at as *const libc::c_void) };
+    }
+}
+
+/// Makes `wanted` with its number, all holes. One that is to be removed already is so at once, so that nothing of it outlives us and
+/// those who are attached; others can attach to it all the same.
 ///
 /// # Errors
 /// [`Error::Path`] where a number cannot be asked for; [`Error::Kernel`] with `EEXIST` if the key or the number is taken. Nothing is
 /// left of it then.
-pub fn create(wanted: &Segment) -> Result<File> {
+pub fn create(wanted: &Segment) -> Result<Made> {
     order(wanted.id)?;
     let made = made_with_number(wanted);
     if made.is_err() {
@@ -154,10 +170,15 @@ pub fn create(wanted: &Segment) -> Result<File> {
     }
     let id = made?;
     let opened = give_owner(wanted).and_then(|()| open(id, wanted.size));
-    if opened.is_err() {
+    if opened.is_err() || wanted.removed {
+        // It lives for as long as we are attached.
         let _ = remove(id);
     }
-    opened
+    let made = opened?;
+    if wanted.locked {
+        control(id, libc::SHM_LOCK, "shmctl(SHM_LOCK)")?;
+    }
+    Ok(made)
 }
 
 fn order(id: i32) -> Result<()> {
@@ -190,7 +211,7 @@ fn give_owner(wanted: &Segment) -> Result<()> {
     Errno::result(set).map(drop).map_err(failed)
 }
 
-fn open(id: i32, size: u64) -> Result<File> {
+fn open(id: i32, size: u64) -> Result<Made> {
     let failed = |errno| Error::kernel("shmat", own_pid(), errno);
     // SAFETY: a new mapping, at an address of the kernel's choice, which is not accessed.
     let at = unsafe { libc::shmat(id, std::ptr::null(), 0) };
@@ -201,23 +222,17 @@ fn open(id: i32, size: u64) -> Result<File> {
     let end = start + size.next_multiple_of(4096);
     let path = format!("/proc/self/map_files/{start:x}-{end:x}");
     let opened = OpenOptions::new().read(true).write(true).open(&path);
-    // SAFETY: the mapping made above, which nobody else knows of.
-    unsafe { libc::shmdt(at) };
-    opened.map_err(|error| Error::path("open", path, errno_of(&error)))
-}
-
-/// Gives a segment that was made here, and to which everybody is attached, what is left: to be locked, to be removed.
-///
-/// # Errors
-/// [`Error::Kernel`].
-pub fn settle(wanted: &Segment) -> Result<()> {
-    if wanted.locked {
-        control(wanted.id, libc::SHM_LOCK, "shmctl(SHM_LOCK)")?;
+    match opened {
+        Ok(file) => Ok(Made {
+            file,
+            at: at as usize,
+        }),
+        Err(error) => {
+            // SAFETY: the mapping made above, which nobody else knows of.
+            unsafe { libc::shmdt(at) };
+            Err(Error::path("open", path, errno_of(&error)))
+        }
     }
-    if wanted.removed {
-        remove(wanted.id)?;
-    }
-    Ok(())
 }
 
 /// Removes a segment: at once, or with the last that is attached. That it is gone is no error.
@@ -273,24 +288,37 @@ mod tests {
             mode: 0o640,
             uid: 65534,
             gid: 3,
-            removed: true,
             ..Segment::default()
         };
         assert_eq!(segment(wanted.id).expect("it can be asked"), None);
-        let file = create(&wanted).expect("nobody has its number or key");
-        file.write_all_at(b"text", 4996).expect("it has room");
+        let made = create(&wanted).expect("nobody has its number or key");
+        made.file.write_all_at(b"text", 4996).expect("it has room");
         assert!(create(&wanted).is_err(), "the key is taken");
         let other = Segment { key: 0, ..wanted };
         assert!(create(&other).is_err(), "the number is taken");
-        let made = Segment {
-            removed: false,
+        let is = || segment(wanted.id).expect("it can be asked");
+        let attached = Segment {
+            attached: 1,
             ..wanted
         };
-        assert_eq!(segment(wanted.id).expect("it can be asked"), Some(made));
+        assert_eq!(is(), Some(attached));
         assert_eq!(with_key(wanted.key), Some(wanted.id));
-        settle(&wanted).expect("it is there");
-        assert_eq!(segment(wanted.id).expect("it can be asked"), None);
+        drop(made);
+        assert_eq!(is(), Some(wanted));
+        remove(wanted.id).expect("it is there");
+        assert_eq!(is(), None);
         remove(wanted.id).expect("it is gone");
+        // One that is removed lives for as long as we do.
+        let removed = Segment {
+            key: 0,
+            removed: true,
+            attached: 1,
+            ..wanted
+        };
+        let made = create(&removed).expect("the number is free");
+        assert_eq!(is(), Some(removed));
+        drop(made);
+        assert_eq!(is(), None);
         // The order for a number is used up, or taken back.
         let next = std::fs::read_to_string(NEXT).expect("it can be read");
         assert_eq!(next.trim(), "-1");

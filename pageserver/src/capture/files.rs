@@ -28,8 +28,8 @@ use pageferry_tracee::descriptor::{self, PidFd};
 use pageferry_tracee::procfs::{self, DescriptorEntry};
 use pageferry_tracee::{Error as ProcessError, pipe};
 
-use super::shared::Objects;
 use super::locks;
+use super::shared::Objects;
 use super::sockets::{self, flight, flight::InFlight};
 use crate::identity;
 use crate::survey::{Object, Pids, Refusal, RefusalKind, SurveyOptions};

@@ -76,8 +76,8 @@ struct Made {
     /// When it was modified last, nanoseconds since 1970; memory has no such time.
     mtime_ns: Option<i64>,
     file: File,
-    /// It can only be attached.
-    segment: Option<sysv::Segment>,
+    /// It can only be attached: its number. We are, until everybody is.
+    segment: Option<(i32, sysv::Made)>,
 }
 
 impl Objects {
@@ -133,7 +133,7 @@ impl Objects {
     /// The number of the segment that the object with this id is.
     pub(super) fn segment(&self, id: u32) -> Option<i32> {
         let made = self.made.get(usize::try_from(id.checked_sub(1)?).ok()?)?;
-        made.segment.map(|segment| segment.id)
+        made.segment.as_ref().map(|(number, _)| *number)
     }
 
     /// Bytes of the object with this id, up to the end of its last page.
@@ -181,9 +181,6 @@ impl Objects {
                     Error::object(&made.name, "fcntl(F_ADD_SEALS)", error)
                 })?;
             }
-            if let Some(segment) = &made.segment {
-                sysv::settle(segment)?;
-            }
             if let Some(mtime_ns) = made.mtime_ns {
                 made.file
                     .set_modified(time(mtime_ns))
@@ -229,10 +226,11 @@ fn make(shared: &Shared, new_files: &mut NewFiles) -> Result<Made> {
                 locked: model.locked,
                 ..sysv::Segment::default()
             };
-            let file = sysv::create(&wanted)?;
+            let made = sysv::create(&wanted)?;
             new_files.segments.push(wanted.id);
-            segment = Some(wanted);
-            file
+            let file = made.file.try_clone();
+            segment = Some((wanted.id, made));
+            file.map_err(|error| Error::object(&name, "dup", error))?
         }
         None => return Err(Invalid::new(name, "is of no known kind").into()),
     };
