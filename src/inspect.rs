@@ -302,7 +302,11 @@ fn text_of_process(process: &Process, tree: &Tree) -> std::io::Result<()> {
     for (kind, (count, bytes)) in kinds {
         say(&format!("    {count:>7} {kind}, {}", size(bytes)))?;
     }
-    say(&format!("  descriptors: {}", process.descriptors.len()))?;
+    if process.table_of != 0 {
+        say(&format!("  descriptors: those of {}", process.table_of))?;
+    } else {
+        say(&format!("  descriptors: {}", process.descriptors.len()))?;
+    }
     for descriptor in &process.descriptors {
         let (kind, what) = File::find(&tree.files, descriptor.file)
             .map(|file| described(file, &tree.shared))

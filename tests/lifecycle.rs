@@ -322,6 +322,7 @@ objects! {
     exit_signals_of_children_cross: "exit_signals", ORDINARY, FarAhead;
     programs_that_make_children_all_the_time_cross: "restless", ORDINARY, Behind;
     descriptors_that_processes_share_cross: "shared_descriptors", ORDINARY, FarAhead;
+    tables_and_directories_of_several_processes_cross: "sharing", ORDINARY, FarAhead;
     unix_sockets_cross_with_names_and_connections: "unix_sockets", ORDINARY, Behind;
     descriptors_in_flight_cross_and_reach_what_they_did: "descriptors_in_flight", ORDINARY, FarAhead;
     messages_tell_who_sent_them_elsewhere_too: "message_senders", ORDINARY, Behind;

@@ -166,6 +166,31 @@ fn what_travels_in_a_message_and_cannot_cross_is_refused_by_name() {
     before.assert_nothing_left(&pair);
 }
 
+/// What comes about at birth only, and cannot in the order in which there are births.
+#[test]
+fn processes_in_one_memory_and_tables_that_cross_are_refused_by_name() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    for (argument, what) in [
+        ("memory", "shares its memory with process"),
+        ("crossed", "shares its descriptor table with process"),
+    ] {
+        let mut subject = Subject::start(&pair, &pair.a, "sharing", ORDINARY, &[argument])
+            .expect("it needs nothing");
+        let before = Before::of(&pair);
+        let finished = refused(&Ferry::new(&pair), &mut subject);
+        let said = subject.lines();
+        let pid = said.iter().find_map(|line| line.strip_prefix("REFUSED "));
+        let pid = format!("pid {}: ", pid.expect("it says whom it made"));
+        assert_some(&finished, argument, &[&pid, what]);
+        assert_eq!(finished.refusals().len(), 1, "{:#?}", finished.refusals());
+        before.assert_nothing_left_but(&pair, subject.pid, "after the refusal");
+        subject.end(&pair.a);
+    }
+}
+
 #[test]
 fn a_pid_that_is_taken_is_refused_naming_its_holder() {
     if skip().is_some() {

@@ -33,6 +33,7 @@ use pageferry_tracee::{Family, Injection, Tracee};
 use self::files::{Depth, Look};
 use self::locks::HeldLocks;
 use self::memory::FirstTouch;
+use self::relations::Common;
 use self::shared::{Moved, Objects, SharedPages};
 use self::sockets::flight::InFlight;
 use self::task::{Answered, Cpus};
@@ -125,6 +126,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     let Ordered {
         rows: stats,
         zombies,
+        common,
         mut refusals,
     } = ordered(survey.pid, &pids)?;
     look.ended = zombies.iter().map(|zombie| zombie.pid).collect();
@@ -134,7 +136,10 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     }
     let mut entries = Vec::with_capacity(stats.len());
     for (pid, _) in &stats {
-        entries.push((*pid, procfs::descriptors(*pid)?));
+        // A table is looked at once.
+        let is_first = !common.tables.contains_key(pid);
+        let table = is_first.then(|| procfs::descriptors(*pid)).transpose()?;
+        entries.push((*pid, table.unwrap_or_default()));
     }
     let in_flight = InFlight::find(family, &mut entries)?;
     let timerfds_read = host::clocks()?;
@@ -185,7 +190,10 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         let timerfds = (index + 1 == count).then_some((table.files.as_mut_slice(), timerfds_read));
         let descriptors = table.descriptors.remove(&member.pid).unwrap_or_default();
         let tracee = family.member(member.pid)?;
-        let inside = member.ask(&mut look, tracee, descriptors, &cpus, timerfds)?;
+        let mut inside = member.ask(&mut look, tracee, descriptors, &cpus, timerfds)?;
+        let pid = inside.process.pid;
+        inside.process.table_of = common.tables.get(&pid).copied().unwrap_or(0);
+        inside.process.directory_of = common.directories.get(&pid).copied().unwrap_or(0);
         tree.processes.push(inside.process);
         pages.push(inside.pages);
         clocks.push(inside.clocks_ns);
@@ -222,6 +230,8 @@ struct Ordered {
     rows: Vec<Row>,
     /// Children of theirs that have ended.
     zombies: Vec<Zombie>,
+    /// What they share, other than open files.
+    common: Common,
     /// What of this is refused.
     refusals: Vec<Refusal>,
 }
@@ -266,10 +276,13 @@ fn ordered(root: i32, pids: &[i32]) -> Result<Ordered> {
         let parent = procfs::stat(pid, pid)?.ppid;
         refuse(pid, RefusalKind::Orphan { parent });
     }
-    refusals.extend(relations::making(&rows, &zombies).1);
+    let common = Common::of(&rows)?;
+    refusals.extend(relations::making(&rows, &zombies, &common).1);
+    refusals.extend(common.refusals());
     Ok(Ordered {
         rows,
         zombies,
+        common,
         refusals,
     })
 }

@@ -26,6 +26,7 @@ use pageferry_wire::message::{BoundSocket, Plan};
 
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
+use crate::capture::relations::Common;
 use crate::capture::shared::Objects;
 use crate::capture::sockets::flight::InFlight;
 use crate::capture::{locks, memory, relations, task, timers};
@@ -210,8 +211,16 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
             Err(error) => return Err(error),
         }
     }
-    let (helpers, refusals) = relations::making(&stats, &zombies);
+    let common = Common::of(&stats)?;
+    let (helpers, refusals) = relations::making(&stats, &zombies, &common);
     found.refusals.extend(refusals);
+    found.refusals.extend(common.refusals());
+    // A table is looked at once.
+    for (pid, entries) in &mut tables {
+        if common.tables.contains_key(pid) {
+            entries.clear();
+        }
+    }
     found.tids.extend(zombies.iter().map(|zombie| zombie.pid));
     found.tids.extend(helpers);
     found.notes.extend(zombies.iter().filter_map(core_note));
@@ -302,7 +311,7 @@ fn member(
     } else if matches!(status.state, 'T' | 't') {
         refuse(RefusalKind::Stopped);
     }
-    process(root, pid, look.options, &stat, &status, &mut refusals)?;
+    process(look, root, &stat, &status, &mut refusals)?;
     threads(pid, &tids, false, &mut refusals)?;
     refusals.extend(timers::refusals(pid)?);
     let entries = procfs::descriptors(pid)?;
@@ -356,7 +365,7 @@ pub(crate) fn newcomer(
     if status.vm_rss_kib > NEWCOMER_KIB_MAX {
         return Ok(None);
     }
-    process(root, pid, look.options, stat, &status, refusals)?;
+    process(look, root, stat, &status, refusals)?;
     threads(pid, &procfs::tids(pid)?, true, refusals)?;
     let vmas = procfs::smaps(pid)?;
     refusals.extend(memory_policies(pid)?);
@@ -410,13 +419,13 @@ fn no_program(pid: i32, stat: &procfs::Stat) -> Result<Option<RefusalKind>> {
 }
 
 fn process(
+    look: &Look<'_>,
     root: i32,
-    pid: i32,
-    options: &SurveyOptions,
     stat: &procfs::Stat,
     status: &procfs::Status,
     refusals: &mut Vec<Refusal>,
 ) -> Result<()> {
+    let pid = look.pid;
     let mut refuse = |what| {
         refusals.push(Refusal {
             pid,
@@ -455,12 +464,14 @@ fn process(
     if directory != "/" {
         refuse(RefusalKind::Chroot { root: directory });
     }
-    if pid == root && !options.unmanaged {
+    if pid == root && !look.options.unmanaged {
         if let Some(unit) = managed::unit(pid, stat.ppid)? {
             refuse(RefusalKind::Managed { unit });
         }
     }
-    for other in relatives(stat.ppid, pid)? {
+    // What those of the tree have in common is another matter.
+    let relatives = relatives(stat.ppid, pid)?.into_iter();
+    for other in relatives.filter(|other| !look.pids.contains(other)) {
         if let Some(what) = shared_context(pid, other)? {
             refuse(RefusalKind::SharedWith { other, what });
         }
@@ -509,8 +520,8 @@ fn shared_context(pid: i32, other: i32) -> Result<Option<&'static str>> {
     type Question = fn(i32, i32) -> pageferry_tracee::Result<bool>;
     let questions: [(Question, &'static str); 3] = [
         (descriptor::same_memory, "memory"),
-        (descriptor::same_table, "descriptor table"),
-        (descriptor::same_directory, "working directory and umask"),
+        (descriptor::same_table, relations::TABLE),
+        (descriptor::same_directory, relations::DIRECTORY),
     ];
     for (question, what) in questions {
         match question(pid, other) {

@@ -412,11 +412,11 @@ fn build(
     let agent = injection.mapping();
     memory::clear(injection, pid)?;
     memory::map_vdso(injection, pid, space)?;
-    task::limits_first(injection, process)?;
+    task::limits_first(injection, process, tree)?;
     task::take_ids(injection, process)?;
 
-    let mut handed = files::Handover::new(pid)?;
-    handed.begin(injection, process)?;
+    let mut handed = files::Handover::new(process, tree);
+    handed.begin(injection)?;
     memory::map(injection, pid, space, &mut handed, &files.objects)?;
     memory::set_mm(injection, pid, space, &mut handed)?;
     let uffd = memory::register(injection, pid, space)?;

@@ -172,13 +172,44 @@ pub fn same_file(pid_a: i32, fd_a: u32, pid_b: i32, fd_b: u32) -> Result<bool> {
 /// # Errors
 /// As [`same_file`].
 pub fn order(pid_a: i32, fd_a: u32, pid_b: i32, fd_b: u32) -> Result<Ordering> {
-    match kcmp(pid_a, pid_b, KCMP_FILE, fd_a.into(), fd_b.into())? {
+    ordering(
+        pid_a,
+        kcmp(pid_a, pid_b, KCMP_FILE, fd_a.into(), fd_b.into())?,
+    )
+}
+
+fn ordering(pid: i32, answer: i64) -> Result<Ordering> {
+    match answer {
         0 => Ok(Ordering::Equal),
         1 => Ok(Ordering::Less),
         2 => Ok(Ordering::Greater),
         // 3, "not equal, no order", is documented but produced for no kind used here.
-        _ => Err(Error::kernel("kcmp", pid_a, Errno::EIO)),
+        _ => Err(Error::kernel("kcmp", pid, Errno::EIO)),
     }
+}
+
+/// The kernel's total order of descriptor tables, as [`order`] is of open file descriptions; equal: [`same_table`].
+///
+/// # Errors
+/// [`Error::Gone`].
+pub fn table_order(tid_a: i32, tid_b: i32) -> Result<Ordering> {
+    ordering(tid_a, kcmp(tid_a, tid_b, KCMP_FILES, 0, 0)?)
+}
+
+/// The same of address spaces; equal: [`same_memory`].
+///
+/// # Errors
+/// [`Error::Gone`].
+pub fn memory_order(tid_a: i32, tid_b: i32) -> Result<Ordering> {
+    ordering(tid_a, kcmp(tid_a, tid_b, KCMP_VM, 0, 0)?)
+}
+
+/// The same of what holds the working directory, root and umask; equal: [`same_directory`].
+///
+/// # Errors
+/// [`Error::Gone`].
+pub fn directory_order(tid_a: i32, tid_b: i32) -> Result<Ordering> {
+    ordering(tid_a, kcmp(tid_a, tid_b, KCMP_FS, 0, 0)?)
 }
 
 /// Whether two tasks have one descriptor table (`CLONE_FILES`).
@@ -186,7 +217,7 @@ pub fn order(pid_a: i32, fd_a: u32, pid_b: i32, fd_b: u32) -> Result<Ordering> {
 /// # Errors
 /// [`Error::Gone`].
 pub fn same_table(tid_a: i32, tid_b: i32) -> Result<bool> {
-    Ok(kcmp(tid_a, tid_b, KCMP_FILES, 0, 0)? == 0)
+    Ok(table_order(tid_a, tid_b)?.is_eq())
 }
 
 /// Whether two tasks have one address space (`CLONE_VM`).
@@ -194,7 +225,7 @@ pub fn same_table(tid_a: i32, tid_b: i32) -> Result<bool> {
 /// # Errors
 /// [`Error::Gone`].
 pub fn same_memory(tid_a: i32, tid_b: i32) -> Result<bool> {
-    Ok(kcmp(tid_a, tid_b, KCMP_VM, 0, 0)? == 0)
+    Ok(memory_order(tid_a, tid_b)?.is_eq())
 }
 
 /// Whether two tasks have one working directory, root and umask (`CLONE_FS`).
@@ -202,7 +233,7 @@ pub fn same_memory(tid_a: i32, tid_b: i32) -> Result<bool> {
 /// # Errors
 /// [`Error::Gone`].
 pub fn same_directory(tid_a: i32, tid_b: i32) -> Result<bool> {
-    Ok(kcmp(tid_a, tid_b, KCMP_FS, 0, 0)? == 0)
+    Ok(directory_order(tid_a, tid_b)?.is_eq())
 }
 
 /// Whether descriptor `fd` is the open file that an epoll instance of the same process watches under the number `watched`

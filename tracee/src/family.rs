@@ -80,6 +80,7 @@ impl Family {
         let passing = self.member(leader)?.bear(&[Birth {
             pid: None,
             exit_signal: 0,
+            ..child
         }])?;
         for mut passing in passing {
             let pid = passing.pid();

@@ -1079,6 +1079,8 @@ fn husk_family_story(pids: &[i32]) {
     let born = |pid| Birth {
         pid: Some(pid),
         exit_signal: libc::SIGCHLD as u32,
+        shares_table: false,
+        shares_directory: false,
     };
     family.member(root).unwrap().lead_session().unwrap();
     family.bear(root, &[born(leader), born(follower)]).unwrap();
@@ -1142,6 +1144,8 @@ fn husk_ends_story(pids: &[i32]) {
     let born = |pid, exit_signal| Birth {
         pid: Some(pid),
         exit_signal,
+        shares_table: false,
+        shares_directory: false,
     };
     let stat = |pid| procfs::stat(pid, pid).unwrap();
     // A session whose leader goes, and one of its members that another has.

@@ -3,6 +3,7 @@
 //! None of this can be set. A parent is who made a process, or the subreaper that took it; a session is founded by its leader
 //! and passed on to children; a group is founded by its leader and joined from within its session. [`Making`] works out the
 //! order of births, foundings and joins that leads to what was, before anything is made: what has no such order is refused.
+//! So it is with what processes have in common, see [`sharing`].
 
 #![allow(
     missing_docs,
@@ -12,6 +13,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Invalid, ensure, limits};
+
+pub mod sharing;
+
+use self::sharing::{Shares, Sharing};
 
 include!("generated/pageferry.relations.rs");
 
@@ -71,12 +76,16 @@ impl Zombie {
 }
 
 /// A process, running or ended, as far as its relations go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Member {
     pub pid: i32,
     pub ppid: i32,
     pub pgid: i32,
     pub sid: i32,
+    /// Whose descriptor table it has; 0: its own.
+    pub table_of: i32,
+    /// Whose working directory and umask it has; 0: its own.
+    pub directory_of: i32,
 }
 
 impl From<&Zombie> for Member {
@@ -86,6 +95,7 @@ impl From<&Zombie> for Member {
             ppid: zombie.ppid,
             pgid: zombie.pgid,
             sid: zombie.sid,
+            ..Self::default()
         }
     }
 }
@@ -107,6 +117,8 @@ pub enum Step {
     LeadGroup { pid: i32 },
     /// A process joins a group of its session.
     Join { pid: i32, group: i32 },
+    /// A process gets what it had in common with its maker for itself: it had to pass it on.
+    Part { pid: i32, shares: Shares },
     /// `parent` makes a helper: it bears the number of a session or group whose leader is gone. Its end tells nobody.
     Help { parent: i32, helper: i32 },
     /// A helper ends, and `parent` waits for it.
@@ -120,6 +132,12 @@ pub enum Obstacle {
     Session { pid: i32, session: i32 },
     /// There is no way into this group.
     Group { pid: i32, group: i32 },
+    /// What it has in common with `other` cannot be passed on to it.
+    Sharing {
+        pid: i32,
+        other: i32,
+        shares: Shares,
+    },
 }
 
 /// How a tree is made from the husk of its root, which leads a session of its own.
@@ -129,6 +147,8 @@ pub struct Making {
     pub steps: Vec<Step>,
     /// Numbers that have to be free for a moment, though no process of the tree has them.
     pub helpers: Vec<i32>,
+    /// What is had in common from birth with whoever made it, by the process that is born. All others have all for themselves.
+    pub shares: BTreeMap<i32, Shares>,
 }
 
 impl Making {
@@ -143,7 +163,7 @@ impl Making {
         let Some(plan) = Plan::of(members) else {
             return Ok(Self::default());
         };
-        plan?.making()
+        plan?.making(members)
     }
 }
 
@@ -384,7 +404,19 @@ impl Plan {
         }
     }
 
-    fn making(self) -> Result<Making, Vec<Obstacle>> {
+    /// Who makes whom, by place; `None`: the root is there, and helpers pass nothing on.
+    fn makers(&self) -> Vec<Option<usize>> {
+        let maker = |place| match self.birth(place) {
+            Birth::Inherited | Birth::Early => Some(self.parents[place]),
+            Birth::FromLeader(leader) => Some(leader),
+            Birth::FromHelper(_) => None,
+        };
+        (0..self.pids.len())
+            .map(|place| (place > 0).then(|| maker(place)).flatten())
+            .collect()
+    }
+
+    fn making(self, members: &[Member]) -> Result<Making, Vec<Obstacle>> {
         let mut work = Work {
             groups: BTreeMap::from([(self.pids[0], self.pids[0])]),
             helpers: Vec::new(),
@@ -392,12 +424,18 @@ impl Plan {
             plan: &self,
         };
         let mut obstacles = work.births();
+        let mut sharing = Sharing::default();
         if obstacles.is_empty() {
             obstacles = work.join_groups();
+            sharing = Sharing::of(members, &self.makers());
+            obstacles.append(&mut sharing.obstacles);
         }
         if !obstacles.is_empty() {
             return Err(obstacles);
         }
+        let parts = sharing.parts.into_iter();
+        let parts = parts.map(|(pid, shares)| Step::Part { pid, shares });
+        work.steps.extend(parts);
         let helpers: Vec<i32> = work.helpers.iter().map(|&(helper, _)| helper).collect();
         let ends = work.helpers.iter().rev();
         let ends = ends.map(|&(helper, parent)| Step::Dismiss { parent, helper });
@@ -405,6 +443,7 @@ impl Plan {
         Ok(Making {
             steps: work.steps,
             helpers,
+            shares: sharing.shares,
         })
     }
 }

@@ -5,9 +5,9 @@
     reason = "generated fields are documented in image/proto/task.proto"
 )]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::files::{File, file};
+use super::files::{Descriptor, File, file};
 use super::locks::Lock;
 use super::relations::{Making, Member, Obstacle, Zombie};
 use super::shared::Shared;
@@ -274,6 +274,7 @@ impl Tree {
             || format!("process {}", root.pid),
             "is the root, and has its parent or its session in the tree",
         )?;
+        self.validate_sharing()?;
         let making = self.making().map_err(|obstacles| match obstacles.first() {
             Some(Obstacle::Session { pid, session }) => Invalid::new(
                 format!("process {pid}"),
@@ -282,6 +283,10 @@ impl Tree {
             Some(Obstacle::Group { pid, group }) => Invalid::new(
                 format!("process {pid}"),
                 format!("is in process group {group}, into which there is no way"),
+            ),
+            Some(Obstacle::Sharing { pid, other, .. }) => Invalid::new(
+                format!("process {pid}"),
+                format!("shares with process {other} what cannot come to it"),
             ),
             None => Invalid::new("tree", "cannot be made"),
         })?;
@@ -334,6 +339,51 @@ impl Tree {
         Shared::validate_all(&self.shared, mappings, &self.files)
     }
 
+    /// What is shared belongs to one that stands before, and is told of once.
+    fn validate_sharing(&self) -> Result<(), Invalid> {
+        let mut passed: BTreeMap<i32, &Process> = BTreeMap::new();
+        for process in &self.processes {
+            let object = || format!("process {}", process.pid);
+            let table = passed.get(&process.table_of);
+            ensure(
+                process.table_of == 0 || table.is_some_and(|owner| owner.table_of == 0),
+                object,
+                "shares the descriptors of none that stands before it and has its own",
+            )?;
+            ensure(
+                process.table_of == 0 || process.descriptors.is_empty(),
+                object,
+                "shares descriptors and lists its own",
+            )?;
+            let directory = passed.get(&process.directory_of);
+            ensure(
+                process.directory_of == 0 || directory.is_some_and(|owner| owner.directory_of == 0),
+                object,
+                "shares the directory of none that stands before it and has its own",
+            )?;
+            ensure(
+                directory
+                    .is_none_or(|owner| (&owner.cwd, owner.umask) == (&process.cwd, process.umask)),
+                object,
+                "shares a working directory and umask and has others",
+            )?;
+            passed.insert(process.pid, process);
+        }
+        Ok(())
+    }
+
+    /// The descriptors of `process`, which is of this tree: its own, or those it shares.
+    pub fn descriptors_of<'a>(&'a self, process: &'a Process) -> &'a [Descriptor] {
+        let owner = (process.table_of != 0)
+            .then(|| {
+                self.processes
+                    .iter()
+                    .find(|one| one.pid == process.table_of)
+            })
+            .flatten();
+        &owner.unwrap_or(process).descriptors
+    }
+
     /// All processes as far as their relations go, ended ones last.
     pub fn members(&self) -> Vec<Member> {
         let running = self.processes.iter().map(|process| Member {
@@ -341,6 +391,8 @@ impl Tree {
             ppid: process.ppid,
             pgid: process.pgid,
             sid: process.sid,
+            table_of: process.table_of,
+            directory_of: process.directory_of,
         });
         running
             .chain(self.zombies.iter().map(Member::from))

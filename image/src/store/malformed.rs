@@ -1072,6 +1072,64 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "`tree`: process 4720 has a parent that does not stand before it",
         ),
         (
+            "table-of-nobody",
+            Built(|parts| {
+                parts.child(|child| {
+                    child.table_of = 4242;
+                    child.descriptors.clear();
+                })
+            }),
+            "`tree`: process 4720 shares the descriptors of none that stands before it and has its own",
+        ),
+        (
+            "table-of-a-sharer",
+            Built(|parts| {
+                parts.child(|child| {
+                    child.table_of = 4720;
+                    child.descriptors.clear();
+                })
+            }),
+            "`tree`: process 4720 shares the descriptors of none that stands before it and has its own",
+        ),
+        (
+            "table-shared-and-listed",
+            Built(|parts| parts.child(|child| child.table_of = 4711)),
+            "`tree`: process 4720 shares descriptors and lists its own",
+        ),
+        (
+            "directory-of-nobody",
+            Built(|parts| parts.child(|child| child.directory_of = 4242)),
+            "`tree`: process 4720 shares the directory of none that stands before it and has its own",
+        ),
+        (
+            "directory-shared-and-another",
+            Built(|parts| {
+                parts.child(|child| {
+                    child.directory_of = 4711;
+                    child.cwd = "/elsewhere".into();
+                })
+            }),
+            "`tree`: process 4720 shares a working directory and umask and has others",
+        ),
+        (
+            "tables-that-cross",
+            Built(|parts| {
+                parts.child(|child| {
+                    child.table_of = 4711;
+                    child.descriptors.clear();
+                });
+                parts.tree(|tree| {
+                    for (pid, owner) in [(4730, 0), (4731, 4730)] {
+                        let mut other = tree.processes[1].clone();
+                        (other.pid, other.ppid, other.table_of) = (pid, 4720, owner);
+                        other.threads[0].tid = pid;
+                        tree.processes.push(other);
+                    }
+                });
+            }),
+            "`tree`: process 4731 shares with process 4730 what cannot come to it",
+        ),
+        (
             "parents-in-a-circle",
             Built(|parts| {
                 parts.child(|child| {

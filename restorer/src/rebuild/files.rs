@@ -45,25 +45,22 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// `pid`: the husk.
-    pub fn new(pid: i32) -> Result<Self> {
-        Ok(Self {
-            pid,
-            pidfd: 0,
-            used: BTreeSet::new(),
+    /// For the husk of `process`. A table that it shares with one that is there already is full.
+    pub(crate) fn new(process: &Process, tree: &Tree) -> Self {
+        let descriptors = tree.descriptors_of(process);
+        let number = |descriptor: &Descriptor| u64::from(descriptor.fd);
+        let full = (process.table_of != 0).then_some(descriptors);
+        Self {
+            pid: process.pid,
+            pidfd: descriptors.iter().map(number).max().map_or(0, |fd| fd + 1) + 2,
+            used: full.unwrap_or_default().iter().map(number).collect(),
             lowest: 0,
-        })
+        }
     }
 
     /// Gives the husk a pidfd of ours, out of the way of the numbers the process uses.
-    pub(crate) fn begin(&mut self, injection: &mut Injection<'_>, process: &Process) -> Result<()> {
-        let above = process
-            .descriptors
-            .iter()
-            .map(|d| u64::from(d.fd) + 1)
-            .max()
-            .unwrap_or(0)
-            + 2;
+    pub(crate) fn begin(&mut self, injection: &mut Injection<'_>) -> Result<()> {
+        let above = self.pidfd;
         let ours = std::process::id();
         let mut work = Work::new(injection, self.pid);
         let opened = work.call(
@@ -81,7 +78,6 @@ impl Handover {
         );
         work.call("our pidfd", "close", libc::SYS_close, &[opened.into()]);
         work.run()?;
-        self.pidfd = above;
         self.used.insert(above);
         Ok(())
     }

@@ -1,15 +1,16 @@
 //! Makes the husks of a tree, each the child of whom it was, in its session and group; and those that have ended, ended.
 //!
 //! The order is the model's ([`Making`]). It comes before anything else is made in any husk: all of them have the same memory,
-//! and a child has its parent's descriptors, which are none.
+//! and a child has its parent's descriptors, which are none. So what processes share is empty when it comes to them.
 
 use std::collections::BTreeMap;
 
+use pageferry_image::model::relations::sharing::Shares;
 use pageferry_image::model::relations::{Making, Obstacle, Step};
 use pageferry_image::model::task::{Process, Tree};
 use pageferry_tracee::family::Family;
 use pageferry_tracee::injection::{Birth, End, Injection};
-use pageferry_tracee::procfs;
+use pageferry_tracee::{descriptor, procfs};
 
 use super::{Error, Result, Work};
 
@@ -17,11 +18,14 @@ const SIGCHLD: u32 = 17;
 
 /// Makes all of `tree` but its root, the only one of `family`.
 pub(crate) fn make(family: &mut Family, tree: &Tree) -> Result<()> {
-    let Making { steps, .. } = tree.making().map_err(|obstacles| Error::Mismatch {
+    let Making { steps, shares, .. } = tree.making().map_err(|obstacles| Error::Mismatch {
         object: "the tree".into(),
         what: match obstacles.first() {
             Some(Obstacle::Session { session, .. }) => format!("session {session} cannot be made"),
             Some(Obstacle::Group { group, .. }) => format!("group {group} cannot be made"),
+            Some(Obstacle::Sharing { pid, other, .. }) => {
+                format!("what process {pid} shares with {other} cannot come to it")
+            }
             None => "it cannot be made".into(),
         },
     })?;
@@ -30,9 +34,14 @@ pub(crate) fn make(family: &mut Family, tree: &Tree) -> Result<()> {
     let ended = tree.zombies.iter();
     let ended = ended.map(|zombie| (zombie.pid, zombie.exit_signal));
     let signals: BTreeMap<i32, u32> = running.chain(ended).collect();
-    let birth = |pid| Birth {
-        pid: Some(pid),
-        exit_signal: signals.get(&pid).copied().unwrap_or(0),
+    let birth = |pid| {
+        let shares: Shares = shares.get(&pid).copied().unwrap_or_default();
+        Birth {
+            pid: Some(pid),
+            exit_signal: signals.get(&pid).copied().unwrap_or(0),
+            shares_table: shares.table,
+            shares_directory: shares.directory,
+        }
     };
     let mut steps = steps.into_iter().peekable();
     while let Some(step) = steps.next() {
@@ -56,6 +65,9 @@ pub(crate) fn make(family: &mut Family, tree: &Tree) -> Result<()> {
             Step::LeadSession { pid } => family.member(pid)?.lead_session()?,
             Step::LeadGroup { pid } => family.member(pid)?.join_group(pid)?,
             Step::Join { pid, group } => family.member(pid)?.join_group(group)?,
+            Step::Part { pid, shares } => {
+                family.member(pid)?.part(shares.table, shares.directory)?
+            }
             Step::Dismiss { parent, helper } => {
                 family.end(helper, &End::default())?;
                 family.member(parent)?.reap(helper)?;
@@ -108,6 +120,18 @@ fn verify(tree: &Tree) -> Result<()> {
         }
     }
     for process in tree.processes.iter().skip(1) {
+        let has = |other, same: fn(i32, i32) -> pageferry_tracee::Result<bool>| match other {
+            0 => Ok(true),
+            other => same(process.pid, other),
+        };
+        if !has(process.table_of, descriptor::same_table)?
+            || !has(process.directory_of, descriptor::same_directory)?
+        {
+            return Err(Error::Mismatch {
+                object: format!("process {}", process.pid),
+                what: "it was made without what it shares".into(),
+            });
+        }
         let signal = procfs::stat(process.pid, process.pid)?.exit_signal;
         if u32::try_from(signal) != Ok(process.end_signal()) {
             return Err(Error::Mismatch {

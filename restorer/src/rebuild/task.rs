@@ -2,7 +2,7 @@
 //! kernel writes to on a thread's behalf (robust list, clear_child_tid, rseq).
 
 use pageferry_image::model::Invalid;
-use pageferry_image::model::task::{Credentials, Process, Thread};
+use pageferry_image::model::task::{Credentials, Process, Thread, Tree};
 use pageferry_tracee::injection::{Injection, ThreadStart};
 use pageferry_tracee::procfs;
 use pageferry_tracee::registers::Registers;
@@ -43,9 +43,13 @@ fn prctl(work: &mut Work<'_, '_>, object: &str, call: &'static str, option: u64,
 }
 
 /// Makes room for the descriptors while the table is filled; the captured limit comes in [`limits_last`].
-pub(crate) fn limits_first(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
-    let needed = process
-        .descriptors
+pub(crate) fn limits_first(
+    injection: &mut Injection<'_>,
+    process: &Process,
+    tree: &Tree,
+) -> Result<()> {
+    let needed = tree
+        .descriptors_of(process)
         .iter()
         .map(|d| u64::from(d.fd) + 1)
         .max()

@@ -23,6 +23,22 @@ pub struct Birth {
     pub pid: Option<i32>,
     /// What its parent gets at its end; 0: nothing, and only a wait with `__WALL` finds it then.
     pub exit_signal: u32,
+    /// It has its parent's descriptor table, and not one of its own.
+    pub shares_table: bool,
+    /// The same of working directory, root and umask.
+    pub shares_directory: bool,
+}
+
+impl Birth {
+    /// What clone3(2) is told to have in common.
+    fn flags(self) -> u64 {
+        shared_flags(self.shares_table, self.shares_directory)
+    }
+}
+
+fn shared_flags(table: bool, directory: bool) -> u64 {
+    let flag = |is_set: bool, flag: i32| if is_set { flag as u64 } else { 0 };
+    flag(table, libc::CLONE_FILES) | flag(directory, libc::CLONE_FS)
 }
 
 /// How a husk ends, as its parent is to be told.
@@ -55,6 +71,15 @@ impl Tracee {
     pub fn join_group(&mut self, group: i32) -> Result<()> {
         let arguments = [0, group as u64, 0, 0, 0, 0];
         Injection::single(self, "setpgid", libc::SYS_setpgid, arguments)
+    }
+
+    /// In a frozen husk: gives it a descriptor table, or a working directory and umask, of its own, as those are that it shared.
+    ///
+    /// # Errors
+    /// [`Error::Injected`] with what unshare(2) said; whatever stands in the way of a call in the husk.
+    pub fn part(&mut self, table: bool, directory: bool) -> Result<()> {
+        let arguments = [shared_flags(table, directory), 0, 0, 0, 0, 0];
+        Injection::single(self, "unshare", libc::SYS_unshare, arguments)
     }
 
     /// In a frozen husk: whether it gets the children of those that end below it.
@@ -207,7 +232,7 @@ impl Injection<'_> {
         let wanted = birth.pid.unwrap_or(parent);
         choke::pass(Kind::Spawn).map_err(|errno| Error::kernel("clone3", wanted, errno))?;
         let place = below_red_zone(self.homes[0].registers.rsp, BELOW_GATE_LEN);
-        let arguments = CloneArguments::new(0, u64::from(birth.exit_signal), birth.pid);
+        let arguments = CloneArguments::new(birth.flags(), u64::from(birth.exit_signal), birth.pid);
         let words = arguments.words_at(place);
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.put(&bytes)?;

@@ -168,6 +168,12 @@ pub struct Process {
     /// what its parent gets when it ends, 0: nothing; SIGCHLD if it is not told
     #[prost(uint32, optional, tag = "24")]
     pub exit_signal: ::core::option::Option<u32>,
+    /// Of a process before this one, which has its own: whose descriptor table this one has too (CLONE_FILES; descriptors are listed
+    /// there), and whose working directory and umask (CLONE_FS). 0: its own.
+    #[prost(int32, tag = "25")]
+    pub table_of: i32,
+    #[prost(int32, tag = "26")]
+    pub directory_of: i32,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS: the registration commands to give again, one bit each
     #[prost(uint32, tag = "19")]
     pub membarrier: u32,

@@ -117,6 +117,7 @@ impl Kernel {
                 ppid: one.ppid,
                 pgid: one.pgid,
                 sid: one.sid,
+                ..Member::default()
             }
         };
         let mut found = vec![member(ROOT)];
@@ -176,6 +177,7 @@ impl Kernel {
             Step::LeadSession { pid } => self.set_sid(pid),
             Step::LeadGroup { pid } => self.set_pgid(pid, pid),
             Step::Join { pid, group } => self.set_pgid(pid, group),
+            Step::Part { .. } => {}
             Step::Dismiss { parent, helper } => {
                 assert_eq!(self.processes[&helper].ppid, parent);
                 self.exit(helper);
@@ -267,6 +269,7 @@ fn wanted(members: &[Member]) -> Vec<Member> {
         } else {
             member.sid
         },
+        ..*member
     };
     members.iter().map(changed).collect()
 }
@@ -287,6 +290,7 @@ fn make(members: &[Member]) -> Result<(), Vec<Obstacle>> {
                 ppid: one.ppid,
                 pgid: one.pgid,
                 sid: one.sid,
+                ..Member::default()
             }
         })
         .collect();
@@ -327,11 +331,11 @@ proptest! {
     fn what_somebody_claims_is_made_or_refused(
         claims in prop::collection::vec((0..8_usize, 0..12_i32, 0..12_i32), 1..10),
     ) {
-        let mut members = vec![Member { pid: ROOT, ppid: CRADLE, pgid: ROOT, sid: ROOT }];
+        let mut members = vec![Member { pid: ROOT, ppid: CRADLE, pgid: ROOT, sid: ROOT, ..Member::default() }];
         for (number, (parent, pgid, sid)) in claims.into_iter().enumerate() {
             let parent = members[parent % members.len()];
             let pid = ROOT + 1 + number as i32;
-            members.push(Member { pid, ppid: parent.pid, pgid: ROOT - 1 + pgid, sid: ROOT - 1 + sid });
+            members.push(Member { pid, ppid: parent.pid, pgid: ROOT - 1 + pgid, sid: ROOT - 1 + sid, ..Member::default() });
         }
         members.retain(|member| member.sid != member.pid || member.pgid == member.pid);
         let pids: BTreeSet<i32> = members.iter().map(|member| member.pid).collect();
@@ -347,6 +351,7 @@ fn members(list: &[(i32, i32, i32, i32)]) -> Vec<Member> {
         ppid,
         pgid,
         sid,
+        ..Member::default()
     };
     list.iter().map(member).collect()
 }
@@ -424,4 +429,165 @@ fn a_daemon_whose_leader_is_gone_takes_a_helper() {
         ]
     );
     assert_eq!(making.helpers, [8]);
+}
+
+/// Does the births as a kernel does, and gives what each has in the end: one number is one thing.
+fn had(members: &[Member], making: &Making, kind: fn(&Shares) -> bool) -> Vec<usize> {
+    let mut next = 0;
+    let mut new = || {
+        next += 1;
+        next
+    };
+    let mut had = BTreeMap::from([(members[0].pid, new())]);
+    for step in &making.steps {
+        match *step {
+            Step::Bear { parent, child }
+            | Step::Foster {
+                leader: parent,
+                child,
+                ..
+            } => {
+                let shares = making.shares.get(&child).copied().unwrap_or_default();
+                let its = if kind(&shares) { had[&parent] } else { new() };
+                had.insert(child, its);
+            }
+            Step::Help { helper, .. } => drop(had.insert(helper, new())),
+            Step::Part { pid, shares } if kind(&shares) => drop(had.insert(pid, new())),
+            _ => {}
+        }
+    }
+    members.iter().map(|member| had[&member.pid]).collect()
+}
+
+/// Whether exactly those have something in common that are to.
+fn assert_shared(members: &[Member], making: &Making) {
+    for (owner, kind) in [
+        (
+            (|one| one.table_of) as fn(&Member) -> i32,
+            (|shares| shares.table) as fn(&Shares) -> bool,
+        ),
+        (|one| one.directory_of, |shares| shares.directory),
+    ] {
+        let had = had(members, making, kind);
+        let set = |one: &Member| if owner(one) == 0 { one.pid } else { owner(one) };
+        for (one, its) in members.iter().zip(&had) {
+            for (other, others) in members.iter().zip(&had) {
+                let is_shared = set(one) == set(other);
+                assert_eq!(its == others, is_shared, "{one:?} {other:?} {making:?}");
+            }
+        }
+    }
+}
+
+fn sharing(list: &[(i32, i32, i32, i32)]) -> Vec<Member> {
+    let member = |&(pid, ppid, table_of, directory_of): &(i32, i32, i32, i32)| Member {
+        pid,
+        ppid,
+        pgid: list[0].0,
+        sid: list[0].0,
+        table_of,
+        directory_of,
+    };
+    list.iter().map(member).collect()
+}
+
+#[test]
+fn what_comes_from_a_parent_takes_no_detour() {
+    let tree = sharing(&[(7, 1, 0, 0), (8, 7, 7, 0), (9, 8, 7, 8), (10, 7, 0, 7)]);
+    let making = Making::of(&tree).expect("nothing is in the way");
+    assert_shared(&tree, &making);
+    let parts = |step: &Step| matches!(step, Step::Part { .. });
+    assert!(!making.steps.iter().any(parts), "{making:?}");
+}
+
+#[test]
+fn siblings_and_orphans_share_by_those_who_then_part() {
+    // 9 and 10 share, of whom their parent has none; 12 with 7 what 11 between them has not.
+    let tree = sharing(&[
+        (7, 1, 0, 0),
+        (8, 7, 0, 0),
+        (9, 8, 0, 0),
+        (10, 8, 9, 0),
+        (11, 7, 0, 0),
+        (12, 11, 0, 7),
+    ]);
+    let making = Making::of(&tree).expect("nothing is in the way");
+    assert_shared(&tree, &making);
+    let part = |pid, shares| Step::Part { pid, shares };
+    let (table, directory) = (
+        Shares {
+            table: true,
+            ..Shares::default()
+        },
+        Shares {
+            directory: true,
+            ..Shares::default()
+        },
+    );
+    assert!(
+        making
+            .steps
+            .ends_with(&[part(8, table), part(11, directory)])
+    );
+}
+
+#[test]
+fn one_that_would_have_to_pass_on_two_is_in_the_way() {
+    // 8 shares with 7, and its children with each other; and 10 with 9 what can come by 7 only.
+    let tree = sharing(&[(7, 1, 0, 0), (8, 7, 7, 0), (9, 8, 0, 0), (10, 8, 9, 0)]);
+    let shares = Shares {
+        table: true,
+        ..Shares::default()
+    };
+    let obstacle = Obstacle::Sharing {
+        pid: 10,
+        other: 9,
+        shares,
+    };
+    assert_eq!(Making::of(&tree), Err(vec![obstacle]));
+}
+
+#[test]
+fn nothing_comes_through_a_helper() {
+    let mut tree = members(&[(7, 1, 7, 7), (9, 7, 8, 8)]);
+    tree[1].directory_of = 7;
+    assert!(matches!(
+        Making::of(&tree).as_ref().map_err(Vec::as_slice),
+        Err([Obstacle::Sharing {
+            pid: 9,
+            other: 7,
+            ..
+        }])
+    ));
+}
+
+proptest! {
+    /// Whatever is said to be shared, it is shared by those and nobody else, or refused; and not refused where all have it from
+    /// their parents.
+    #[test]
+    fn what_is_shared_is_shared_or_refused(
+        claims in prop::collection::vec((0..8_usize, 0..4_usize, 0..4_usize), 1..12),
+    ) {
+        let mut tree = sharing(&[(ROOT, CRADLE, 0, 0)]);
+        let mut is_inherited = true;
+        for (number, (parent, table, directory)) in claims.into_iter().enumerate() {
+            let parent = tree[parent % tree.len()];
+            let owner = |claim: usize, owner: fn(&Member) -> i32| match (claim, tree.get(claim)) {
+                (0, _) | (_, None) => 0,
+                (_, Some(other)) if owner(other) == 0 => other.pid,
+                (_, Some(other)) => owner(other),
+            };
+            let (table_of, directory_of) = (owner(table, |one| one.table_of), owner(directory, |one| one.directory_of));
+            let comes = |its: i32, parents: i32| its == 0 || its == parent.pid || its == parents && parents != 0;
+            is_inherited &= comes(table_of, parent.table_of) && comes(directory_of, parent.directory_of);
+            tree.push(Member { pid: ROOT + 1 + number as i32, ppid: parent.pid, table_of, directory_of, ..tree[0] });
+        }
+        match Making::of(&tree) {
+            Ok(making) => assert_shared(&tree, &making),
+            Err(obstacles) => {
+                let is_sharing = |one: &Obstacle| matches!(one, Obstacle::Sharing { .. });
+                assert!(obstacles.iter().all(is_sharing) && !is_inherited, "{tree:?} {obstacles:?}");
+            }
+        }
+    }
 }
