@@ -31,6 +31,12 @@ enum Line<'a> {
         program: &'a str,
         cwd: &'a str,
         umask: u32,
+        /// Whose descriptors it has, if not its own; none are listed for it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        table_of: Option<i32>,
+        /// Whose directory and umask these are, if not its own.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        directory_of: Option<i32>,
     },
     /// A process that has ended and that its parent has not waited for.
     Zombie {
@@ -137,6 +143,8 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
             program: program(process),
             cwd: &process.cwd,
             umask: process.umask,
+            table_of: Some(process.table_of).filter(|&pid| pid != 0),
+            directory_of: Some(process.directory_of).filter(|&pid| pid != 0),
         })?;
         for thread in &process.threads {
             let ids = thread.credentials.as_ref();

@@ -1,7 +1,8 @@
 /* Processes, none of them threads of each other, that have a descriptor table or a working directory and umask in common, as
  * clone(2) gives it: with a child, a grandchild, a sibling, and with one whose maker is gone. What one does all find that share
  * it, and nobody else. With an argument there is one more that cannot be carried: "memory", a child in our own memory;
- * "crossed", two children with one table whose parent shares its own with us. */
+ * "crossed", two children with one table whose parent shares its own with us. On SIGTERM it leaves a child behind, which ends by
+ * itself, and ends with 7. */
 #include "subject.h"
 #include <sched.h>
 
@@ -79,7 +80,9 @@ static bool same(int a, int b, int what) { return syscall(SYS_kcmp, all[a].pid, 
 
 static int rest(void *nothing) {
     (void)nothing;
-    for (;;) syscall(SYS_pause);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    while (syscall(SYS_pause)) {}
+    return 0;
 }
 
 /* Says which process it is that is refused. */
@@ -98,11 +101,16 @@ static void add(const char *what) {
             child = (int)syscall(SYS_clone, CLONE_FILES | CLONE_PARENT, 0, 0, 0, 0);
             if (child) MUST(write(ends[1], &child, sizeof child) == sizeof child);
         }
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
         rest(NULL);
     }
     MUST(read(ends[0], &child, sizeof child) == sizeof child);
     say("REFUSED %d", child);
+}
+
+static void leave(int signal) {
+    (void)signal;
+    if (fork() == 0) doze(3000), _exit(0);
+    _exit(7);
 }
 
 static void setup(void) {
@@ -123,6 +131,7 @@ static void setup(void) {
     MUST(waitpid(maker, NULL, 0) == maker);
     for (int one = 1; one < ALL; one++) MUST(EVENTUALLY(atomic_load(&all[one].pid)));
     if (argument_count) add(arguments[0]);
+    signal(SIGTERM, leave);
 }
 
 static void step(void) { doze(5); }

@@ -21,7 +21,7 @@ use pageferry_tracee::choke;
 use pageferry_tracee::lock::{Held, Kind, Line, Lock};
 use pageferry_tracee::{
     Arg, Batch, Birth, End, Error, Family, Injection, RemoteMemory, SeizeOptions, ThreadStart,
-    Tracee, agent, husk, procfs,
+    Tracee, agent, descriptor, husk, procfs,
 };
 
 const BUDGET: Duration = Duration::from_millis(200);
@@ -1118,6 +1118,55 @@ fn husk_family_story(pids: &[i32]) {
         assert_eq!(procfs::descriptors(pid).unwrap(), []);
         assert!(procfs::maps(pid).unwrap().len() <= 6);
     }
+    std::mem::forget(family);
+}
+
+#[test]
+fn husks_have_in_common_what_they_are_told_to_until_they_part() {
+    if !able() {
+        return;
+    }
+    let pids = chosen_pids(18_500, 4);
+    forked(|| husk_sharing_story(&pids));
+}
+
+fn husk_sharing_story(pids: &[i32]) {
+    let [root, table, both, adopted] = *pids else {
+        panic!("four pids");
+    };
+    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
+    let options = SeizeOptions {
+        exit_kill: true,
+        ..SeizeOptions::default()
+    };
+    let mut family = Family::seize(root, options).unwrap();
+    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    let born = |pid, shares_table, shares_directory| Birth {
+        pid: Some(pid),
+        exit_signal: libc::SIGCHLD as u32,
+        shares_table,
+        shares_directory,
+    };
+    family.bear(root, &[born(table, true, false)]).unwrap();
+    family.bear(table, &[born(both, true, true)]).unwrap();
+    // By one that passes by, and has to have it too.
+    family.member(table).unwrap().lead_session().unwrap();
+    family
+        .foster(root, table, born(adopted, true, false))
+        .unwrap();
+    let shared = |one, other| {
+        (
+            descriptor::same_table(one, other).unwrap(),
+            descriptor::same_directory(one, other).unwrap(),
+        )
+    };
+    assert_eq!(shared(root, table), (true, false));
+    assert_eq!(shared(table, both), (true, true));
+    assert_eq!(shared(root, adopted), (true, false));
+    family.member(table).unwrap().part(true, false).unwrap();
+    assert_eq!(shared(root, table), (false, false));
+    assert_eq!(shared(table, both), (false, true));
+    assert_eq!(shared(root, both), (true, false));
     std::mem::forget(family);
 }
 

@@ -686,6 +686,64 @@ int main(void) {{
     }
 }
 
+/// A child by clone(2) that shares what `flags` say, and rests.
+fn with_a_sharing_child(flags: &str) -> Subject {
+    Subject::start(&format!(
+        r#"static int rest(void *own_table) {{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (own_table) close(1), open("/dev/null", O_WRONLY);
+    for (;;) pause();
+}}
+int main(void) {{
+    static char stack[65536] __attribute__((aligned(16)));
+    void *own_table = (({flags}) & CLONE_FILES) ? NULL : stack;
+    printf("child=%d\n", clone(rest, stack + sizeof stack, SIGCHLD | {flags}, own_table));
+    usleep(50000);
+    ready();
+}}
+"#
+    ))
+}
+
+#[test]
+fn what_processes_have_in_common_is_told_once() {
+    for (flags, table, directory) in [
+        ("CLONE_FILES", true, false),
+        ("CLONE_FS", false, true),
+        ("CLONE_FILES | CLONE_FS", true, true),
+        ("0", false, false),
+    ] {
+        let subject = with_a_sharing_child(flags);
+        let (pid, number) = (subject.pid(), subject.said("child") as i32);
+        subject.captured(|captured| {
+            let [root, child] = &captured.tree.processes[..] else {
+                panic!("{flags}: there are two");
+            };
+            let shared = |is_shared| if is_shared { pid } else { 0 };
+            assert_eq!((root.table_of, root.directory_of), (0, 0));
+            assert_eq!(
+                (child.pid, child.table_of, child.directory_of),
+                (number, shared(table), shared(directory)),
+                "{flags}"
+            );
+            assert_eq!(child.descriptors.is_empty(), table, "{flags}");
+            assert_eq!(
+                captured.tree.descriptors_of(child).len(),
+                root.descriptors.len()
+            );
+        });
+    }
+}
+
+#[test]
+fn processes_in_one_memory_are_refused() {
+    let subject = with_a_sharing_child("CLONE_VM");
+    assert_eq!(subject.refused(), ["shared-context"]);
+    // With everything: what else is shared is no further reason.
+    let subject = with_a_sharing_child("CLONE_VM | CLONE_SIGHAND | CLONE_FILES | CLONE_FS");
+    assert_eq!(subject.refused(), ["shared-context"]);
+}
+
 #[test]
 fn a_first_thread_that_has_ended_before_others_is_refused() {
     let subject = Subject::start(&format!(
