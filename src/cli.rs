@@ -170,6 +170,9 @@ pub struct ReceiveArgs {
     /// Take one migration, then exit with its code
     #[arg(long)]
     pub once: bool,
+    /// Where its process ids are taken here: run the process in a pid namespace of its own, which stays as long as anybody is in it
+    #[arg(long, requires = "once")]
+    pub new_pid_ns: bool,
     /// Fetch all pages behind the running process (on), or only those it touches (off); with off, SIGTERM or Ctrl-C switches it on
     #[arg(long, value_enum, default_value_t = Drain::On)]
     pub drain: Drain,
@@ -308,6 +311,9 @@ pub struct RestoreArgs {
     /// Exit with 0 once it has all its pages, instead of waiting for its end and exiting with its status
     #[arg(long)]
     pub detach: bool,
+    /// Where its process ids are taken here: run the process in a pid namespace of its own, which stays as long as anybody is in it
+    #[arg(long)]
+    pub new_pid_ns: bool,
     /// Keep the process's monotonic and boot-time clocks going, in a time namespace, or let them jump to this host's
     #[arg(long, value_enum, default_value_t = Clock::Keep)]
     pub clock: Clock,

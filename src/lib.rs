@@ -18,6 +18,7 @@ pub mod migrate;
 pub mod origin;
 pub mod page_server;
 pub mod page_service;
+pub mod pid_namespace;
 pub mod plan;
 pub mod receive;
 pub mod report;

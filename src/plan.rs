@@ -266,7 +266,7 @@ fn judge_numbers(plan: &Plan, process: &str, refusals: &mut Vec<Refusal>) {
         };
         refusals.push(refusal(
             object,
-            format!("{what} {number} is taken on the target by {holder}; end it, or receive in a pid namespace of its own"),
+            format!("{what} {number} is taken on the target by {holder}; end it, or give receive or restore --new-pid-ns"),
         ));
     }
 }

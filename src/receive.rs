@@ -29,7 +29,7 @@ use crate::migrate::hex;
 use crate::report::{self, Ledger, Report};
 use crate::stop::Stop;
 use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, silence_max};
-use crate::{check, drain, exit, plan};
+use crate::{check, drain, exit, pid_namespace, plan};
 
 /// Longest wait for the source to have read the last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
@@ -44,6 +44,20 @@ const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
 
 /// Runs the verb; the exit code.
 pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
+    let ended = pid_namespace::run(args.new_pid_ns, || receive(args, common));
+    ended.unwrap_or_else(|code| alone(common, code))
+}
+
+/// The ledger of a receive that has no engine to write it.
+fn alone(common: &Common, code: u8) -> u8 {
+    Report::new(common).ledger(&Ledger {
+        exit: code,
+        ..Ledger::default()
+    });
+    code
+}
+
+fn receive(args: &ReceiveArgs, common: &Common) -> u8 {
     if let Some(missing) = check::first_missing() {
         eprintln!("pageferry: {missing}");
         return exit::HOST;
@@ -62,10 +76,7 @@ pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
         code
     });
     if ended.silent {
-        Report::new(common).ledger(&Ledger {
-            exit: ended.code,
-            ..Ledger::default()
-        });
+        return alone(common, ended.code);
     }
     ended.code
 }

@@ -29,7 +29,7 @@ use crate::origin::{self, Origin};
 use crate::receive::ClockOffsets;
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
-use crate::{check, drain, exit, migrate, plan};
+use crate::{check, drain, exit, migrate, pid_namespace, plan};
 
 /// Pause between two looks at the drain for the progress line.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
@@ -74,6 +74,11 @@ fn before(what: impl Into<String>) -> Failure {
 
 /// Runs the verb; the exit code: pageferry's own, or the status of a process that was waited for.
 pub fn run(args: &RestoreArgs, common: &Common) -> u8 {
+    let ended = pid_namespace::run(args.new_pid_ns, || supervised(args, common));
+    ended.unwrap_or_else(|code| alone(args, common, code))
+}
+
+fn supervised(args: &RestoreArgs, common: &Common) -> u8 {
     if let Some(missing) = check::first_missing() {
         eprintln!("pageferry: {missing}");
         return alone(args, common, exit::HOST);

@@ -16,6 +16,15 @@ fn usage_errors_exit_with_2_and_help_lists_every_code() {
         &["no-such-verb"][..],
         &["migrate"],
         &["receive", "--listen", "nonsense"],
+        // A pid namespace is for one tree.
+        &[
+            "receive",
+            "--listen",
+            "127.0.0.1:1",
+            "--trust",
+            "SHA256:x",
+            "--new-pid-ns",
+        ],
         &[],
     ] {
         let output = Command::new(program())

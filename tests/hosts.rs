@@ -374,7 +374,8 @@ pub(crate) struct Host {
     pub(crate) address: &'static str,
     /// Its process 1, numbered by the real host.
     pub(crate) init: i32,
-    holder: Child,
+    /// None: it is a part of another host, and ends by itself.
+    holder: Option<Child>,
     pid_namespace: PathBuf,
 }
 
@@ -421,9 +422,29 @@ impl Host {
             hostname,
             address,
             init,
-            holder,
+            holder: Some(holder),
             pid_namespace,
         }
+    }
+
+    /// The pid namespace in here that something has for itself, if there is one. In all else it is this host.
+    pub(crate) fn nested(&self) -> Option<Self> {
+        let namespace = |pid: i32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+        let depth = ns_pids(self.init).len();
+        let init = numbers_in("/proc").find(|&pid| {
+            let numbers = ns_pids(pid);
+            numbers.len() == depth + 1
+                && numbers.last() == Some(&1)
+                && namespace(pid, "net") == namespace(self.init, "net")
+        })?;
+        Some(Self {
+            name: self.name,
+            hostname: self.hostname.clone(),
+            address: self.address,
+            init,
+            holder: None,
+            pid_namespace: namespace(init, "pid")?,
+        })
     }
 
     /// A command that will run inside this host, as root, with an empty environment and `/` as its directory.
@@ -641,9 +662,12 @@ impl Host {
     }
 
     fn end(&mut self) {
-        drop(self.holder.stdin.take());
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
+        let Some(mut holder) = self.holder.take() else {
+            return;
+        };
+        drop(holder.stdin.take());
+        let _ = holder.kill();
+        let _ = holder.wait();
         // unshare --kill-child: process 1 dies with the holder, and the kernel reaps the rest before it lets go of it.
         let started = Instant::now();
         while Path::new(&format!("/proc/{}", self.init)).exists()
@@ -719,6 +743,14 @@ impl Before {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+/// The numbers of a process in all pid namespaces it is in, the real host's first.
+pub(crate) fn ns_pids(pid: i32) -> Vec<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    let numbers = numbers.unwrap_or_default().split_whitespace();
+    numbers.filter_map(|number| number.parse().ok()).collect()
 }
 
 /// The entries of a directory of /proc that are numbers.

@@ -14,6 +14,7 @@ mod hosts_themselves;
 mod images;
 mod lifecycle;
 mod locks;
+mod pid_namespaces;
 mod programs;
 mod refusals;
 mod subject;

@@ -6,10 +6,12 @@
 //! Each unsafe block is one system call; the one that returns twice, in [`fork`], says at its place why the child is sound.
 
 use std::io::Write as _;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::mount::MsFlags;
 
 use crate::choke::{self, Kind};
 use crate::error::{Error, Result};
@@ -306,6 +308,120 @@ pub fn unshare_time(monotonic_shift_ns: i64, boottime_shift_ns: i64) -> Result<(
     .map_err(|error| Error::path("write", PATH, errno_of(&error)))
 }
 
+/// Puts the children made from now on, not this process, into a new pid namespace (unshare(CLONE_NEWPID)). The first of them is
+/// its process 1: nobody lives on in there without it. This process can have no second thread afterwards.
+///
+/// # Errors
+/// [`Error::Kernel`]: `EPERM` without CAP_SYS_ADMIN, `ENOSPC` below 32 others.
+pub fn unshare_pids() -> Result<()> {
+    // SAFETY: no pointers; pid namespaces never change the caller itself.
+    let answer = unsafe { libc::unshare(libc::CLONE_NEWPID) };
+    Errno::result(answer)
+        .map(drop)
+        .map_err(|errno| failed("unshare(CLONE_NEWPID)", errno))
+}
+
+/// Gives this process, and the children made from now on, mounts of their own, which follow ours, and on `/proc` one that shows
+/// the pid namespace this process is in.
+///
+/// # Errors
+/// [`Error::Kernel`]: `EPERM` without CAP_SYS_ADMIN; [`Error::Path`] if a mount is refused.
+pub fn mount_own_proc() -> Result<()> {
+    const PROC: &str = "/proc";
+    // SAFETY: no pointers; this thread is the only one, or it alone is in the new namespace.
+    let answer = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    Errno::result(answer).map_err(|errno| failed("unshare(CLONE_NEWNS)", errno))?;
+    let nothing: Option<&str> = None;
+    // Without this the new mount would go back to where we came from.
+    nix::mount::mount(
+        nothing,
+        "/",
+        nothing,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        nothing,
+    )
+    .map_err(|errno| Error::path("mount", "/", errno))?;
+    nix::mount::mount(
+        Some("proc"),
+        PROC,
+        Some("proc"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        nothing,
+    )
+    .map_err(|errno| Error::path("mount", PROC, errno))
+}
+
+/// Chooses the number after which the kernel looks for one for the next process or thread of our pid namespace.
+///
+/// # Errors
+/// [`Error::Path`]: `EINVAL` for a number above `/proc/sys/kernel/pid_max`.
+pub fn set_last_pid(number: i32) -> Result<()> {
+    const PATH: &str = "/proc/sys/kernel/ns_last_pid";
+    std::fs::write(PATH, number.to_string())
+        .map_err(|error| Error::path("write", PATH, errno_of(&error)))
+}
+
+/// The highest process id there can be, and one more.
+///
+/// # Errors
+/// [`Error::Path`], [`Error::Malformed`].
+pub fn pid_max() -> Result<i32> {
+    const PATH: &str = "/proc/sys/kernel/pid_max";
+    let text = std::fs::read_to_string(PATH)
+        .map_err(|error| Error::path("read", PATH, errno_of(&error)))?;
+    text.trim().parse().map_err(|_| Error::Malformed {
+        path: PATH.into(),
+        what: "the highest number",
+    })
+}
+
+/// Lets go of all that a process that stays behind must not hold: its working directory, its terminal, and every descriptor but
+/// `kept`. Whoever waits for the end of a pipe that was open in it waits no longer. The standard files lead to nowhere.
+///
+/// To be called where no other part of the program has an open file that it will use.
+///
+/// # Errors
+/// [`Error::Path`], [`Error::Kernel`].
+pub fn let_go_of_files(kept: &[BorrowedFd<'_>]) -> Result<()> {
+    const NOWHERE: &str = "/dev/null";
+    const STANDARD_FILES: u32 = 3;
+    nix::unistd::chdir("/").map_err(|errno| Error::path("chdir", "/", errno))?;
+    let nowhere = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(NOWHERE)
+        .map_err(|error| Error::path("open", NOWHERE, errno_of(&error)))?;
+    nix::unistd::dup2_stdin(&nowhere)
+        .and_then(|()| nix::unistd::dup2_stdout(&nowhere))
+        .and_then(|()| nix::unistd::dup2_stderr(&nowhere))
+        .map_err(|errno| failed("dup2", errno))?;
+    drop(nowhere);
+    let mut numbers: Vec<u32> = kept
+        .iter()
+        .filter_map(|kept| u32::try_from(kept.as_raw_fd()).ok())
+        .filter(|&number| number >= STANDARD_FILES)
+        .collect();
+    numbers.sort_unstable();
+    let mut first = STANDARD_FILES;
+    for number in numbers.into_iter().chain([u32::MAX]) {
+        if first < number {
+            // SAFETY: no pointers; the caller gives up what is open there.
+            let answer = unsafe { libc::syscall(libc::SYS_close_range, first, number - 1, 0) };
+            Errno::result(answer).map_err(|errno| failed("close_range", errno))?;
+        }
+        first = number.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Names this thread, as ps(1) shows it: at most 15 bytes.
+///
+/// # Errors
+/// [`Error::Kernel`].
+pub fn set_name(name: &std::ffi::CStr) -> Result<()> {
+    nix::sys::prctl::set_name(name).map_err(|errno| failed("prctl(PR_SET_NAME)", errno))
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Signals and priority
 
@@ -442,7 +558,6 @@ pub fn wait_readable(
     descriptors: &[std::os::fd::BorrowedFd<'_>],
     timeout: Option<Duration>,
 ) -> Result<Vec<bool>> {
-    use std::os::fd::AsRawFd as _;
     let mut polls: Vec<libc::pollfd> = descriptors
         .iter()
         .map(|descriptor| libc::pollfd {
@@ -591,6 +706,55 @@ mod tests {
                 i32::from(moved > 60_000_000_000)
             });
             assert_eq!(wait(child.expect("fork")).expect("wait"), Ended::Exited(0));
+        });
+    }
+
+    #[test]
+    fn a_new_pid_namespace_has_its_own_numbers_and_proc() {
+        alone(|| {
+            unshare_pids().expect("unshare");
+            let first = fork(false, || {
+                mount_own_proc().expect("proc");
+                let wanted = pid_max().expect("limit") - 500;
+                set_last_pid(wanted - 1).expect("last");
+                let child = fork(false, || 5).expect("fork");
+                assert_eq!((own_pid(), child), (1, wanted));
+                // What is listed is what is in there.
+                assert_eq!(
+                    procfs::descendants(own_pid()).expect("proc"),
+                    [1, child].map(|pid| pid)
+                );
+                assert_eq!(wait(child).expect("wait"), Ended::Exited(5));
+                6
+            });
+            assert_eq!(wait(first.expect("fork")).expect("wait"), Ended::Exited(6));
+            // And here as it was.
+            assert!(procfs::stat(own_pid(), own_pid()).is_ok());
+        });
+    }
+
+    #[test]
+    fn who_lets_go_of_files_holds_those_kept_only() {
+        alone(|| {
+            let (end, held) = crate::pipe::create(4096, &[]).expect("pipe");
+            let (kept, tell) = crate::pipe::create(4096, &[]).expect("pipe");
+            let child = fork(false, || {
+                let_go_of_files(&[kept.as_fd()]).expect("let go");
+                // Until it is told to end.
+                let _ = wait_readable(&[kept.as_fd()], None);
+                i32::from(std::env::current_dir().expect("it has one") != std::path::Path::new("/"))
+            });
+            drop(held);
+            let ready = wait_readable(&[end.as_fd()], Some(Duration::from_secs(10)));
+            assert_eq!(
+                ready.expect("wait"),
+                [true],
+                "the child holds the other end"
+            );
+            // It was forked with this one, too, and has closed it.
+            drop(tell);
+            let child = child.expect("fork");
+            assert_eq!(wait(child).expect("wait"), Ended::Exited(0));
         });
     }
 
