@@ -48,14 +48,14 @@ impl Sharing {
     pub(super) fn of(members: &[Member], makers: &[Option<usize>]) -> Self {
         let mut sharing = Self::default();
         let mut depths = None;
-        for (kind, owner) in [
+        for (kind, owner_of) in [
             (Shares::TABLE, (|one| one.table_of) as fn(&Member) -> i32),
             (Shares::DIRECTORY, |one| one.directory_of),
         ] {
-            let sets = sets(members, owner);
+            let sets = sets(members, owner_of);
             if !sets.is_empty() {
                 let depths = depths.get_or_insert_with(|| depths_of(makers));
-                sharing.add(members, makers, depths, kind, &sets);
+                sharing.add(members, makers, depths, kind, owner_of, &sets);
             }
         }
         sharing
@@ -67,6 +67,7 @@ impl Sharing {
         makers: &[Option<usize>],
         depths: &[usize],
         kind: Shares,
+        owner_of: fn(&Member) -> i32,
         sets: &BTreeMap<i32, Vec<usize>>,
     ) {
         // Who has what is of which set, when the last is born.
@@ -76,7 +77,8 @@ impl Sharing {
             let mut ends: BTreeSet<(usize, usize)> =
                 set.iter().map(|&place| (depths[place], place)).collect();
             while let Some((_, place)) = ends.pop_last() {
-                let pid = members[place].pid;
+                let member = &members[place];
+                let pid = member.pid;
                 let is_last = ends.is_empty();
                 let maker = makers[place].filter(|_| !is_last);
                 let is_free = *had.entry(place).or_insert(owner) == owner;
@@ -93,7 +95,7 @@ impl Sharing {
                     self.shares.entry(pid).or_default().add(kind);
                     ends.insert((depths[maker], maker));
                 }
-                if !set.contains(&place) {
+                if pid != owner && owner_of(member) != owner {
                     self.parts.entry(pid).or_default().add(kind);
                 }
             }
@@ -102,15 +104,15 @@ impl Sharing {
 }
 
 /// The processes of each set, by its owner.
-fn sets(members: &[Member], owner: fn(&Member) -> i32) -> BTreeMap<i32, Vec<usize>> {
+fn sets(members: &[Member], owner_of: fn(&Member) -> i32) -> BTreeMap<i32, Vec<usize>> {
     let places: BTreeMap<i32, usize> = (0..)
         .zip(members)
         .map(|(place, member)| (member.pid, place))
         .collect();
     let mut sets: BTreeMap<i32, Vec<usize>> = BTreeMap::new();
     for (place, member) in members.iter().enumerate() {
-        if let Some(&first) = places.get(&owner(member)) {
-            sets.entry(owner(member))
+        if let Some(&first) = places.get(&owner_of(member)) {
+            sets.entry(owner_of(member))
                 .or_insert_with(|| vec![first])
                 .push(place);
         }
