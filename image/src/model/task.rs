@@ -346,20 +346,30 @@ impl Tree {
             let object = || format!("process {}", process.pid);
             let table = passed.get(&process.table_of);
             ensure(
-                process.table_of == 0 || table.is_some_and(|owner| owner.table_of == 0),
+                process.table_of == 0 || table.is_some(),
                 object,
-                "shares the descriptors of none that stands before it and has its own",
+                "shares the descriptors of none that stands before it",
             )?;
             ensure(
-                process.table_of == 0 || process.descriptors.is_empty(),
+                table.is_none_or(|owner| owner.table_of == 0),
+                object,
+                "shares the descriptors of one that has none of its own",
+            )?;
+            ensure(
+                table.is_none() || process.descriptors.is_empty(),
                 object,
                 "shares descriptors and lists its own",
             )?;
             let directory = passed.get(&process.directory_of);
             ensure(
-                process.directory_of == 0 || directory.is_some_and(|owner| owner.directory_of == 0),
+                process.directory_of == 0 || directory.is_some(),
                 object,
-                "shares the directory of none that stands before it and has its own",
+                "shares the directory of none that stands before it",
+            )?;
+            ensure(
+                directory.is_none_or(|owner| owner.directory_of == 0),
+                object,
+                "shares the directory of one that has none of its own",
             )?;
             ensure(
                 directory

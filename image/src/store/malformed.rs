@@ -391,6 +391,17 @@ impl Parts {
         });
     }
 
+    /// Adds a child of that, like it but for what is changed.
+    fn grandchild(&mut self, change: impl FnOnce(&mut Process)) {
+        self.tree(|tree| {
+            let mut other = tree.processes[1].clone();
+            (other.pid, other.ppid) = (4730, 4720);
+            other.threads[0].tid = 4730;
+            change(&mut other);
+            tree.processes.push(other);
+        });
+    }
+
     /// Adds an ended child of the root, changed.
     fn zombie(&mut self, change: impl FnOnce(&mut Zombie)) {
         self.tree(|tree| {
@@ -1079,17 +1090,26 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                     child.descriptors.clear();
                 })
             }),
-            "`tree`: process 4720 shares the descriptors of none that stands before it and has its own",
+            "`tree`: process 4720 shares the descriptors of none that stands before it",
         ),
         (
             "table-of-a-sharer",
             Built(|parts| {
                 parts.child(|child| {
-                    child.table_of = 4720;
+                    child.table_of = 4711;
                     child.descriptors.clear();
-                })
+                });
+                parts.grandchild(|other| other.table_of = 4720);
             }),
-            "`tree`: process 4720 shares the descriptors of none that stands before it and has its own",
+            "`tree`: process 4730 shares the descriptors of one that has none of its own",
+        ),
+        (
+            "directory-of-a-sharer",
+            Built(|parts| {
+                parts.child(|child| child.directory_of = 4711);
+                parts.grandchild(|other| other.directory_of = 4720);
+            }),
+            "`tree`: process 4730 shares the directory of one that has none of its own",
         ),
         (
             "table-shared-and-listed",
@@ -1099,7 +1119,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         (
             "directory-of-nobody",
             Built(|parts| parts.child(|child| child.directory_of = 4242)),
-            "`tree`: process 4720 shares the directory of none that stands before it and has its own",
+            "`tree`: process 4720 shares the directory of none that stands before it",
         ),
         (
             "directory-shared-and-another",
