@@ -110,6 +110,29 @@ pub enum ImageVerb {
     },
     /// Remove old images from a folder: those that no option keeps
     Prune(PruneArgs),
+    /// Write an ELF core file of one process, which gdb opens
+    ///
+    /// It holds what the image holds of the process' memory: zeros as holes of the file, and of mapped files the pages that the
+    /// program wrote to. The others are left to the file, which NT_FILE names: keep the program and its libraries beside the
+    /// core. What the program keeps out of its core files (coredump_filter, MADV_DONTDUMP) is left out, unless --all is given.
+    Core(CoreArgs),
+}
+
+/// Options of `image core`.
+#[derive(Debug, Clone, Args)]
+pub struct CoreArgs {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+    /// Which of its processes; the root if none is named
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(2..))]
+    pub pid: Option<i32>,
+    /// The core file: must not exist, and is readable for nobody else
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Also what the program keeps out of its core files
+    #[arg(long)]
+    pub all: bool,
 }
 
 /// Options of `image prune`.

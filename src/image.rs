@@ -8,7 +8,8 @@ use pageferry_image::page::PAGE_SIZE;
 use pageferry_image::store::{Error, Header, Image, shelf};
 use serde::Serialize;
 
-use crate::cli::{Common, ImageArgs, ImageVerb, PruneArgs};
+use crate::cli::{Common, CoreArgs, ImageArgs, ImageVerb, PruneArgs};
+use crate::core_file;
 use crate::exit;
 use crate::report::{chain, plain};
 
@@ -26,6 +27,17 @@ enum Line<'a> {
     Leftover { path: String },
     /// An image was removed, or, in a dry run, would have been.
     Removed { path: String, dry_run: bool },
+    /// A core file was written.
+    Core {
+        path: String,
+        pid: i32,
+        threads: usize,
+        segments: u64,
+        /// Bytes of the file, holes included.
+        file_bytes: u64,
+        /// Bytes of memory in it that are no holes.
+        memory_bytes: u64,
+    },
 }
 
 /// What `image ls` and `inspect` say of a whole image.
@@ -122,6 +134,7 @@ pub fn run(args: &ImageArgs, common: &Common) -> u8 {
         ImageVerb::Ls { folder } => list(folder, common),
         ImageVerb::Rm { images } => each(images, |path| remove(path, false, common)),
         ImageVerb::Prune(args) => prune(args, common),
+        ImageVerb::Core(args) => core(args, common),
     };
     done.unwrap_or_else(|error| {
         eprintln!("pageferry: stdout: {error}");
@@ -262,6 +275,42 @@ fn prune(args: &PruneArgs, common: &Common) -> std::io::Result<u8> {
         }
     }
     Ok(code)
+}
+
+fn core(args: &CoreArgs, common: &Common) -> std::io::Result<u8> {
+    let image = match Image::open(&args.image) {
+        Ok(image) => image,
+        Err(error) => return bad(&args.image, &error, common),
+    };
+    let written = match core_file::write(&image, args.pid, &args.output, args.all) {
+        Ok(written) => written,
+        Err(core_file::Error::Image(error)) => return bad(&args.image, &error, common),
+        Err(error) => {
+            eprintln!("pageferry: {}", chain(&error));
+            return Ok(exit::FAILED);
+        }
+    };
+    if common.json {
+        say_json(&Line::Core {
+            path: shown(&args.output),
+            pid: written.pid,
+            threads: written.thread_count,
+            segments: written.segment_count,
+            file_bytes: written.len,
+            memory_bytes: written.memory_len,
+        })?;
+    }
+    if !common.quiet {
+        eprintln!(
+            "wrote {}: process {} with {} threads, {} of memory; open it with: gdb PROGRAM {}",
+            plain(&shown(&args.output)),
+            written.pid,
+            written.thread_count,
+            size(written.memory_len),
+            plain(&shown(&args.output))
+        );
+    }
+    Ok(exit::DONE)
 }
 
 /// A length as people read it.

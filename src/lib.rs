@@ -6,6 +6,7 @@
 pub mod check;
 pub mod cli;
 pub mod commit;
+pub mod core_file;
 pub mod cradle;
 pub mod drain;
 pub mod dump;

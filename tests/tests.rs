@@ -7,6 +7,7 @@
 
 mod architecture;
 mod command_line;
+mod core_files;
 mod failures;
 mod ferry;
 mod hosts;
