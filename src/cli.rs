@@ -114,7 +114,8 @@ pub enum ImageVerb {
     ///
     /// It holds what the image holds of the process' memory: zeros as holes of the file, and of mapped files the pages that the
     /// program wrote to. The others are left to the file, which NT_FILE names: keep the program and its libraries beside the
-    /// core. What the program keeps out of its core files (coredump_filter, MADV_DONTDUMP) is left out, unless --all is given.
+    /// core. Memory that the program keeps out of its core files (coredump_filter, MADV_DONTDUMP) is left out, unless --all is
+    /// given.
     Core(CoreArgs),
 }
 

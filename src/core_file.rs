@@ -162,8 +162,8 @@ struct Segment {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Content {
-    /// They are not in the image, or the program keeps them out of core files.
-    Absent,
+    /// They have no bytes here: they are a file's, or zeros that nobody ever wrote.
+    Elsewhere,
     /// They are pages of an object of the image, from this offset in it on. Those without data are zeros.
     Pages { object: ObjectId, offset: u64 },
     /// They are the code that the kernel lends to every process.
@@ -174,7 +174,7 @@ impl Segment {
     /// Bytes of it in the file.
     fn file_len(&self) -> u64 {
         match self.content {
-            Content::Absent => 0,
+            Content::Elsewhere => 0,
             Content::Pages { .. } | Content::Vdso => self.pages.byte_len(),
         }
     }
@@ -279,15 +279,20 @@ impl<'i> Subject<'i> {
             });
             match mapping.kind() {
                 Kind::Vdso => stretch(pages, Content::Vdso)?,
-                // The kernel leaves out what was never touched: reservations are larger than any file may be.
-                Kind::Anon if self.wants(mapping) && self.is_touched(pages)? => {
-                    let content = Content::Pages {
-                        object: self.space,
-                        offset: pages.start,
+                Kind::Anon if self.wants(mapping) => {
+                    // The kernel leaves out what was never touched, too: reservations are larger than any file may be.
+                    let content = if self.is_touched(pages)? {
+                        Content::Pages {
+                            object: self.space,
+                            offset: pages.start,
+                        }
+                    } else {
+                        Content::Elsewhere
                     };
                     stretch(pages, content)?;
                 }
-                Kind::FilePrivate if self.wants(mapping) => {
+                // Always: a debugger would take the file's pages for those that were written to.
+                Kind::FilePrivate => {
                     self.written(pages, |part, is_written| {
                         let own = Content::Pages {
                             object: self.space,
@@ -296,33 +301,26 @@ impl<'i> Subject<'i> {
                         match object {
                             _ if is_written => stretch(part, own),
                             Some((object, end)) => {
-                                let (inside, beyond) = split(part, end);
                                 let offset = mapping.offset + (part.start - mapping.start);
                                 let content = Content::Pages { object, offset };
-                                inside.map_or(Ok(()), |inside| stretch(inside, content))?;
-                                beyond.map_or(Ok(()), |beyond| stretch(beyond, Content::Absent))
+                                before(part, end).map_or(Ok(()), |part| stretch(part, content))
                             }
-                            None => stretch(part, Content::Absent),
+                            None => stretch(part, Content::Elsewhere),
                         }
                     })?;
                 }
+                Kind::FileShared => stretch(pages, Content::Elsewhere)?,
                 Kind::Shared if self.wants(mapping) => {
                     let (object, end) = object.unwrap_or((self.space, pages.start));
-                    let (inside, beyond) = split(pages, end);
                     let content = Content::Pages {
                         object,
                         offset: mapping.offset,
                     };
-                    inside.map_or(Ok(()), |inside| stretch(inside, content))?;
-                    // A program that touches these gets SIGBUS.
-                    beyond.map_or(Ok(()), |beyond| stretch(beyond, Content::Absent))?;
+                    // A program that touches what is behind the end gets SIGBUS.
+                    before(pages, end).map_or(Ok(()), |part| stretch(part, content))?;
                 }
-                Kind::Anon
-                | Kind::FilePrivate
-                | Kind::Shared
-                | Kind::FileShared
-                | Kind::Vvar
-                | Kind::Invalid => stretch(pages, Content::Absent)?,
+                // Not told at all: debuggers read what has no bytes and is no file's as zeros.
+                Kind::Anon | Kind::Shared | Kind::Vvar | Kind::Invalid => {}
             }
         }
         Ok(())
@@ -421,7 +419,7 @@ impl<'i> Subject<'i> {
             })
         };
         let (object, begin) = match segment.content {
-            Content::Absent => return Ok(0),
+            Content::Elsewhere => return Ok(0),
             Content::Vdso => {
                 let vdso = self.image.tree().host.as_ref();
                 let vdso = vdso.map_or(&[][..], |host| &host.vdso);
@@ -488,11 +486,10 @@ fn is_own(run: &PageRun) -> bool {
     matches!(run.kind, Some(PageKind::Data | PageKind::Zero))
 }
 
-/// The parts of `range` before and behind `at`.
-fn split(range: PageRange, at: u64) -> (Option<PageRange>, Option<PageRange>) {
-    let at = at.clamp(range.start, range.end);
-    let part = |start, end| Some(PageRange { start, end }).filter(|part| !part.is_empty());
-    (part(range.start, at), part(at, range.end))
+/// The part of `range` before `at`.
+fn before(range: PageRange, at: u64) -> Option<PageRange> {
+    let end = at.clamp(range.start, range.end);
+    Some(PageRange { end, ..range }).filter(|part| !part.is_empty())
 }
 
 /// Where everything lies in the file.
@@ -637,5 +634,137 @@ fn program_header(
         p_filesz: U64::new(Le, file_len),
         p_memsz: U64::new(Le, memory_len),
         p_align: U64::new(Le, align),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn golden() -> Image {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1");
+        Image::open(&path).expect("it is committed")
+    }
+
+    fn word<const N: usize>(bytes: &[u8], at: u64) -> u64 {
+        let mut word = [0; 8];
+        word[..N].copy_from_slice(&bytes[at as usize..at as usize + N]);
+        u64::from_le_bytes(word)
+    }
+
+    /// Where each segment lies in memory, and its bytes.
+    fn segments(bytes: &[u8]) -> Vec<(PageRange, &[u8])> {
+        let (offset, count) = (word::<8>(bytes, 32), word::<2>(bytes, 56));
+        let headers = (0..count).map(|index| offset + index * 56);
+        headers
+            .filter(|&at| word::<4>(bytes, at) == u64::from(PT_LOAD.0))
+            .map(|at| {
+                let [offset, start, file_len, len] =
+                    [8, 16, 32, 40].map(|field| word::<8>(bytes, at + field));
+                let range = PageRange::new(start, start + len).expect("whole pages");
+                let content = offset as usize..(offset + file_len) as usize;
+                (range, &bytes[content])
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_page_of_the_image_is_where_it_was_or_not_there() {
+        let (image, folder) = (golden(), tempfile::tempdir().expect("a folder"));
+        let path = folder.path().join("core");
+        let written = write(&image, None, &path, true).expect("it is whole");
+        assert_eq!((written.pid, written.thread_count), (4711, 2));
+        let metadata = path.metadata().expect("it was written");
+        assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
+        assert_eq!(metadata.len(), written.len);
+        let bytes = std::fs::read(&path).expect("it is ours");
+        let segments = segments(&bytes);
+        assert_eq!(segments.len() as u64, written.segment_count);
+        let spaces = image.tree().processes[0].space.iter();
+        let mapped: u64 = spaces
+            .flat_map(|space| &space.mappings)
+            .map(|mapping| mapping.end - mapping.start)
+            .sum();
+        let told: u64 = segments.iter().map(|(range, _)| range.byte_len()).sum();
+        assert_eq!(told, mapped, "all of its memory, and each part once");
+        let mut found = 0;
+        for (range, content) in segments {
+            let mut at = range.start;
+            while at < range.end {
+                let page = PageRange::page_of(at);
+                let here = content.get((at - range.start) as usize..).unwrap_or(&[]);
+                let here = here.get(..PAGE_SIZE as usize);
+                let runs = image.runs(ObjectId::ROOT_SPACE, page).expect("it is whole");
+                match runs[0].kind {
+                    Some(PageKind::Data) => {
+                        let mut wanted = vec![0; PAGE_SIZE as usize];
+                        let read = image.read(ObjectId::ROOT_SPACE, page, &mut wanted);
+                        read.expect("it is whole");
+                        assert_eq!(here, Some(&wanted[..]), "page {at:x}");
+                        found += 1;
+                    }
+                    Some(PageKind::Zero) => {
+                        assert_eq!(here, Some(&[0; PAGE_SIZE as usize][..]), "page {at:x}");
+                    }
+                    // Zeros of anonymous memory, or a file's.
+                    Some(PageKind::Hole | PageKind::Guard) | None => {}
+                }
+                at = page.end;
+            }
+        }
+        assert_eq!(found, image.header().counts.data_pages);
+        // Nobody's core file is overwritten, and nothing stays of what cannot be.
+        assert!(matches!(
+            write(&image, None, &path, true),
+            Err(Error::Exists { .. })
+        ));
+        let other = folder.path().join("other");
+        assert!(matches!(
+            write(&image, Some(4712), &other, true),
+            Err(Error::NoProcess { pid: 4712, .. })
+        ));
+        assert_eq!(std::fs::read_dir(folder.path()).expect("ours").count(), 1);
+    }
+
+    #[test]
+    fn more_segments_than_a_header_can_count_are_told_by_a_section() {
+        let header_len = size_of::<FileHeader64<Le>>();
+        for (segment_count, told, sections) in [
+            (0xfffd_u64, 0xfffe, 0),
+            (0xfffe, u64::from(PN_XNUM), 1),
+            (300_000, u64::from(PN_XNUM), 1),
+        ] {
+            let layout = Layout::new(segment_count, 100);
+            let mut head = Vec::new();
+            layout.begin(&mut head).expect("a vector grows");
+            assert_eq!(head.len(), header_len + size_of::<ProgramHeader64<Le>>());
+            assert_eq!(
+                (word::<2>(&head, 56), word::<2>(&head, 60)),
+                (told, sections)
+            );
+            let mut section = Vec::new();
+            layout.end(&mut section).expect("a vector grows");
+            if sections == 1 {
+                assert_eq!(
+                    word::<8>(&head, 40),
+                    layout.notes_offset - section.len() as u64
+                );
+                assert_eq!(word::<4>(&section, 44), segment_count + 1);
+            } else {
+                assert!(section.is_empty());
+            }
+            assert!(layout.notes_offset + 100 <= layout.memory_offset);
+        }
+    }
+
+    #[test]
+    fn what_is_behind_the_end_of_an_object_is_left_out() {
+        let range = |start, end| PageRange { start, end };
+        let whole = range(0x1000, 0x3000);
+        assert_eq!(before(whole, 0x2000), Some(range(0x1000, 0x2000)));
+        assert_eq!(before(whole, 0), None);
+        assert_eq!(before(whole, 0x9000), Some(whole));
     }
 }

@@ -9,6 +9,7 @@ volatile uint64_t known_global = 0x0123456789abcdef;
 uint64_t *known_heap, *known_shared, *known_secret;     /* the third is kept out of core files */
 
 static volatile sig_atomic_t ready;
+static volatile bool is_waiting = true;
 
 /* Waits for ever with its number in a general and in a vector register. */
 __attribute__((noinline)) void wait_at_depth(long number, long depth) {
@@ -20,7 +21,7 @@ __attribute__((noinline)) void wait_at_depth(long number, long depth) {
     register long marker __asm__("r12") = MARKER + number;
     __asm__ volatile("movq %0, %%xmm15" ::"r"(marker) : "xmm15");
     __atomic_fetch_add(&ready, 1, __ATOMIC_SEQ_CST);
-    for (;;) {
+    while (is_waiting) {
         long call = SYS_pause;
         __asm__ volatile("syscall" : "+a"(call) : "r"(marker) : "rcx", "r11", "memory");
     }
