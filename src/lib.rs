@@ -24,5 +24,6 @@ pub mod plan;
 pub mod receive;
 pub mod report;
 pub mod restore;
+pub mod rooms;
 pub mod stop;
 pub mod transport;

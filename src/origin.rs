@@ -227,24 +227,36 @@ impl Origin {
                                 .end
                                 .min(left.start + u64::from(FETCH_PAGES_MAX) * PAGE_SIZE),
                         };
-                        let batch = fetch(object, wanted, &mut sender, &mut receiver);
-                        let batch = tokio::select! {
-                            batch = batch => batch?,
-                            error = links.bulk.silent_for(silence_max()) => return Err(error.into()),
+                        let answers = async {
+                            ask(object, wanted, &mut sender).await?;
+                            let mut missing = wanted;
+                            // A page server answers with as much at a time as it has room for.
+                            while !missing.is_empty() {
+                                let batch = answer(missing, &mut receiver).await?;
+                                let came = batch.range();
+                                if batch.object() != object
+                                    || came.start != missing.start
+                                    || came.is_empty()
+                                    || came.end > missing.end
+                                {
+                                    return Err(Error::Order {
+                                        address,
+                                        what: format!(
+                                            "page {:x} instead of {:x}",
+                                            came.start, missing.start
+                                        ),
+                                    });
+                                }
+                                missing.start = came.end;
+                                keep(&batch, eager)?;
+                            }
+                            Ok(())
                         };
-                        let came = batch.range();
-                        if batch.object() != object
-                            || came.start != wanted.start
-                            || came.is_empty()
-                            || came.end > wanted.end
-                        {
-                            return Err(Error::Order {
-                                address,
-                                what: format!("page {:x} instead of {:x}", came.start, left.start),
-                            });
+                        tokio::select! {
+                            answered = answers => answered?,
+                            error = links.bulk.silent_for(silence_max()) => return Err(error.into()),
                         }
-                        left.start = came.end;
-                        keep(&batch, eager)?;
+                        left.start = wanted.end;
                     }
                 }
                 drop(sender);
@@ -337,20 +349,19 @@ async fn hear(receiver: &mut FramedRecv, address: SocketAddr) -> Result<(Tree, D
     }
 }
 
-/// One question and its answer.
-async fn fetch(
-    object: u32,
-    wanted: PageRange,
-    sender: &mut FramedSend,
-    receiver: &mut FramedRecv,
-) -> Result<PageBatch> {
+/// Asks for pages.
+async fn ask(object: u32, wanted: PageRange, sender: &mut FramedSend) -> Result<()> {
     let question = Fetch {
         request: 0,
         address: wanted.start,
         page_count: u32::try_from(wanted.page_count()).unwrap_or(FETCH_PAGES_MAX),
         object,
     };
-    sender.send(question).await?;
+    Ok(sender.send(question).await?)
+}
+
+/// The next batch of those that were asked for.
+async fn answer(wanted: PageRange, receiver: &mut FramedRecv) -> Result<PageBatch> {
     match receiver.expect().await? {
         Frame::Pages(batch) => Ok(batch),
         _ => Err(Error::Gone {

@@ -10,6 +10,7 @@ use pageferry_pageserver::serve::PageReader;
 use pageferry_wire::{Frame, PageBatch};
 
 use crate::report;
+use crate::rooms::{Room, Share};
 use crate::transport::{FramedRecv, FramedSend, Link};
 
 /// What has pages. Every stream that asks has its own.
@@ -17,11 +18,23 @@ pub trait Pages: Send + 'static {
     /// Whether a disk may hold up the answer: it is then waited for beside the thread that keeps the links alive.
     const READS_DISK: bool;
 
-    /// The first pages of a range of `object`, which is not empty, as many as one batch takes.
+    /// Where the pages of a batch are read to.
+    type Room: Send + 'static;
+
+    /// Waits until there is room for a batch, best of so many pages.
+    fn room(&self, page_count: u64) -> impl Future<Output = Self::Room> + Send;
+
+    /// The first pages of a range of `object`, which is not empty, as many as one batch takes and there is room for.
     ///
     /// # Errors
     /// They cannot be had from here any more.
-    fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch>;
+    fn batch(
+        &mut self,
+        object: u32,
+        request: u64,
+        range: PageRange,
+        room: Self::Room,
+    ) -> Result<PageBatch>;
 }
 
 /// The frozen processes of a tree, in the order of the model: the first has object 1.
@@ -60,17 +73,49 @@ impl Processes {
 impl Pages for Processes {
     const READS_DISK: bool = false;
 
-    fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
+    /// A batch brings its own: one target asks, and no more than fits its send window is under way.
+    type Room = ();
+
+    async fn room(&self, _: u64) {}
+
+    fn batch(
+        &mut self,
+        object: u32,
+        request: u64,
+        range: PageRange,
+        (): Self::Room,
+    ) -> Result<PageBatch> {
         // The tree runs elsewhere and waits for this: a call that fails now and then must not end it.
         twice(|| self.reader(object)?.batch(request, range))
     }
 }
 
-impl Pages for ImagePages {
+/// The pages of an image, for one link.
+#[derive(Debug, Clone)]
+pub struct Shelved {
+    /// The image's.
+    pub pages: ImagePages,
+    /// What the link may have of the memory that all links share.
+    pub share: Share,
+}
+
+impl Pages for Shelved {
     const READS_DISK: bool = true;
 
-    fn batch(&mut self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
-        Self::batch(self, object, request, range)
+    type Room = Room;
+
+    async fn room(&self, page_count: u64) -> Room {
+        self.share.take(page_count).await
+    }
+
+    fn batch(
+        &mut self,
+        object: u32,
+        request: u64,
+        range: PageRange,
+        room: Room,
+    ) -> Result<PageBatch> {
+        self.pages.batch_within(object, request, range, room)
     }
 }
 
@@ -109,15 +154,16 @@ async fn serve_stream<P: Pages>(
         };
         let mut left = fetch.range();
         while !left.is_empty() {
+            let room = pages.room(left.page_count()).await;
             let batch;
             if P::READS_DISK {
                 (pages, batch) = tokio::task::spawn_blocking(move || {
-                    let batch = pages.batch(fetch.object, fetch.request, left);
+                    let batch = pages.batch(fetch.object, fetch.request, left, room);
                     (pages, batch)
                 })
                 .await?;
             } else {
-                batch = pages.batch(fetch.object, fetch.request, left);
+                batch = pages.batch(fetch.object, fetch.request, left, room);
             }
             let batch = batch?;
             left.start = batch.range().end;

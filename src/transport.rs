@@ -48,8 +48,14 @@ const SOCKET_BUFFER_LEN: usize = 16 << 20;
 const RECEIVE_WINDOW: u32 = 16 << 20;
 /// Unacknowledged bytes we keep for a peer, per connection.
 const SEND_WINDOW: u64 = 16 << 20;
+/// The same where peers only ask: requests are small.
+const RECEIVE_WINDOW_FRUGAL: u32 = 256 << 10;
+/// And what is kept for a peer of which nothing is known yet, see [`Link::bound_unacknowledged`].
+const SEND_WINDOW_FRUGAL: u64 = 1 << 20;
 /// Streams a peer may have open at once, of each kind.
 const STREAMS_MAX: u32 = 256;
+/// The same where there are many peers, of streams that both speak on; there are no others. Each that may be opened takes memory.
+const STREAMS_FRUGAL: u32 = 16;
 /// First congestion window of control and bulk connections, bytes: state and eager pages lie in the freeze, and quinn paces
 /// them over a round trip.
 const INITIAL_WINDOW: u64 = 512 << 10;
@@ -508,8 +514,31 @@ fn endpoint(address: SocketAddr) -> Result<Endpoint, Error> {
         .map_err(|source| Error::Bind { address, source })
 }
 
+/// What one connection may take: bytes on their way, and streams that the peer may open.
+#[derive(Debug, Clone, Copy)]
+struct Allowance {
+    receive_window: u32,
+    send_window: u64,
+    streams_both_ways: u32,
+    streams_one_way: u32,
+}
+
+const WIDE: Allowance = Allowance {
+    receive_window: RECEIVE_WINDOW,
+    send_window: SEND_WINDOW,
+    streams_both_ways: STREAMS_MAX,
+    streams_one_way: STREAMS_MAX,
+};
+
+const FRUGAL: Allowance = Allowance {
+    receive_window: RECEIVE_WINDOW_FRUGAL,
+    send_window: SEND_WINDOW_FRUGAL,
+    streams_both_ways: STREAMS_FRUGAL,
+    streams_one_way: 0,
+};
+
 /// `role` is `None` on the target, which does not know it before the hello.
-fn transport(role: Option<Role>) -> Arc<TransportConfig> {
+fn transport(role: Option<Role>, allowance: Allowance) -> Arc<TransportConfig> {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(UDP_PAYLOAD_MAX);
     let mut congestion = CubicConfig::default();
@@ -522,11 +551,11 @@ fn transport(role: Option<Role>) -> Arc<TransportConfig> {
     config
         .mtu_discovery_config(Some(mtu))
         .congestion_controller_factory(Arc::new(congestion))
-        .stream_receive_window(VarInt::from_u32(RECEIVE_WINDOW))
-        .receive_window(VarInt::from_u32(RECEIVE_WINDOW))
-        .send_window(SEND_WINDOW)
-        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
-        .max_concurrent_uni_streams(VarInt::from_u32(STREAMS_MAX))
+        .stream_receive_window(VarInt::from_u32(allowance.receive_window))
+        .receive_window(VarInt::from_u32(allowance.receive_window))
+        .send_window(allowance.send_window)
+        .max_concurrent_bidi_streams(VarInt::from_u32(allowance.streams_both_ways))
+        .max_concurrent_uni_streams(VarInt::from_u32(allowance.streams_one_way))
         .datagram_receive_buffer_size(None)
         .keep_alive_interval(Some(keep_alive()))
         // Silence alone never ends a connection: after COMMIT a page is waited for as long as it takes, and before it the
@@ -588,6 +617,7 @@ pub struct Listener {
     endpoint: Endpoint,
     identity: Identity,
     trust: TrustSet,
+    allowance: Allowance,
     handshakes: JoinSet<Result<Link, Error>>,
 }
 
@@ -601,8 +631,18 @@ impl Listener {
             endpoint,
             identity: identity.clone(),
             trust: trust.clone(),
+            allowance: WIDE,
             handshakes: JoinSet::new(),
         })
+    }
+
+    /// Gives each peer little room until [`Link::bound_unacknowledged`] says otherwise: there may be many.
+    #[must_use]
+    pub fn frugal(self) -> Self {
+        Self {
+            allowance: FRUGAL,
+            ..self
+        }
     }
 
     /// Where it listens: the port is known here when 0 was asked for.
@@ -634,6 +674,7 @@ impl Listener {
         }
         let endpoint = self.endpoint.clone();
         let (identity, trust) = (self.identity.clone(), self.trust.clone());
+        let allowance = self.allowance;
         self.handshakes.spawn(async move {
             let place = Place {
                 address: incoming.remote_address(),
@@ -642,7 +683,7 @@ impl Listener {
             };
             let (tls, pinned) = server_tls(&identity, &trust)?;
             let mut config = ServerConfig::with_crypto(Arc::new(tls));
-            config.transport_config(transport(None));
+            config.transport_config(transport(None, allowance));
             let explain = |source| {
                 pinned
                     .explain(place.address, place.side)
@@ -710,7 +751,7 @@ async fn dial_as(
     let endpoint = endpoint(local.unwrap_or(any))?;
     let (tls, pinned) = client_tls(identity, peers)?;
     let mut config = ClientConfig::new(Arc::new(tls));
-    config.transport_config(transport(Some(role)));
+    config.transport_config(transport(Some(role), WIDE));
     let own = identity.map_or(Fingerprint::of_public_key(&[]), Identity::fingerprint);
     let place = Place {
         address,
@@ -787,6 +828,11 @@ impl Link {
     pub fn udp_bytes(&self) -> u64 {
         let stats = self.connection.stats();
         stats.udp_tx.bytes + stats.udp_rx.bytes
+    }
+
+    /// Keeps so many unacknowledged bytes for the peer at most: [`FramedSend::send`] waits until there is room.
+    pub fn bound_unacknowledged(&self, bytes: u64) {
+        self.connection.set_send_window(bytes);
     }
 
     /// The current estimate of the round trip.

@@ -560,13 +560,30 @@ impl<'a> Ferry<'a> {
 
     /// Starts a restore on `host` of what the source's page server calls `name`, with the target's key.
     pub(crate) fn restore_from(&self, host: &Host, name: &str, options: &[&str]) -> Running {
-        let from = format!("{}:{PORT}", self.source.address);
-        let identity = self.target_identity.directory.display().to_string();
-        let mut arguments = vec!["restore", "--from", &from, "--name", name];
-        arguments.extend(["--identity", &identity, "--peer"]);
-        arguments.push(&self.source_identity.fingerprint);
+        let arguments = self.restore_arguments(name);
+        let mut arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         arguments.extend(options);
         Running::start(host, &arguments, &self.migrate_environment)
+    }
+
+    /// The command line of such a restore.
+    pub(crate) fn restore_arguments(&self, name: &str) -> Vec<String> {
+        let from = format!("{}:{PORT}", self.source.address);
+        let identity = self.target_identity.directory.display().to_string();
+        let peer = &self.source_identity.fingerprint;
+        [
+            "restore",
+            "--from",
+            &from,
+            "--name",
+            name,
+            "--identity",
+            &identity,
+            "--peer",
+            peer,
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }
 
     /// One whole crossing that must succeed; both ledgers are checked. Gives the source's and the target's end.

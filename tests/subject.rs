@@ -195,7 +195,7 @@ impl Subject {
     /// The same for one that lies in an image and will run again: nothing is asked of it until then.
     #[track_caller]
     pub(crate) fn end_copy(&self, host: &Host) {
-        self.put_question("end\n");
+        self.tell_to_end();
         eventually(&format!("{} to end", self.name()), || {
             host.process(self.pid).is_none().then_some(())
         });
@@ -205,6 +205,16 @@ impl Subject {
             "{} did not end by itself",
             self.name()
         );
+        self.forget_the_end();
+    }
+
+    /// Tells every copy of it to end, without waiting; [`Subject::forget_the_end`] before the next one runs.
+    pub(crate) fn tell_to_end(&self) {
+        self.put_question("end\n");
+    }
+
+    /// Copies that run from now on are not told to end.
+    pub(crate) fn forget_the_end(&self) {
         let _ = fs::remove_file(format!("{}.ask", self.state.display()));
     }
 

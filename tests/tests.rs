@@ -15,6 +15,7 @@ mod hosts_themselves;
 mod images;
 mod lifecycle;
 mod locks;
+mod page_servers;
 mod pid_namespaces;
 mod programs;
 mod refusals;

@@ -2,10 +2,10 @@
 
 use pageferry_image::model::memory::Kind;
 use pageferry_image::model::task::{Process, Tree};
-use pageferry_image::page::{PAGE_SIZE, PageRange};
+use pageferry_image::page::{PAGE_LEN, PAGE_SIZE, PageRange};
 use pageferry_image::store::{self, Image, ObjectId, PageRun, PageSource as _};
 use pageferry_wire::limits::BATCH_DATA_PAGES_MAX;
-use pageferry_wire::{PageBatch, PageBatchBuilder, PageKind};
+use pageferry_wire::{PageBatch, PageBatchBuilder, PageKind, Room};
 
 use crate::Result;
 
@@ -74,11 +74,47 @@ impl ImagePages {
     /// # Panics
     /// If `range` is empty.
     pub fn batch(&self, object: u32, request: u64, range: PageRange) -> Result<PageBatch> {
+        self.batch_of(
+            object,
+            request,
+            range,
+            BATCH_DATA_PAGES_MAX as usize,
+            |pages| vec![0_u8; pages * PAGE_LEN],
+        )
+    }
+
+    /// The same with as many pages as fit `room`.
+    ///
+    /// # Errors
+    /// As [`Self::batch`].
+    ///
+    /// # Panics
+    /// If `range` is empty, or no page fits `room`, or more than a batch takes.
+    pub fn batch_within(
+        &self,
+        object: u32,
+        request: u64,
+        range: PageRange,
+        room: impl Room,
+    ) -> Result<PageBatch> {
+        let pages_max = room.as_ref().len() / PAGE_LEN;
+        assert!(pages_max > 0, "there is room for a page");
+        self.batch_of(object, request, range, pages_max, |_| room)
+    }
+
+    /// The first `pages_max` pages of `range`, those with data in what `room` gives for their number.
+    fn batch_of<R: Room>(
+        &self,
+        object: u32,
+        request: u64,
+        range: PageRange,
+        pages_max: usize,
+        room: impl FnOnce(usize) -> R,
+    ) -> Result<PageBatch> {
         assert!(!range.is_empty(), "pages are asked for");
-        let room = u64::from(BATCH_DATA_PAGES_MAX);
         let range = PageRange {
             start: range.start,
-            end: range.end.min(range.start + room * PAGE_SIZE),
+            end: range.end.min(range.start + pages_max as u64 * PAGE_SIZE),
         };
         let runs = self.image.runs(ObjectId(object), range)?;
         let data: u64 = runs
@@ -87,7 +123,8 @@ impl ImagePages {
             .map(|run| run.range.page_count())
             .sum();
         let count = |pages: u64| usize::try_from(pages).expect("cut to a batch above");
-        let mut builder = PageBatchBuilder::new(object, request, range.start, count(data));
+        let room = room(count(data));
+        let mut builder = PageBatchBuilder::within(object, request, range.start, room);
         for run in runs {
             if !builder.has_room() {
                 break;

@@ -15,7 +15,7 @@ mod error;
 
 pub use error::Error;
 pub use frame::{Decoder, Direction, Encoded, Frame, Tag};
-pub use pages::{PageBatch, PageBatchBuilder, PageKind, Run};
+pub use pages::{PageBatch, PageBatchBuilder, PageKind, Room, Run};
 pub use phase::Phase;
 
 /// The result of decoding or encoding.

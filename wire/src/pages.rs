@@ -284,15 +284,20 @@ fn byte_range(page: usize) -> Range<usize> {
     page * PAGE_LEN..(page + 1) * PAGE_LEN
 }
 
-/// Builds one batch, page after page. Data is read by the caller straight into the batch's own buffer.
+/// Memory for the data of a batch. It is dropped with the last who holds the bytes: when the peer has acknowledged them.
+pub trait Room: AsRef<[u8]> + AsMut<[u8]> + Send + 'static {}
+
+impl<T: AsRef<[u8]> + AsMut<[u8]> + Send + 'static> Room for T {}
+
+/// Builds one batch, page after page. Data is read by the caller straight into the batch's own memory.
 #[derive(Debug)]
-pub struct PageBatchBuilder {
+pub struct PageBatchBuilder<R = Vec<u8>> {
     object: u32,
     request: u64,
     address: u64,
     page_count: u32,
     runs: Vec<(PageKind, u32)>,
-    data: BytesMut,
+    data: R,
     data_filled: usize,
 }
 
@@ -302,19 +307,28 @@ impl PageBatchBuilder {
     /// # Panics
     /// If `address` is not page aligned or `data_pages` is over [`limits::BATCH_DATA_PAGES_MAX`].
     pub fn new(object: u32, request: u64, address: u64, data_pages: usize) -> Self {
+        Self::within(object, request, address, vec![0; data_pages * PAGE_LEN])
+    }
+}
+
+impl<R: Room> PageBatchBuilder<R> {
+    /// The same in memory that the caller gives, which has room for as many pages as fit it; what it holds means nothing.
+    ///
+    /// # Panics
+    /// If `address` is not page aligned or `room` takes more than [`limits::BATCH_DATA_PAGES_MAX`] pages.
+    pub fn within(object: u32, request: u64, address: u64, room: R) -> Self {
         assert!(address % PAGE_SIZE == 0, "a batch begins at a page");
         assert!(
-            data_pages <= limits::BATCH_DATA_PAGES_MAX as usize,
+            room.as_ref().len() / PAGE_LEN <= limits::BATCH_DATA_PAGES_MAX as usize,
             "a batch is small"
         );
-        let data = BytesMut::zeroed(data_pages * PAGE_LEN);
         Self {
             object,
             request,
             address,
             page_count: 0,
             runs: Vec::new(),
-            data,
+            data: room,
             data_filled: 0,
         }
     }
@@ -326,7 +340,7 @@ impl PageBatchBuilder {
 
     /// Data pages that still fit.
     pub fn data_pages_left(&self) -> usize {
-        self.data.len() / PAGE_LEN - self.data_filled
+        self.data.as_ref().len() / PAGE_LEN - self.data_filled
     }
 
     /// False once another run might not fit: finish the batch and begin the next at [`PageBatchBuilder::next_address`].
@@ -355,7 +369,7 @@ impl PageBatchBuilder {
             PageKind::Data,
             u32::try_from(page_count).expect("a batch is small"),
         );
-        &mut self.data[filled * PAGE_LEN..(filled + page_count) * PAGE_LEN]
+        &mut self.data.as_mut()[filled * PAGE_LEN..(filled + page_count) * PAGE_LEN]
     }
 
     /// The next `page_count` pages are of `kind`.
@@ -391,9 +405,10 @@ impl PageBatchBuilder {
             "the caller asks has_room before each run"
         );
         let data_len = self.data_filled * PAGE_LEN;
-        let mut data = self.data;
-        data.truncate(data_len);
-        let data = data.freeze();
+        let data = match data_len {
+            0 => Bytes::new(),
+            _ => Bytes::from_owner(self.data).slice(..data_len),
+        };
         let mut batch = PageBatch::validate(
             self.object,
             self.request,
