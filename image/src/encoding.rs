@@ -22,11 +22,11 @@ pub enum Error {
         len: usize,
     },
     /// It would take too much memory.
-    #[error(
-        "would take more than the limit of {} bytes of memory",
-        limits::TREE_MEMORY
-    )]
-    TooLarge,
+    #[error("would take more than the limit of {limit} bytes of memory")]
+    TooLarge {
+        /// The limit.
+        limit: usize,
+    },
     /// The bytes are no protobuf.
     #[error("is broken off or garbled at byte {offset}")]
     Malformed {
@@ -50,7 +50,7 @@ impl Tree {
         if bytes.len() > limits::TREE_LEN {
             return Err(Error::TooLong { len: bytes.len() });
         }
-        memory_of(bytes)?;
+        check_memory(bytes, TREE, limits::TREE_MEMORY)?;
         let tree = Self::decode(bytes)?;
         tree.validate()?;
         Ok(tree)
@@ -58,7 +58,8 @@ impl Tree {
 }
 
 /// What a length-delimited field becomes.
-enum Shape {
+#[derive(Debug)]
+pub enum Shape {
     /// A message: bytes of its type, and its own such fields.
     Message(usize, &'static [Field]),
     /// Numbers, packed: bytes of one.
@@ -66,12 +67,25 @@ enum Shape {
 }
 
 /// A field that takes more memory than bytes in the encoding. Those that are not listed are strings and byte strings.
-struct Field {
+#[derive(Debug)]
+pub struct Field {
     number: u32,
     shape: Shape,
     /// As in the .proto file.
     #[cfg(test)]
     name: &'static str,
+}
+
+impl Field {
+    /// A field of a message that has parts of the model in it.
+    pub const fn new(number: u32, shape: Shape) -> Self {
+        Self {
+            number,
+            shape,
+            #[cfg(test)]
+            name: "",
+        }
+    }
 }
 
 macro_rules! fields {
@@ -80,12 +94,14 @@ macro_rules! fields {
     };
 }
 
-const fn of<T>(fields: &'static [Field]) -> Shape {
+/// The shape of messages of type `T` with these fields.
+pub const fn of<T>(fields: &'static [Field]) -> Shape {
     Shape::Message(size_of::<T>(), fields)
 }
 
 const RANGE: Shape = of::<memory::Range>(&[]);
-const IDENTITY: Shape = of::<memory::FileIdentity>(&[]);
+/// Of [`memory::FileIdentity`].
+pub const IDENTITY: Shape = of::<memory::FileIdentity>(&[]);
 const MAPPING: Shape = of::<memory::Mapping>(
     fields! {6 "file": IDENTITY, 12 "advice": Shape::Numbers(4), 14 "guards": RANGE},
 );
@@ -117,11 +133,14 @@ const FILE: Shape = of::<files::File>(fields! {
     10 "timerfd": of::<files::Timerfd>(&[]), 11 "signalfd": of::<files::Signalfd>(&[]), 12 "socket": SOCKET,
     13 "shared": of::<files::SharedFile>(&[]), 14 "fifo": of::<files::Fifo>(&[]),
 });
-const SHARED: Shape = of::<shared::Shared>(
+/// Of [`shared::Shared`].
+pub const SHARED: Shape = of::<shared::Shared>(
     fields! {3 "anonymous": of::<shared::Anonymous>(&[]), 4 "memfd": of::<shared::Memfd>(&[]), 5 "carried": of::<shared::Carried>(&[]), 10 "segment": of::<shared::Segment>(&[])},
 );
+/// Of [`task::Host`].
+pub const HOST: Shape = of::<task::Host>(&[]);
 const TREE: &[Field] = fields! {
-    1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": of::<task::Host>(&[]),
+    1 "processes": PROCESS, 2 "files": FILE, 3 "pipes": of::<files::Pipe>(&[]), 7 "host": HOST,
     8 "shared": SHARED, 16 "zombies": of::<relations::Zombie>(&[]), 20 "locks": of::<locks::Lock>(&[]),
 };
 
@@ -130,21 +149,27 @@ const STRING_LEN: usize = size_of::<String>() + 16;
 /// Memory of a number that is not packed.
 const NUMBER_LEN: usize = 8;
 
-/// Bytes of memory that the tree encoded in `bytes` would take, nearly. Takes none itself, and never more steps than bytes.
-fn memory_of(bytes: &[u8]) -> Result<usize, Error> {
+/// Makes sure that the message encoded in `bytes`, with these fields, would take no more than `limit` bytes of memory, nearly. Takes
+/// none itself, and never more steps than bytes.
+///
+/// # Errors
+/// [`Error::TooLarge`]; [`Error::Malformed`] for what is no message at all.
+pub fn check_memory(bytes: &[u8], fields: &'static [Field], limit: usize) -> Result<(), Error> {
     let mut walk = Walk {
         bytes,
         at: 0,
-        taken: 0,
+        left: limit,
+        limit,
     };
-    walk.message(bytes.len(), TREE)?;
-    Ok(walk.taken)
+    walk.message(bytes.len(), fields)
 }
 
 struct Walk<'b> {
     bytes: &'b [u8],
     at: usize,
-    taken: usize,
+    /// Bytes of memory that may still be taken.
+    left: usize,
+    limit: usize,
 }
 
 impl Walk<'_> {
@@ -192,10 +217,8 @@ impl Walk<'_> {
     }
 
     fn take(&mut self, len: usize) -> Result<(), Error> {
-        self.taken = self.taken.saturating_add(len);
-        if self.taken > limits::TREE_MEMORY {
-            return Err(Error::TooLarge);
-        }
+        let left = self.left.checked_sub(len);
+        self.left = left.ok_or(Error::TooLarge { limit: self.limit })?;
         Ok(())
     }
 
@@ -327,7 +350,10 @@ mod tests {
         };
         let tree = wrap(0x0a, wrap(0x32, mappings));
         assert!(tree.len() < limits::TREE_LEN / 10);
-        assert!(matches!(Tree::from_bytes(&tree), Err(Error::TooLarge)));
+        assert!(matches!(
+            Tree::from_bytes(&tree),
+            Err(Error::TooLarge { .. })
+        ));
         let numbers = wrap(
             0x0a,
             wrap(
@@ -335,7 +361,10 @@ mod tests {
                 wrap(0x62, wrap(0x4a, vec![1; limits::TREE_MEMORY / 4 + 1])),
             ),
         );
-        assert!(matches!(Tree::from_bytes(&numbers), Err(Error::TooLarge)));
+        assert!(matches!(
+            Tree::from_bytes(&numbers),
+            Err(Error::TooLarge { .. })
+        ));
     }
 
     #[test]

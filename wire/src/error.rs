@@ -39,6 +39,14 @@ pub enum Error {
         /// The frame.
         tag: Tag,
     },
+    /// The body passed its checksum, and is garbled or would take too much memory; nothing was allocated for it.
+    #[error("the body of a {tag} frame is not one that is decoded")]
+    Body {
+        /// The frame.
+        tag: Tag,
+        /// Why.
+        source: pageferry_image::encoding::Error,
+    },
     /// The body passed its checksum and still is no such message.
     #[error("a {tag} frame cannot be decoded")]
     Decode {

@@ -11,6 +11,7 @@
 use std::fmt;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use pageferry_image::encoding;
 
 use crate::limits::{self, FRAME_HEADER_LEN};
 use crate::message::{self, Checked};
@@ -45,6 +46,8 @@ impl<M: prost::Message + Default + Checked> Body for M {
     }
 
     fn decode(tag: Tag, body: Bytes) -> Result<Self> {
+        encoding::check_memory(&body, M::GROWING, limits::BODY_MEMORY)
+            .map_err(|source| Error::Body { tag, source })?;
         let message = M::decode(body).map_err(|source| Error::Decode { tag, source })?;
         message.check()?;
         Ok(message)
@@ -709,7 +712,76 @@ mod tests {
         }
     }
 
+    /// Bytes that somebody might put somewhere: tags, lengths and numbers at the ends of their ranges among them.
+    fn hostile() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            any::<u8>().prop_map(|byte| vec![byte]),
+            any::<[u8; 4]>().prop_map(|bytes| bytes.to_vec()),
+            proptest::sample::select(vec![
+                0u64,
+                1,
+                255,
+                256,
+                1 << 31,
+                1 << 32,
+                1 << 47,
+                u64::MAX - 1,
+                u64::MAX
+            ])
+            .prop_flat_map(|number| {
+                let mut varint = Vec::new();
+                prost::encoding::encode_varint(number, &mut varint);
+                proptest::sample::select(vec![varint, number.to_le_bytes().to_vec()])
+            }),
+            // A field of each kind, empty and not.
+            (1u8..16, 0u8..6, 0u8..4).prop_map(|(field, kind, len)| {
+                let mut bytes = vec![field << 3 | kind, len];
+                bytes.resize(2 + usize::from(len), 1);
+                bytes
+            }),
+        ]
+    }
+
+    #[test]
+    fn lists_that_would_outgrow_the_host_are_not_decoded() {
+        // A field of these numbers in each, empty: two bytes, and far more once decoded.
+        for (tag, keys) in [
+            (
+                Tag::Plan,
+                &[&[0x1a][..], &[0x7a], &[0x8a, 1], &[0xba, 1]][..],
+            ),
+            (Tag::Verdict, &[&[0x0a], &[0x12]]),
+        ] {
+            for key in keys {
+                let mut entry = key.to_vec();
+                entry.push(0);
+                let count = tag.body_len_max() as usize / entry.len();
+                let body = Bytes::from(entry.repeat(count));
+                let refused = Frame::decode(tag, body).expect_err("too many");
+                assert!(
+                    matches!(
+                        refused,
+                        Error::Body {
+                            source: encoding::Error::TooLarge { .. },
+                            ..
+                        }
+                    ),
+                    "{tag} {key:?}: {refused:?}"
+                );
+                assert!(refused.is_bad_data());
+            }
+        }
+        // Numbers of a list, packed.
+        let mut body = vec![0x12];
+        prost::encode_length_delimiter(60 << 20, &mut body).expect("a vector grows");
+        body.resize(body.len() + (60 << 20), 1);
+        let refused = Frame::decode(Tag::Plan, body.into()).expect_err("too many");
+        assert!(matches!(refused, Error::Body { .. }), "{refused:?}");
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
         #[test]
         fn any_bytes_are_frames_or_errors_but_never_a_panic(stream in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut decoder = Decoder::new();
@@ -733,6 +805,71 @@ mod tests {
                 Ok(frame) => prop_assert!(frame.is_some()),
                 Err(error) => prop_assert!(!matches!(error, Error::Checksum { .. }), "{error:?}"),
             }
+        }
+
+        /// Whatever somebody makes of a good message, with its length and checksum made right again: it is a message that can be
+        /// sent again as it is, or it is refused, and nothing panics, wherever the stream is cut.
+        #[test]
+        fn no_changed_message_is_more_than_refused(
+            example in any::<proptest::sample::Index>(),
+            changes in proptest::collection::vec((0u8..4, any::<proptest::sample::Index>(), hostile()), 1..4),
+            piece in 1usize..200,
+        ) {
+            let examples = examples();
+            let frame = example.get(&examples);
+            let tag = frame.tag();
+            let mut body = bytes(frame).split_off(limits::FRAME_HEADER_LEN);
+            body.truncate(2000);
+            for (how, place, new) in changes {
+                let at = place.index(body.len() + 1);
+                let end = (at + new.len()).min(body.len());
+                match how {
+                    0 => drop(body.splice(at..end, new)),
+                    1 => drop(body.splice(at..at, new)),
+                    2 => drop(body.drain(at..end)),
+                    _ => body.extend_from_within(at..end),
+                }
+            }
+            let body_len = u32::try_from(body.len()).expect("short");
+            let mut stream = vec![tag as u8, 0, 0, 0];
+            stream.extend(body_len.to_le_bytes());
+            stream.extend(checksum(tag, body_len, &body[..tag.checked_len(&body)]).to_le_bytes());
+            stream.extend(&body);
+            let mut decoder = Decoder::new();
+            let mut came = Ok(None);
+            for piece in stream.chunks(piece) {
+                prop_assert!(matches!(came, Ok(None)), "there is more of it");
+                decoder.push(piece);
+                came = decoder.pull();
+            }
+            let came = match came {
+                Ok(came) => came.expect("all of it came"),
+                Err(error) => {
+                    prop_assert!(!matches!(error, Error::Checksum { .. }), "{error:?}");
+                    return Ok(());
+                }
+            };
+            prop_assert_eq!(decoder.finish().is_ok(), true);
+            // Whoever gets it looks closer.
+            match &came {
+                Frame::Hello(hello) => drop((hello.version(), hello.id())),
+                Frame::Fetch(fetch) => prop_assert!(fetch.range().end <= limits::USER_ADDRESS_END),
+                Frame::State(state) => drop(state.decode()),
+                Frame::Map(map) => {
+                    if let Ok(ranges) = map.ranges() {
+                        prop_assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start));
+                    }
+                }
+                Frame::Pages(batch) => {
+                    for run in batch.runs().iter().filter(|run| run.kind == PageKind::Data) {
+                        drop(batch.verify_run(run));
+                    }
+                }
+                _ => {}
+            }
+            let mut decoder = Decoder::new();
+            decoder.push(&bytes(&came));
+            prop_assert_eq!(decoder.pull().expect("it was one"), Some(came));
         }
 
         #[test]

@@ -7,6 +7,9 @@ pub const FRAME_HEADER_LEN: usize = 12;
 pub const SMALL_LEN_MAX: u32 = 4 << 10;
 /// Body of PLAN: a path and a build id for each file, a tid for each thread.
 pub const PLAN_LEN_MAX: u32 = 64 << 20;
+/// Bytes of memory that a decoded body takes, nearly; of STATE see the model, and PAGES is not decoded. Twice the longest PLAN:
+/// empty entries of a list would take fifty times their encoding.
+pub const BODY_MEMORY: usize = 128 << 20;
 /// Body of VERDICT: one line for each thing that cannot be carried.
 pub const VERDICT_LEN_MAX: u32 = 16 << 20;
 /// Body of STATE: the encoded tree.

@@ -2,6 +2,7 @@
 //! believes it. Every message from a peer has passed `Checked::check` when it leaves the decoder.
 
 use bytes::Bytes;
+use pageferry_image::encoding::{self, Field, Shape};
 use pageferry_image::model::sockets::{self, Socket};
 use pageferry_image::model::task::{Host, Tree};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
@@ -25,6 +26,9 @@ mod generated {
 
 /// A message with rules beyond its encoding. Asserted when building, an error when receiving.
 pub(crate) trait Checked {
+    /// Its fields that take more memory than bytes in the encoding: lists and messages, but those of texts.
+    const GROWING: &'static [Field] = &[];
+
     /// The first broken rule, if any.
     fn check(&self) -> Result<()>;
 }
@@ -134,6 +138,14 @@ impl BoundSocket {
 }
 
 impl Checked for Plan {
+    const GROWING: &'static [Field] = &[
+        Field::new(2, Shape::Numbers(4)),
+        Field::new(3, encoding::IDENTITY),
+        Field::new(5, encoding::HOST),
+        Field::new(17, encoding::of::<BoundSocket>(&[])),
+        Field::new(23, encoding::SHARED),
+    ];
+
     fn check(&self) -> Result<()> {
         let rule = |object: &str, text: String| Err(Error::rule(Tag::Plan, object, text));
         at_most(Tag::Plan, "thread list", self.tids.len(), limits::TIDS_MAX)?;
@@ -195,6 +207,8 @@ impl Checked for Open {
 }
 
 impl Checked for Verdict {
+    const GROWING: &'static [Field] = &[Field::new(1, encoding::of::<Refusal>(&[]))];
+
     fn check(&self) -> Result<()> {
         at_most(
             Tag::Verdict,
@@ -369,6 +383,8 @@ impl Map {
 }
 
 impl Checked for Map {
+    const GROWING: &'static [Field] = &[Field::new(2, Shape::Numbers(8))];
+
     fn check(&self) -> Result<()> {
         self.ranges().map(drop)
     }
