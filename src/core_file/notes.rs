@@ -192,6 +192,7 @@ fn file_name(tree: &Tree, mapping: &Mapping) -> Option<String> {
         Some(shared::Kind::Memfd(memfd)) => format!("/memfd:{} (deleted)", memfd.name),
         Some(shared::Kind::Carried(file)) if file.deleted => format!("{} (deleted)", file.path),
         Some(shared::Kind::Carried(file)) => file.path.clone(),
+        Some(shared::Kind::Segment(segment)) => format!("/SYSV{:08x} (deleted)", segment.key),
         Some(shared::Kind::Anonymous(_)) | None => "/dev/zero (deleted)".into(),
     })
 }
