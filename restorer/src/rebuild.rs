@@ -352,6 +352,7 @@ pub fn rebuild(
             member, process, tree, &mut files, &eager, &clock,
         )?);
     }
+    files.locks.rebuild_last(family, tree)?;
     let waiting = files.locks.into_waiting();
     let mut new_files = files.objects.finish()?;
     new_files.names = names;

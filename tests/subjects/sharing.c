@@ -1,6 +1,6 @@
 /* Processes, none of them threads of each other, that have a descriptor table or a working directory and umask in common, as
  * clone(2) gives it: with a child, a grandchild, a sibling, and with one whose maker is gone. What one does all find that share
- * it, and nobody else. With an argument there is one more that cannot be carried: "memory", a child in our own memory;
+ * it, and nobody else. A record lock is one table's: whoever of those that have it closes the file, which all map, gives it up. With an argument there is one more that cannot be carried: "memory", a child in our own memory;
  * "crossed", two children with one table whose parent shares its own with us. On SIGTERM it leaves a child behind, which ends by
  * itself, and ends with 7. */
 #include "subject.h"
@@ -20,6 +20,8 @@ static struct {
     int op, value, found;
     char place[64];
 } *all;
+
+static char locked[4200];
 
 static int look(int op, int value, char *place) {
     switch (op) {
@@ -117,6 +119,11 @@ static void setup(void) {
     all = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     MUST(all != MAP_FAILED && prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
     all[SUBJECT].pid = getpid();
+    snprintf(locked, sizeof locked, "%s.locked", state_path);
+    int fd = open(locked, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    struct flock whole = {.l_type = F_WRLCK};
+    MUST(fd >= 0 && ftruncate(fd, PAGE) == 0 && mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED);
+    MUST(fcntl(fd, F_SETLK, &whole) == 0);
     if (make(TABLE, CLONE_FILES | SIGCHLD) == 0) live(TABLE);
     if (make(PLACE, CLONE_FS | SIGCHLD) == 0) live(PLACE);
     if (make(PARENT, SIGCHLD) == 0) live(PARENT);
@@ -164,6 +171,15 @@ static void verify(int round) {
             else CHECK(mask != one + 1, "process %d has moved with %d", other, one);
         }
     }
+    pid_t stranger = fork();
+    if (stranger == 0) {
+        struct flock whole = {.l_type = F_WRLCK};
+        int fd = open(locked, O_RDWR);
+        _exit(fcntl(fd, F_GETLK, &whole) == 0 && whole.l_type == F_WRLCK ? 0 : 1);
+    }
+    int status = -1;
+    while (waitpid(stranger, &status, 0) < 0 && errno == EINTR) {}
+    CHECK(status == 0, "the record lock is gone: %x", status);
     for (int one = 1; one < ALL; one++) {
         pid_t parent = all[parent_of[one]].pid;
         char path[64], *stat;

@@ -106,7 +106,8 @@ impl Locks {
         }
     }
 
-    /// Has `process` take its locks. Nothing may close a descriptor in it afterwards: record locks go with any of their file.
+    /// Has `process` take its locks, unless that is for [`Locks::rebuild_last`]. Nothing may close a descriptor in it afterwards:
+    /// record locks go with any of their file.
     pub(crate) fn rebuild(
         &mut self,
         injection: &mut Injection<'_>,
@@ -114,7 +115,32 @@ impl Locks {
         tree: &Tree,
     ) -> Result<()> {
         let pid = process.pid;
-        let Some(locks) = self.left.remove(&pid) else {
+        // While others with this table are built, descriptors in it are closed.
+        if tree.processes.iter().any(|other| other.table_of == pid) {
+            return Ok(());
+        }
+        self.rebuild_by(process, tree, |calls| {
+            Ok(lock::take(injection, pid, calls)?)
+        })
+    }
+
+    /// Has those take theirs that others have a descriptor table in common with. All of the tree is built by now.
+    pub(crate) fn rebuild_last(&mut self, family: &mut Family, tree: &Tree) -> Result<()> {
+        for process in &tree.processes {
+            self.rebuild_by(process, tree, |calls| {
+                Ok(family.member(process.pid)?.take_locks(calls)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn rebuild_by(
+        &mut self,
+        process: &Process,
+        tree: &Tree,
+        take: impl FnOnce(&[(u32, Lock)]) -> Result<Vec<std::result::Result<(), Errno>>>,
+    ) -> Result<()> {
+        let Some(locks) = self.left.remove(&process.pid) else {
             return Ok(());
         };
         let fds: BTreeMap<u32, u32> = process
@@ -125,7 +151,7 @@ impl Locks {
         let wanted = locks.iter().map(|lock| wanted(lock, &fds, tree));
         let wanted = wanted.collect::<Result<Vec<Waiting>>>()?;
         let calls: Vec<(u32, Lock)> = wanted.iter().map(|one| (one.fd, one.lock)).collect();
-        let answers = lock::take(injection, pid, &calls)?;
+        let answers = take(&calls)?;
         for (one, answer) in wanted.into_iter().zip(answers) {
             match answer {
                 Ok(()) => {}
