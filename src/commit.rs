@@ -348,7 +348,11 @@ fn take_locks_again(family: &mut Family, locks: &HeldLocks) -> Result<(), Error>
         taken = taken.and_then(|()| {
             let calls: Vec<_> = locks.iter().map(|held| (held.fd, held.lock)).collect();
             let member = family.member(pid).map_err(Error::Thaw)?;
-            let answers = member.take_locks(&calls).map_err(Error::Thaw)?;
+            let answers = match member.take_locks(&calls) {
+                // One that has ended meanwhile has no locks.
+                Err(error) if error.is_gone() => return Ok(()),
+                answers => answers.map_err(Error::Thaw)?,
+            };
             let lost = calls
                 .iter()
                 .zip(answers)

@@ -2,8 +2,8 @@
 //!
 //! It is held by ptrace, and by nothing that outlives us, until its image lies complete on the disk: whatever ends us
 //! before, it runs on, and what is left of the image has no name (`image ls` shows it, `image rm` takes it away). Then it is
-//! stopped, all of it, before the first of its processes is killed: whatever ends us between two of them, none runs without
-//! the others.
+//! stopped, its root first, before any of its processes is killed: whatever ends us meanwhile, the root does not run without
+//! the others, and what is left of it waits for kill -CONT or kill -KILL.
 
 use std::path::Path;
 use std::sync::Arc;

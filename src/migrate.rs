@@ -188,7 +188,11 @@ enum Failure {
     )]
     Stuck { what: String, pid: i32, why: String },
     #[error(
-        "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped. Look at the target before continuing it"
+        "{what}; pid {pid} is here and stays stopped: {why}. Without the lock it may do harm: end it (kill -KILL {pid}), or let it run if you know that nobody minds (kill -CONT {pid})"
+    )]
+    LockLost { what: String, pid: i32, why: String },
+    #[error(
+        "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped, and has given up the locks on files that it had. Look at the target before continuing it"
     )]
     Undecided { what: String, pid: i32 },
     #[error(
@@ -222,7 +226,9 @@ fn engine(args: &MigrateArgs, common: &Common, keeper: OwnedFd) -> u8 {
                 Failure::Before { .. } | Failure::Ended { .. } => exit::FAILED,
                 Failure::BadData { .. } => exit::BAD_DATA,
                 Failure::Refused | Failure::RefusedFrozen { .. } => exit::REFUSED,
-                Failure::Stuck { .. } | Failure::Undecided { .. } => exit::UNDECIDED,
+                Failure::Stuck { .. } | Failure::LockLost { .. } | Failure::Undecided { .. } => {
+                    exit::UNDECIDED
+                }
                 Failure::Lost { .. } => exit::LOST,
             }
         }
@@ -412,7 +418,7 @@ struct Shell<'a> {
     /// What came while something was being sent, oldest first.
     early: VecDeque<Frame>,
     /// Why the process could not be thawed.
-    stuck: Option<String>,
+    stuck: Option<commit::Error>,
     /// The page map and the bulk pages, once the process runs on the target. A task ends only when it failed.
     page_service: JoinSet<String>,
 }
@@ -593,7 +599,7 @@ impl Shell<'_> {
                             tracing::warn!("the journal cannot be written: {error}");
                         }
                     }
-                    Err(error) => self.stuck = Some(report::chain(&error)),
+                    Err(error) => self.stuck = Some(error),
                 }
             }
             SourceAction::Kill => {
@@ -827,10 +833,12 @@ impl Shell<'_> {
                 })
             }
             End::Session(SourceEnd::Failed { .. }) | End::Cancelled(_) if stuck.is_some() => {
-                Err(Failure::Stuck {
-                    what: end.what(),
-                    pid,
-                    why: stuck.unwrap_or_default(),
+                let what = end.what();
+                let why = stuck.as_ref().map(|error| report::chain(error));
+                let why = why.unwrap_or_default();
+                Err(match stuck {
+                    Some(commit::Error::LockLost { .. }) => Failure::LockLost { what, pid, why },
+                    _ => Failure::Stuck { what, pid, why },
                 })
             }
             End::Session(SourceEnd::Done(resident)) => {
@@ -883,7 +891,12 @@ impl Shell<'_> {
             + self.links.faults.link.udp_bytes()
             + self.links.bulk.udp_bytes();
         match &outcome {
-            Err(Failure::Undecided { .. } | Failure::Lost { .. } | Failure::Stuck { .. }) => {
+            Err(
+                Failure::Undecided { .. }
+                | Failure::Lost { .. }
+                | Failure::Stuck { .. }
+                | Failure::LockLost { .. },
+            ) => {
                 tracing::error!(
                     "what was recorded lies in {}",
                     self.journal.path().display()

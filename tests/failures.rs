@@ -616,7 +616,7 @@ struct Tally {
 }
 
 /// Dumps of a tree in which a call fails or kills. Before the image is complete the tree runs on, and no image has the name;
-/// afterwards the image can be restored, and no part of the tree runs without the others.
+/// afterwards the image can be restored, and the root runs with all the others or not at all.
 #[track_caller]
 fn dump_loop(verb: &str, steps: &[u64]) -> Tally {
     let subjects = Subjects::Families;
@@ -663,11 +663,8 @@ fn dump_loop(verb: &str, steps: &[u64]) -> Tally {
                 );
             }
         } else {
+            // A kill between two stops, or two ends, leaves a part of the tree as it was.
             assert!(is_complete && !stays, "{fault}: {finished:?}");
-            assert_eq!(
-                one_copy(&pair, &mut subject, &fault).map(|host| host.name),
-                None
-            );
             for process in family(&pair.a) {
                 process.signal(Signal::SIGKILL);
             }

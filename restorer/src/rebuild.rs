@@ -421,7 +421,7 @@ fn build(
     memory::map(injection, pid, space, &mut handed, &files.objects)?;
     memory::set_mm(injection, pid, space, &mut handed)?;
     let uffd = memory::register(injection, pid, space)?;
-    let resident = memory::install(pid, space, &uffd, eager)?;
+    let resident = memory::install(pid, space, &process.first_touch, &uffd, eager)?;
 
     let passed = || Ok(timers::since_capture(tree, clock()?));
     files.rebuild(injection, process, tree, &mut handed, passed)?;

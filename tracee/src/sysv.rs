@@ -169,16 +169,17 @@ pub fn create(wanted: &Segment) -> Result<Made> {
         let _ = order(-1);
     }
     let id = made?;
-    let opened = give_owner(wanted).and_then(|()| open(id, wanted.size));
+    let opened = give_owner(wanted)
+        .and_then(|()| open(id, wanted.size))
+        .and_then(|made| match wanted.locked {
+            true => control(id, libc::SHM_LOCK, "shmctl(SHM_LOCK)").map(|()| made),
+            false => Ok(made),
+        });
     if opened.is_err() || wanted.removed {
         // It lives for as long as we are attached.
         let _ = remove(id);
     }
-    let made = opened?;
-    if wanted.locked {
-        control(id, libc::SHM_LOCK, "shmctl(SHM_LOCK)")?;
-    }
-    Ok(made)
+    opened
 }
 
 fn order(id: i32) -> Result<()> {

@@ -1,11 +1,11 @@
 //! Rebuilds the address space: the husk is emptied, the captured mappings are made at their addresses, lazy ones are
 //! registered with the run userfaultfd, and the pages that must be there at the first instruction are installed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use pageferry_image::model::Invalid;
-use pageferry_image::model::memory::{Kind, Mapping, Space};
+use pageferry_image::model::memory::{self, Kind, Mapping, Space};
 use pageferry_image::page::{PAGE_SIZE, PageRange};
 use pageferry_tracee::agent;
 use pageferry_tracee::descriptor::PidFd;
@@ -542,10 +542,15 @@ pub(crate) fn register(injection: &mut Injection<'_>, pid: i32, space: &Space) -
     Ok(uffd)
 }
 
-/// Installs the pages that came with the state. Returns the addresses of those that lie in lazy mappings.
+/// Longest stretch of first pages that is filled with zeros, bytes: one area that a capture looks at, and its neighbours.
+const FIRST_ZEROS_MAX: u64 = 4 << 20;
+
+/// Installs the pages that came with the state, and zeros where one of `first_touch` did not come: it has only zeros then, and nobody
+/// is there yet to fill it when a thread, or we for it, touches it. Returns the addresses of those that lie in lazy mappings.
 pub(crate) fn install(
     pid: i32,
     space: &Space,
+    first_touch: &[memory::Range],
     uffd: &Uffd,
     eager: &[EagerPage],
 ) -> Result<Vec<u64>> {
@@ -589,18 +594,42 @@ pub(crate) fn install(
             offset += len;
         }
     }
+    let came: BTreeSet<u64> = eager.iter().map(|page| page.address).collect();
+    let pages = first_touch
+        .iter()
+        .filter(|range| range.end - range.start <= FIRST_ZEROS_MAX)
+        .flat_map(|range| (range.start..range.end).step_by(PAGE_SIZE as usize));
+    for page in pages.filter(|page| !came.contains(page)) {
+        let is_lazy = |mapping: &&Mapping| {
+            let is_guard = |guard: &memory::Range| guard.start <= page && page < guard.end;
+            (mapping.start <= page && page < mapping.end)
+                && mapping.kind() == Kind::Anon
+                && !mapping.guards.iter().any(is_guard)
+        };
+        if space.mappings.iter().find(is_lazy).is_none() {
+            continue;
+        }
+        match uffd.zero(page..page + PAGE_SIZE)? {
+            Copied::Done => resident.push(page),
+            Copied::Exists(_) => {}
+            other => return Err(not_taken(page, "UFFDIO_ZEROPAGE", &other)),
+        }
+    }
+    resident.sort_unstable();
     Ok(resident)
 }
 
 fn copy(uffd: &Uffd, address: u64, bytes: &[u8]) -> Result<()> {
     match uffd.copy(address, bytes)? {
         Copied::Done => Ok(()),
-        other => Err(Error::Mismatch {
-            object: format!("page {address:x}"),
-            what: format!(
-                "UFFDIO_COPY into the prepared process did not take all bytes: {other:?}"
-            ),
-        }),
+        other => Err(not_taken(address, "UFFDIO_COPY", &other)),
+    }
+}
+
+fn not_taken(address: u64, call: &str, answer: &Copied) -> Error {
+    Error::Mismatch {
+        object: format!("page {address:x}"),
+        what: format!("{call} into the prepared process did not take all bytes: {answer:?}"),
     }
 }
 
