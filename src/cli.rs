@@ -338,6 +338,13 @@ pub struct RestoreArgs {
     /// Where its process ids are taken here: run the process in a pid namespace of its own, which stays as long as anybody is in it
     #[arg(long)]
     pub new_pid_ns: bool,
+    /// Run a copy for looking at, beside the original: in pid, network, IPC, UTS and mount namespaces of its own. It finds this
+    /// host's files, can write to private copies of those it writes, and reaches no network
+    #[arg(long, conflicts_with = "from")]
+    pub isolate: bool,
+    /// With --isolate: private copies of files may take so much memory together
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30, requires = "isolate")]
+    pub isolate_limit: u64,
     /// Keep the process's monotonic and boot-time clocks going, in a time namespace, or let them jump to this host's
     #[arg(long, value_enum, default_value_t = Clock::Keep)]
     pub clock: Clock,

@@ -14,6 +14,7 @@ pub mod exit;
 pub mod identity;
 pub mod image;
 pub mod inspect;
+pub mod isolation;
 pub mod journal;
 pub mod migrate;
 pub mod origin;

@@ -1,4 +1,5 @@
-//! `--new-pid-ns`: what is received or restored has all process ids for itself.
+//! `--new-pid-ns`: what is received or restored has all process ids for itself. With `--isolate` it has more for itself
+//! ([`Isolation`]), which the reaper makes before the worker.
 //!
 //! Three processes: the *front*, which the operator started, stays outside; the *reaper* is process 1 of the new namespace; the
 //! *worker*, its child, does in there what the verb does everywhere, so that all numbers are the same to the tree, to the
@@ -19,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pageferry_tracee::process::{self, Ended};
 use pageferry_tracee::procfs;
 
+use crate::isolation::Isolation;
 use crate::{exit, report};
 
 /// How many numbers pageferry itself may need in there.
@@ -36,23 +38,63 @@ const NEVER_BEGAN: u8 = 2;
 /// The signals that are meant for the worker.
 const HANDED_ON: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
-/// Runs `verb` in a new pid namespace, if `wanted`; its exit code.
+/// What a tree has for itself.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'i> {
+    /// What this process has.
+    Nothing,
+    /// A pid namespace.
+    Pids,
+    /// That, and all that is in its way to run beside the original.
+    Isolation(&'i Isolation),
+}
+
+impl<'i> Wanted<'i> {
+    /// What was asked for on the command line.
+    pub fn new(pids: bool, isolation: Option<&'i Isolation>) -> Self {
+        match isolation {
+            Some(isolation) => Self::Isolation(isolation),
+            None if pids => Self::Pids,
+            None => Self::Nothing,
+        }
+    }
+
+    /// What nsenter(1) must be told to enter beside the process.
+    fn entered(self) -> &'static str {
+        match self {
+            Self::Nothing | Self::Pids => "-p -m",
+            Self::Isolation(_) => "-p -m -n -i -u",
+        }
+    }
+
+    /// Makes it, in process 1 of the pid namespace.
+    fn make(self) -> Result<(), String> {
+        match self {
+            Self::Nothing | Self::Pids => {
+                process::mount_own_proc().map_err(|error| report::chain(&error))
+            }
+            Self::Isolation(isolation) => isolation.make(),
+        }
+    }
+}
+
+/// Runs `verb` in a new pid namespace, unless nothing is `wanted`; its exit code.
 ///
 /// Must be called while the process has one thread.
 ///
 /// # Errors
 /// The exit code, said why, when `verb` did not come to its end.
-pub fn run(wanted: bool, verb: impl FnOnce() -> u8) -> Result<u8, u8> {
-    if !wanted {
+pub fn run(wanted: Wanted<'_>, verb: impl FnOnce() -> u8) -> Result<u8, u8> {
+    if matches!(wanted, Wanted::Nothing) {
         return Ok(verb());
     }
-    front(verb).unwrap_or_else(|what| {
+    front(wanted, verb).unwrap_or_else(|what| {
         eprintln!("pageferry: no pid namespace can be made: {what}");
         Err(exit::FAILED)
     })
 }
 
-fn front(verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>, String> {
+fn front(wanted: Wanted<'_>, verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>, String> {
     let (mut told, tell) = UnixStream::pair().map_err(|error| error.to_string())?;
     let (signals, mask) = catch(&[])?;
     process::unshare_pids().map_err(|error| report::chain(&error))?;
@@ -61,10 +103,15 @@ fn front(verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>, String> {
         let Some(tell) = ends.take() else {
             return i32::from(exit::FAILED);
         };
-        i32::from(reaper(tell, &mask, verb))
+        i32::from(reaper(tell, &mask, wanted, verb))
     })
     .map_err(|error| report::chain(&error))?;
     drop(ends);
+    let reached = format!("nsenter -t {reaper} {}", wanted.entered());
+    if let Wanted::Isolation(_) = wanted {
+        // It is there to be looked at while we wait for its end.
+        tracing::info!("the copy is in the namespaces of process {reaper}: look at it with {reached}");
+    }
     loop {
         let ready = process::wait_readable(&[signals.as_fd(), told.as_fd()], None)
             .map_err(|error| report::chain(&error))?;
@@ -84,7 +131,7 @@ fn front(verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>, String> {
         let [code, what] = ended;
         if what == PEOPLED {
             tracing::info!(
-                "process 1 of the pid namespace is process {reaper} here: what runs in it is reached with nsenter -t {reaper} -p -m"
+                "process 1 of the pid namespace is process {reaper} here: what runs in it is reached with {reached}"
             );
         } else {
             // Its end is at hand; nothing of ours is left when we have ended.
@@ -121,8 +168,13 @@ fn hand_on(signals: &SignalFd, pid: i32) {
 }
 
 /// Process 1. `mask`: the signals that were blocked before any was caught here.
-fn reaper(mut tell: UnixStream, mask: &SigSet, verb: impl FnOnce() -> u8) -> u8 {
-    match settle(mask, verb) {
+fn reaper(
+    mut tell: UnixStream,
+    mask: &SigSet,
+    wanted: Wanted<'_>,
+    verb: impl FnOnce() -> u8,
+) -> u8 {
+    match settle(mask, wanted, verb) {
         Ok((worker, signals)) => {
             // Who waits for the end of our output waits for the worker's. What is held in spite of this is no reason to end.
             let named = process::set_name(c"pageferry-init");
@@ -142,11 +194,15 @@ fn reaper(mut tell: UnixStream, mask: &SigSet, verb: impl FnOnce() -> u8) -> u8 
 }
 
 /// Makes the namespace fit to live in, and the worker.
-fn settle(mask: &SigSet, verb: impl FnOnce() -> u8) -> Result<(i32, SignalFd), String> {
+fn settle(
+    mask: &SigSet,
+    wanted: Wanted<'_>,
+    verb: impl FnOnce() -> u8,
+) -> Result<(i32, SignalFd), String> {
     let failed = |error: pageferry_tracee::Error| report::chain(&error);
     // The terminal's signals come by the front.
     process::set_session().map_err(failed)?;
-    process::mount_own_proc().map_err(failed)?;
+    wanted.make()?;
     process::set_last_pid(place_for_own(process::pid_max().map_err(failed)?)).map_err(failed)?;
     let (signals, _) = catch(&[Signal::SIGCHLD])?;
     let worker = process::fork(false, || match mask.thread_set_mask() {

@@ -89,14 +89,14 @@ pub fn judge(plan: &Plan, force_cpu: bool) -> Verdict {
 }
 
 /// What distinguishes a file from another one of the same name.
-type FileKey = (String, u64, u64);
+pub type FileKey = (String, u64, u64);
 
 fn key(file: &FileIdentity) -> FileKey {
     (file.path.clone(), file.device, file.inode)
 }
 
 /// The files that `tree` maps or has open, each once.
-fn files_of(tree: &Tree) -> BTreeMap<FileKey, &FileIdentity> {
+pub fn files_of(tree: &Tree) -> BTreeMap<FileKey, &FileIdentity> {
     let spaces = tree
         .processes
         .iter()

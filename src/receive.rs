@@ -29,7 +29,8 @@ use crate::migrate::hex;
 use crate::report::{self, Ledger, Report};
 use crate::stop::Stop;
 use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, silence_max};
-use crate::{check, drain, exit, pid_namespace, plan};
+use crate::pid_namespace::{self, Wanted};
+use crate::{check, drain, exit, plan};
 
 /// Longest wait for the source to have read the last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(2);
@@ -44,7 +45,7 @@ const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
 
 /// Runs the verb; the exit code.
 pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
-    let ended = pid_namespace::run(args.new_pid_ns, || receive(args, common));
+    let ended = pid_namespace::run(Wanted::new(args.new_pid_ns, None), || receive(args, common));
     ended.unwrap_or_else(|code| alone(common, code))
 }
 

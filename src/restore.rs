@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use pageferry_image::model::memory::Kind;
 use pageferry_image::model::task::Process;
 use pageferry_image::page::PageRange;
+use pageferry_image::store::Image;
 use pageferry_pageserver::at_rest;
 use pageferry_restorer::fault::driver::{DriverHandle, Summary};
 use pageferry_restorer::rebuild::shared::NewFiles;
@@ -25,7 +26,9 @@ use crate::cli::{Common, Drain, RestoreArgs};
 use crate::commit::{Ends, TargetTree, next_end};
 use crate::cradle::{Cradle, supervise};
 use crate::identity::Identity;
+use crate::isolation::Isolation;
 use crate::origin::{self, Origin};
+use crate::pid_namespace::Wanted;
 use crate::receive::ClockOffsets;
 use crate::report::{self, Ledger, Report, ms};
 use crate::stop::Stop;
@@ -74,8 +77,32 @@ fn before(what: impl Into<String>) -> Failure {
 
 /// Runs the verb; the exit code: pageferry's own, or the status of a process that was waited for.
 pub fn run(args: &RestoreArgs, common: &Common) -> u8 {
-    let ended = pid_namespace::run(args.new_pid_ns, || supervised(args, common));
+    let isolation = match isolation(args, common) {
+        Ok(isolation) => isolation,
+        Err(failure) => {
+            Report::new(common).failure(&failure);
+            return alone(args, common, failure.exit_code());
+        }
+    };
+    let wanted = Wanted::new(args.new_pid_ns, isolation.as_ref());
+    let ended = pid_namespace::run(wanted, || supervised(args, common));
     ended.unwrap_or_else(|code| alone(args, common, code))
+}
+
+/// What the copy must have for itself, if it is to be isolated. It looks into the image, and makes nothing.
+fn isolation(args: &RestoreArgs, common: &Common) -> Result<Option<Isolation>, Failure> {
+    let Some(path) = args.image.as_deref().filter(|_| args.isolate) else {
+        return Ok(None);
+    };
+    let image = Image::open(path).map_err(|error| Failure::Image(Box::new(error.into())))?;
+    let planned = Isolation::of(image.tree(), args.isolate_limit).map_err(|refusals| {
+        let report = Report::new(common);
+        for refusal in refusals {
+            report.refusal(&refusal);
+        }
+        Failure::Refused
+    })?;
+    Ok(Some(planned))
 }
 
 fn supervised(args: &RestoreArgs, common: &Common) -> u8 {

@@ -249,7 +249,7 @@ fn every_subject_has_a_test() {
         .map(|(name, _)| (*name).to_owned())
         .collect();
     // Those that other tests use.
-    tested.extend(["steadfast", "refused", "library_user", "vfork"].map(str::to_owned));
+    tested.extend(["steadfast", "refused", "library_user", "vfork", "isolated"].map(str::to_owned));
     assert_eq!(stems("tests/subjects", ".c"), tested);
 }
 

@@ -25,6 +25,18 @@ fn usage_errors_exit_with_2_and_help_lists_every_code() {
             "SHA256:x",
             "--new-pid-ns",
         ],
+        // The network of an isolated copy has no page server in it.
+        &[
+            "restore",
+            "--from",
+            "127.0.0.1:1",
+            "--name",
+            "image",
+            "--peer",
+            "SHA256:x",
+            "--isolate",
+        ],
+        &["restore", "--image", "image", "--isolate-limit", "1"],
         &[],
     ] {
         let output = Command::new(program())

@@ -427,7 +427,8 @@ impl Host {
         }
     }
 
-    /// The pid namespace in here that something has for itself, if there is one. In all else it is this host.
+    /// The pid namespace in here that something has for itself, if there is one. In all else it is this host, unless that was
+    /// isolated.
     pub(crate) fn nested(&self) -> Option<Self> {
         let namespace = |pid: i32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
         let depth = ns_pids(self.init).len();
@@ -435,7 +436,7 @@ impl Host {
             let numbers = ns_pids(pid);
             numbers.len() == depth + 1
                 && numbers.last() == Some(&1)
-                && namespace(pid, "net") == namespace(self.init, "net")
+                && namespace(pid, "time") == namespace(self.init, "time")
         })?;
         Some(Self {
             name: self.name,

@@ -13,6 +13,7 @@ mod ferry;
 mod hosts;
 mod hosts_themselves;
 mod images;
+mod isolation;
 mod lifecycle;
 mod locks;
 mod page_servers;

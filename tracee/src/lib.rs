@@ -32,6 +32,7 @@ mod ptrace;
 pub mod registers;
 pub mod shared;
 pub mod socket;
+pub mod surroundings;
 pub mod sysv;
 pub mod timer;
 pub mod tree;

@@ -327,7 +327,6 @@ pub fn unshare_pids() -> Result<()> {
 /// # Errors
 /// [`Error::Kernel`]: `EPERM` without CAP_SYS_ADMIN; [`Error::Path`] if a mount is refused.
 pub fn mount_own_proc() -> Result<()> {
-    const PROC: &str = "/proc";
     // SAFETY: no pointers; this thread is the only one, or it alone is in the new namespace.
     let answer = unsafe { libc::unshare(libc::CLONE_NEWNS) };
     Errno::result(answer).map_err(|errno| failed("unshare(CLONE_NEWNS)", errno))?;
@@ -341,6 +340,16 @@ pub fn mount_own_proc() -> Result<()> {
         nothing,
     )
     .map_err(|errno| Error::path("mount", "/", errno))?;
+    mount_proc()
+}
+
+/// Mounts on `/proc` one that shows the pid namespace this process is in. The mounts must be our own.
+///
+/// # Errors
+/// [`Error::Path`].
+pub fn mount_proc() -> Result<()> {
+    const PROC: &str = "/proc";
+    let nothing: Option<&str> = None;
     nix::mount::mount(
         Some("proc"),
         PROC,

@@ -1,0 +1,97 @@
+//! A copy in namespaces of its own runs beside the original, and neither finds anything that the other has done.
+
+use std::fs;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+
+use crate::ferry::Ferry;
+use crate::hosts::{Clocks, Host, Pair, eventually, ns_pids, skip};
+use crate::subject::{Answer, ORDINARY, Subject};
+
+/// What lies at `path` for those inside.
+fn read_in(inside: &Host, path: &Path) -> Vec<u8> {
+    let path = path.to_str().expect("it is ASCII");
+    fs::read(inside.outside(path)).expect("it is there")
+}
+
+#[test]
+fn a_copy_runs_beside_the_original_and_changes_nothing_of_it() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "isolated", ORDINARY, &[pair.a.address])
+        .expect("it needs nothing");
+    subject.must_pass("before");
+    let ferry = Ferry::new(&pair);
+    let image = pair.path("image");
+    let dumped = ferry.dump(subject.pid, &image, &["--leave-running"]);
+    dumped.must_exit(0);
+
+    let restored = ferry.restore(&image, &["--isolate", "--detach"]).wait();
+    restored.must_exit(0);
+    let inside = pair.a.nested().expect("it runs in namespaces of its own");
+    let reached = format!("nsenter -t {} -p -m -n -i -u", ns_pids(inside.init)[1]);
+    assert!(restored.stderr.contains(&reached), "{restored:?}");
+    let copy = subject.copy_on(&inside).expect("it runs");
+    let original = subject.copy_on(&pair.a).expect("it runs on");
+    assert!(subject.runs_on(&inside) && subject.runs_on(&pair.a));
+
+    // One after the other answers the same question, in a log of its own.
+    let (log, file) = (pair.path("isolated.state"), pair.path("isolated.state.file"));
+    for round in 0..3 {
+        original.signal(Signal::SIGSTOP);
+        let before = (fs::read(&log).expect("read"), fs::read(&file).expect("read"));
+        subject.ask_only();
+        let answered = eventually("the copy to answer", || {
+            let said = String::from_utf8(read_in(&inside, &log)).expect("it is text");
+            let last = said.lines().last()?.to_owned();
+            (said.len() > before.0.len() || last.starts_with("FAIL")).then_some(last)
+        });
+        assert_eq!(answered, subject.asked_line(), "round {round}");
+        let after = (fs::read(&log).expect("read"), fs::read(&file).expect("read"));
+        assert_eq!(before, after, "the copy wrote to files of the original");
+        assert_ne!(read_in(&inside, &file), after.1, "the copy did not write");
+        original.signal(Signal::SIGCONT);
+        assert_eq!(subject.answer(), Answer::Pass, "the original, round {round}");
+    }
+
+    // Nobody in there can change what is not the copy's.
+    for path in ["/tmp/new", "/var/tmp/new", "/dev/new", "/new"] {
+        let refused = inside.run("touch", &[path]);
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(said.contains("Read-only file system"), "{path}: {said}");
+    }
+    copy.signal(Signal::SIGKILL);
+    eventually("the namespaces to be gone", || {
+        pair.a.nested().is_none().then_some(())
+    });
+    subject.must_pass("when the copy has ended");
+    subject.end(&pair.a);
+}
+
+#[test]
+fn what_cannot_be_kept_apart_is_refused_before_anything_is_made() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject = Subject::start(&pair, &pair.a, "isolated", ORDINARY, &[pair.a.address])
+        .expect("it needs nothing");
+    let ferry = Ferry::new(&pair);
+    let image = pair.path("image");
+    let dumped = ferry.dump(subject.pid, &image, &["--leave-running"]);
+    dumped.must_exit(0);
+    let refused = ferry
+        .restore(&image, &["--isolate", "--isolate-limit", "100"])
+        .wait();
+    refused.must_exit(7);
+    let file = pair.path("isolated.state.file");
+    let file = file.to_str().expect("it is ASCII");
+    let is_named = |text: &&str| text.contains(file) && text.contains("--isolate-limit");
+    assert!(refused.refusals().iter().any(is_named), "{refused:?}");
+    assert!(pair.a.nested().is_none(), "something was made");
+    subject.must_pass("after the refusal");
+    subject.end(&pair.a);
+}
