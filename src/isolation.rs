@@ -164,7 +164,9 @@ impl Isolation {
             };
             let shown = path.display();
             if !metadata.is_file() {
-                refusals.push(format!("file {shown}: is no regular file, and cannot be copied"));
+                refusals.push(format!(
+                    "file {shown}: is no regular file, and cannot be copied"
+                ));
                 continue;
             }
             taken = taken.saturating_add(metadata.blocks().saturating_mul(BLOCK_LEN));
@@ -174,7 +176,9 @@ impl Isolation {
                 ));
                 continue;
             }
-            let folder = path.parent().and_then(|folder| self.folders.get_mut(folder));
+            let folder = path
+                .parent()
+                .and_then(|folder| self.folders.get_mut(folder));
             match (folder, path.file_name()) {
                 (Some(folder), Some(name)) => {
                     folder.copied.insert(name.to_owned());
@@ -269,8 +273,8 @@ fn unfit(folder: &Path) -> Option<String> {
     if folder == Path::new("/") || is_kernels && folder != Path::new(SHARED_MEMORY) {
         return Some("what is made in it cannot be kept apart from the original's".into());
     }
-    match fs::read_dir(folder) {
-        Ok(entries) if entries.take(ENTRIES_MAX + 1).count() <= ENTRIES_MAX => None,
+    match fs::read_dir(folder).map(|entries| entries.take(ENTRIES_MAX + 1).count()) {
+        Ok(..=ENTRIES_MAX) => None,
         Ok(_) => Some(format!(
             "has more than {ENTRIES_MAX} entries, so that what is made in it cannot be kept apart from the original's"
         )),
@@ -298,9 +302,7 @@ fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
     copy.set_len(before.len())?;
     let mut at = 0;
     let mut piece = vec![0; PIECE_LEN as usize];
-    while let Some((start, end)) =
-        next_data(&source, at, before.len()).map_err(io::Error::other)?
-    {
+    while let Some((start, end)) = next_data(&source, at, before.len()).map_err(io::Error::other)? {
         at = start;
         while at < end {
             let len = usize::try_from(PIECE_LEN.min(end - at)).unwrap_or(0);

@@ -110,7 +110,9 @@ fn front(wanted: Wanted<'_>, verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>
     let reached = format!("nsenter -t {reaper} {}", wanted.entered());
     if let Wanted::Isolation(_) = wanted {
         // It is there to be looked at while we wait for its end.
-        tracing::info!("the copy is in the namespaces of process {reaper}: look at it with {reached}");
+        tracing::info!(
+            "the copy is in the namespaces of process {reaper}: look at it with {reached}"
+        );
     }
     loop {
         let ready = process::wait_readable(&[signals.as_fd(), told.as_fd()], None)

@@ -26,10 +26,10 @@ use crate::cradle::{Cradle, HuskOrder, supervise};
 use crate::identity::{Identity, TrustSet};
 use crate::journal::Journal;
 use crate::migrate::hex;
+use crate::pid_namespace::{self, Wanted};
 use crate::report::{self, Ledger, Report};
 use crate::stop::Stop;
 use crate::transport::{FramedRecv, FramedSend, HANDSHAKE_TIMEOUT, Link, Listener, silence_max};
-use crate::pid_namespace::{self, Wanted};
 use crate::{check, drain, exit, plan};
 
 /// Longest wait for the source to have read the last word.

@@ -39,10 +39,16 @@ fn a_copy_runs_beside_the_original_and_changes_nothing_of_it() {
     assert!(subject.runs_on(&inside) && subject.runs_on(&pair.a));
 
     // One after the other answers the same question, in a log of its own.
-    let (log, file) = (pair.path("isolated.state"), pair.path("isolated.state.file"));
+    let (log, file) = (
+        pair.path("isolated.state"),
+        pair.path("isolated.state.file"),
+    );
     for round in 0..3 {
         original.signal(Signal::SIGSTOP);
-        let before = (fs::read(&log).expect("read"), fs::read(&file).expect("read"));
+        let before = (
+            fs::read(&log).expect("read"),
+            fs::read(&file).expect("read"),
+        );
         subject.ask_only();
         let answered = eventually("the copy to answer", || {
             let said = String::from_utf8(read_in(&inside, &log)).expect("it is text");
@@ -50,11 +56,18 @@ fn a_copy_runs_beside_the_original_and_changes_nothing_of_it() {
             (said.len() > before.0.len() || last.starts_with("FAIL")).then_some(last)
         });
         assert_eq!(answered, subject.asked_line(), "round {round}");
-        let after = (fs::read(&log).expect("read"), fs::read(&file).expect("read"));
+        let after = (
+            fs::read(&log).expect("read"),
+            fs::read(&file).expect("read"),
+        );
         assert_eq!(before, after, "the copy wrote to files of the original");
         assert_ne!(read_in(&inside, &file), after.1, "the copy did not write");
         original.signal(Signal::SIGCONT);
-        assert_eq!(subject.answer(), Answer::Pass, "the original, round {round}");
+        assert_eq!(
+            subject.answer(),
+            Answer::Pass,
+            "the original, round {round}"
+        );
     }
 
     // Nobody in there can change what is not the copy's.

@@ -56,8 +56,7 @@ pub fn unshare_network_ipc_and_name() -> Result<()> {
 
 fn raise_loopback() -> Result<()> {
     // SAFETY: no pointers.
-    let answer =
-        unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    let answer = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     let number = Errno::result(answer).map_err(|errno| failed("socket", errno))?;
     // SAFETY: the number was given to us a moment ago, and nobody else knows it.
     let socket = unsafe { OwnedFd::from_raw_fd(number) };
@@ -71,8 +70,7 @@ fn raise_loopback() -> Result<()> {
         *place = byte as libc::c_char;
     }
     // SAFETY: the kernel reads one ifreq.
-    let answer =
-        unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    let answer = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
     Errno::result(answer)
         .map(drop)
         .map_err(|errno| failed("ioctl(SIOCSIFFLAGS)", errno))
@@ -196,7 +194,10 @@ mod tests {
                 take_off(Path::new("/proc")).expect("umount");
                 assert!(is_refused(&folder.join("other")));
                 let read = |name| std::fs::read_to_string(folder.join(name)).expect("read");
-                assert_eq!((read("file"), read("other")), ("more".into(), "text".into()));
+                assert_eq!(
+                    (read("file"), read("other")),
+                    ("more".into(), "text".into())
+                );
                 mount_proc().expect("proc");
                 allow_any_address().expect("it is ours");
                 let listener = std::net::TcpListener::bind("192.0.2.7:0");
