@@ -89,7 +89,7 @@ pub fn run(wanted: Wanted<'_>, verb: impl FnOnce() -> u8) -> Result<u8, u8> {
         return Ok(verb());
     }
     front(wanted, verb).unwrap_or_else(|what| {
-        eprintln!("pageferry: no pid namespace can be made: {what}");
+        eprintln!("pageferry: its namespaces cannot be made: {what}");
         Err(exit::FAILED)
     })
 }
@@ -188,7 +188,7 @@ fn reaper(
             exit::DONE
         }
         Err(what) => {
-            eprintln!("pageferry: no pid namespace can be made: {what}");
+            eprintln!("pageferry: its namespaces cannot be made: {what}");
             let _ = tell.write_all(&[exit::FAILED, NEVER_BEGAN]);
             exit::FAILED
         }
