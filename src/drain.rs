@@ -31,6 +31,7 @@ pub fn start(
             uffd,
             lazy,
             resident,
+            zeros: _,
             wipe_on_fork,
         } = rebuilt;
         Memory {

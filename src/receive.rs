@@ -709,7 +709,7 @@ impl Shell<'_> {
             );
         }
         tokio::time::sleep(behind).await;
-        self.resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
+        self.resident_at_run = rebuilt.iter().map(Rebuilt::page_count).sum();
         self.rebuilt = rebuilt;
         self.new_files = new_files;
         let waits_for_locks = !waiting.is_empty();

@@ -298,7 +298,7 @@ async fn restore(
     if let Some(lock) = waiting.first() {
         return Err(before(report::chain(&lock.refused())));
     }
-    ledger.pages_resident_at_run = rebuilt.iter().map(|one| one.resident.len() as u64).sum();
+    ledger.pages_resident_at_run = rebuilt.iter().map(Rebuilt::page_count).sum();
 
     let drains = !args.lazy || args.drain == Drain::On;
     let mut filling = Filling::start(rebuilt, &origin, lazy, drains).await?;

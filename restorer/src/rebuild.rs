@@ -165,8 +165,17 @@ pub struct Rebuilt {
     pub lazy: Vec<PageRange>,
     /// Pages inside `lazy` that are there already.
     pub resident: Vec<u64>,
+    /// How many of these hold only zeros, which the source does not count as pages.
+    pub zeros: usize,
     /// Ranges with MADV_WIPEONFORK.
     pub wipe_on_fork: Vec<PageRange>,
+}
+
+impl Rebuilt {
+    /// Pages that came before it runs.
+    pub fn page_count(&self) -> u64 {
+        (self.resident.len() - self.zeros) as u64
+    }
 }
 
 /// Calls made in one thread by the agent, collected into batches, each with the words for its failure.
@@ -421,7 +430,7 @@ fn build(
     memory::map(injection, pid, space, &mut handed, &files.objects)?;
     memory::set_mm(injection, pid, space, &mut handed)?;
     let uffd = memory::register(injection, pid, space)?;
-    let resident = memory::install(pid, space, &process.first_touch, &uffd, eager)?;
+    let (resident, zeros) = memory::install(pid, space, &process.first_touch, &uffd, eager)?;
 
     let passed = || Ok(timers::since_capture(tree, clock()?));
     files.rebuild(injection, process, tree, &mut handed, passed)?;
@@ -461,6 +470,7 @@ fn build(
         uffd,
         lazy,
         resident,
+        zeros,
         wipe_on_fork,
     };
     Ok((rebuilt, starts))

@@ -546,14 +546,15 @@ pub(crate) fn register(injection: &mut Injection<'_>, pid: i32, space: &Space) -
 const FIRST_ZEROS_MAX: u64 = 4 << 20;
 
 /// Installs the pages that came with the state, and zeros where one of `first_touch` did not come: it has only zeros then, and nobody
-/// is there yet to fill it when a thread, or we for it, touches it. Returns the addresses of those that lie in lazy mappings.
+/// is there yet to fill it when a thread, or we for it, touches it. Returns the addresses of all that lie in lazy mappings, and how
+/// many of them are such zeros.
 pub(crate) fn install(
     pid: i32,
     space: &Space,
     first_touch: &[memory::Range],
     uffd: &Uffd,
     eager: &[EagerPage],
-) -> Result<Vec<u64>> {
+) -> Result<(Vec<u64>, usize)> {
     let memory = RemoteMemory::open(pid)?;
     let mut resident = Vec::new();
     for (start, bytes) in runs(eager) {
@@ -594,6 +595,7 @@ pub(crate) fn install(
             offset += len;
         }
     }
+    let came_count = resident.len();
     let came: BTreeSet<u64> = eager.iter().map(|page| page.address).collect();
     let pages = first_touch
         .iter()
@@ -615,8 +617,9 @@ pub(crate) fn install(
             other => return Err(not_taken(page, "UFFDIO_ZEROPAGE", &other)),
         }
     }
+    let zeros = resident.len() - came_count;
     resident.sort_unstable();
-    Ok(resident)
+    Ok((resident, zeros))
 }
 
 fn copy(uffd: &Uffd, address: u64, bytes: &[u8]) -> Result<()> {
