@@ -602,13 +602,17 @@ pub(crate) fn install(
         .filter(|range| range.end - range.start <= FIRST_ZEROS_MAX)
         .flat_map(|range| (range.start..range.end).step_by(PAGE_SIZE as usize));
     for page in pages.filter(|page| !came.contains(page)) {
-        let is_lazy = |mapping: &&Mapping| {
-            let is_guard = |guard: &memory::Range| guard.start <= page && page < guard.end;
-            (mapping.start <= page && page < mapping.end)
+        // They are in ascending order.
+        let place = space
+            .mappings
+            .partition_point(|mapping| mapping.end <= page);
+        let is_guard = |guard: &memory::Range| guard.start <= page && page < guard.end;
+        let is_lazy = space.mappings.get(place).is_some_and(|mapping| {
+            mapping.start <= page
                 && mapping.kind() == Kind::Anon
                 && !mapping.guards.iter().any(is_guard)
-        };
-        if space.mappings.iter().find(is_lazy).is_none() {
+        });
+        if !is_lazy {
             continue;
         }
         match uffd.zero(page..page + PAGE_SIZE)? {
