@@ -759,60 +759,57 @@ fn restore_loop(verb: &str, steps: &[u64]) -> Tally {
 /// Numbers for the slim loops over dump and restore.
 const SOME_CALLS: [u64; 14] = [1, 2, 3, 8, 30, 90, 180, 300, 420, 540, 700, 900, 1200, 2000];
 
-#[test]
-fn a_dump_that_fails_or_is_killed_leaves_the_tree_as_it_was() {
+/// A loop over the calls of one verb.
+type Loop = fn(&str, &[u64]) -> Tally;
+
+#[track_caller]
+fn at_some_calls_of(run: Loop) {
     if skip().is_some() {
         return;
     }
     for verb in ["fail", "kill"] {
-        let tally = dump_loop(verb, &SOME_CALLS);
+        let tally = run(verb, &SOME_CALLS);
         assert!(tally.ended > 4, "{verb}: {tally:?}");
     }
 }
 
-#[test]
-fn a_restore_that_fails_or_is_killed_leaves_nothing() {
+/// About 300 of them. Each loop goes beyond the last.
+#[track_caller]
+fn at_many_calls_of(run: Loop, total: u64) {
     if skip().is_some() {
         return;
     }
     for verb in ["fail", "kill"] {
-        let tally = restore_loop(verb, &SOME_CALLS);
-        assert!(tally.ended > 4, "{verb}: {tally:?}");
+        in_loops(&spread_with_ends(total, 300), |steps| {
+            let tally = run(verb, steps);
+            assert!(
+                tally.ended > 4 && tally.undisturbed > 0,
+                "{verb}: {tally:?}"
+            );
+        });
     }
+}
+
+#[test]
+fn a_dump_that_fails_or_is_killed_leaves_the_tree_as_it_was() {
+    at_some_calls_of(dump_loop);
+}
+
+#[test]
+fn a_restore_that_fails_or_is_killed_leaves_nothing() {
+    at_some_calls_of(restore_loop);
 }
 
 #[test]
 #[ignore = "long: many calls"]
 fn many_calls_of_a_dump_may_fail_or_be_the_last() {
-    if skip().is_some() {
-        return;
-    }
-    for verb in ["fail", "kill"] {
-        in_loops(&spread_with_ends(6000, 300), |steps| {
-            let tally = dump_loop(verb, steps);
-            assert!(
-                tally.ended > 4 && tally.undisturbed > 0,
-                "{verb}: {tally:?}"
-            );
-        });
-    }
+    at_many_calls_of(dump_loop, 6000);
 }
 
 #[test]
 #[ignore = "long: many calls"]
 fn many_calls_of_a_restore_may_fail_or_be_the_last() {
-    if skip().is_some() {
-        return;
-    }
-    for verb in ["fail", "kill"] {
-        in_loops(&spread_with_ends(4000, 300), |steps| {
-            let tally = restore_loop(verb, steps);
-            assert!(
-                tally.ended > 4 && tally.undisturbed > 0,
-                "{verb}: {tally:?}"
-            );
-        });
-    }
+    at_many_calls_of(restore_loop, 4000);
 }
 
 /// Brings a subject to the state in which it runs on B and most of its pages are still on A.
