@@ -95,6 +95,11 @@ static void load(void) {
     files[0] = memfd, files[1] = inner[1];
     CHECK(send_with(far, "!", 2, files), "the inner socket does not take it");
     CHECK(send_with(datagram[0], "first", 0, NULL) && send_with(datagram[0], "", 1, &inner[1]) && send_with(datagram[0], "last", 0, NULL), "the datagrams do not go");
+    /* One to which nothing travels, with bytes alone. */
+    int bare[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, bare) == 0 && write(bare[0], "bytes alone", 11) == 11, "no bytes go in");
+    CHECK(send_with(datagram[0], "bare", 1, &bare[1]), "the datagram does not go");
+    close(bare[0]), close(bare[1]);
     close(inner[1]), close(ends[0]), close(memfd);
     CHECK(send_with(packet[0], "self", 1, &packet[1]), "the packet does not go");
     CHECK(eventfd_write(counter, 3) == 0, "the counter does not count");
@@ -138,6 +143,10 @@ static void verify(int round) {
     RECEIVES(datagram[1], 64, "first", 0, files);
     if (!RECEIVES(datagram[1], 64, "", 1, files)) return;
     RECEIVES(datagram[1], 64, "last", 0, got);
+    if (!RECEIVES(datagram[1], 64, "bare", 1, got)) return;
+    memset(bytes, 0, sizeof bytes);
+    CHECK(recv(got[0], bytes, sizeof bytes, MSG_DONTWAIT) == 11 && !memcmp(bytes, "bytes alone", 11), "the bare socket has %s", bytes);
+    close(got[0]);
     CHECK(recv(files[0], bytes, 13, MSG_DONTWAIT) == 13 && !memcmp(bytes, "in the socket", 13), "the socket has %s", bytes);
     if (!RECEIVES(files[0], 64, "!", 2, got)) return;
     CHECK(inode(got[0]) == memory && inode(got[1]) == inode(files[0]), "the inner message brings something else");

@@ -48,8 +48,7 @@ impl InFlight {
         let mut own = Vec::new();
         let mut left: Vec<(i32, DescriptorEntry, Option<Place>)> = Vec::new();
         for (pid, entries) in tables.iter() {
-            // No other socket tells that.
-            let sockets = entries.iter().filter(|entry| entry.info.scm_fds.is_some());
+            let sockets = entries.iter().filter(|entry| has_queue(entry));
             left.extend(sockets.map(|entry| (*pid, entry.clone(), None)));
         }
         let mut next = 0;
@@ -79,7 +78,7 @@ impl InFlight {
                 });
                 for file in &message.files {
                     let sent = procfs::descriptor(own_pid(), number(file))?;
-                    if brings(&sent) {
+                    if has_queue(&sent) {
                         left.push((own_pid(), sent.clone(), Some(place)));
                     }
                     found.places.insert(sent.fd, place);
@@ -95,9 +94,9 @@ impl InFlight {
         Ok(found)
     }
 
-    /// What lies unread in the socket with this inode.
-    pub(crate) fn queue(&self, inode: u64) -> &[Message] {
-        self.queues.get(&inode).map_or(&[], Vec::as_slice)
+    /// What lies unread in the socket with this inode, if it was looked at.
+    pub(crate) fn queue(&self, inode: u64) -> Option<&[Message]> {
+        self.queues.get(&inode).map(Vec::as_slice)
     }
 
     /// Tells refusals of our descriptors as those of the sockets that bring them.
@@ -187,6 +186,11 @@ pub(crate) fn number(file: &OwnedFd) -> u32 {
 
 fn path(file: &OwnedFd) -> String {
     format!("/proc/{}/fd/{}", own_pid(), number(file))
+}
+
+/// Whether this is a UNIX socket: no other tells how many open files travel to it, even if none does.
+fn has_queue(entry: &DescriptorEntry) -> bool {
+    entry.info.scm_fds.is_some()
 }
 
 /// Whether something travels to this socket.

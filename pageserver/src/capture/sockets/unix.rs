@@ -129,7 +129,11 @@ pub(super) fn socket(
     let Some((look, in_flight)) = unread.filter(|_| has_queue) else {
         return Ok(Ok(made));
     };
-    let messages = in_flight.queue(inode);
+    let Some(messages) = in_flight.queue(inode) else {
+        return Ok(Err(RefusalKind::UnixState {
+            what: "a queue that cannot be seen",
+        }));
+    };
     Ok(
         queue(&mut made, messages, is_datagram, look, pairs).and_then(|files| {
             // The kernel shows an empty message only once, and its program may have looked.
