@@ -254,8 +254,8 @@ impl Files {
             return Ok(());
         }
         let object = format!("{object}, open file {id} in a message");
-        let carried =
-            file_of(tree, id).ok_or_else(|| Invalid::new(object.as_str(), "is not there"))?;
+        let carried = File::find(&tree.files, id)
+            .ok_or_else(|| Invalid::new(object.as_str(), "is not there"))?;
         let made = self.make(carried, &object, passed)?;
         self.made.insert(id, made);
         Ok(())
@@ -275,7 +275,7 @@ impl Files {
             }
         }
         for (id, fd) in new {
-            let Some(carried) = file_of(tree, id) else {
+            let Some(carried) = File::find(&tree.files, id) else {
                 continue;
             };
             let made = self.make(carried, &format!("fd {fd}"), &passed)?;
@@ -315,7 +315,7 @@ impl Files {
             first_of.insert(descriptor.file, u64::from(descriptor.fd));
         }
         for (&id, &number) in &first_of {
-            let Some(carried) = file_of(tree, id) else {
+            let Some(carried) = File::find(&tree.files, id) else {
                 continue;
             };
             if let Some(file::Kind::Epoll(epoll)) = &carried.kind {
@@ -519,12 +519,6 @@ fn timerfd(
         }
         attempt += 1;
     }
-}
-
-/// The open file description with this id: they ascend.
-fn file_of(tree: &Tree, id: u32) -> Option<&File> {
-    let at = tree.files.binary_search_by_key(&id, |file| file.id).ok()?;
-    tree.files.get(at)
 }
 
 pub(crate) fn set_status(fd: &OwnedFd, flags: u32) -> nix::Result<()> {
