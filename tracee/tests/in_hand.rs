@@ -915,6 +915,18 @@ fn frozen_family(pid: i32) -> Family {
     family
 }
 
+/// A husk, which ends with us, and is to have others.
+fn husk_family(root: i32) -> Family {
+    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
+    let options = SeizeOptions {
+        exit_kill: true,
+        ..SeizeOptions::default()
+    };
+    let mut family = Family::seize(root, options).unwrap();
+    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    family
+}
+
 impl Victim {
     fn brood(processes: usize, forking: bool) -> Self {
         let processes = processes.to_string();
@@ -1069,13 +1081,7 @@ fn husk_family_story(pids: &[i32]) {
     let [root, leader, member, follower] = *pids else {
         panic!("four pids");
     };
-    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
-    let options = SeizeOptions {
-        exit_kill: true,
-        ..SeizeOptions::default()
-    };
-    let mut family = Family::seize(root, options).unwrap();
-    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    let mut family = husk_family(root);
     let born = |pid| Birth {
         pid: Some(pid),
         exit_signal: libc::SIGCHLD as u32,
@@ -1134,13 +1140,7 @@ fn husk_sharing_story(pids: &[i32]) {
     let [root, table, both, adopted] = *pids else {
         panic!("four pids");
     };
-    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
-    let options = SeizeOptions {
-        exit_kill: true,
-        ..SeizeOptions::default()
-    };
-    let mut family = Family::seize(root, options).unwrap();
-    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    let mut family = husk_family(root);
     let born = |pid, shares_table, shares_directory| Birth {
         pid: Some(pid),
         exit_signal: libc::SIGCHLD as u32,
@@ -1183,13 +1183,7 @@ fn husk_ends_story(pids: &[i32]) {
     let [root, leader, left, early, late] = *pids else {
         panic!("five pids");
     };
-    husk::spawn(&husk::HuskRequest::new(root)).unwrap();
-    let options = SeizeOptions {
-        exit_kill: true,
-        ..SeizeOptions::default()
-    };
-    let mut family = Family::seize(root, options).unwrap();
-    family.freeze(BUDGET, ATTEMPTS).unwrap();
+    let mut family = husk_family(root);
     let born = |pid, exit_signal| Birth {
         pid: Some(pid),
         exit_signal,
