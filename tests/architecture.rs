@@ -253,6 +253,73 @@ fn every_subject_has_a_test() {
     assert_eq!(stems("tests/subjects", ".c"), tested);
 }
 
+/// The rows of the tables below a heading of `docs/coverage.md`, up to the next heading: their cells.
+fn rows<'t>(text: &'t str, heading: &str) -> Vec<Vec<&'t str>> {
+    let (_, after) = text
+        .split_once(&format!("\n## {heading}\n"))
+        .unwrap_or_else(|| panic!("no heading {heading:?}"));
+    let section = after.split("\n## ").next().unwrap_or(after);
+    section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" |"))
+        .map(|row| row.split(" | ").collect())
+        .collect()
+}
+
+/// What is said to be carried is carried before our eyes: each row names what shows it, all that shows something is named, and
+/// each object is described by one file of the model.
+#[test]
+fn the_coverage_table_names_what_shows_each_row() {
+    let text = fs::read_to_string(root().join("docs/coverage.md")).expect("it is there");
+    let subjects: BTreeSet<&str> = SUBJECTS.iter().map(|(name, _)| *name).collect();
+    let mut shown = BTreeSet::new();
+    let mut objects = Vec::new();
+    let mut described = Vec::new();
+    let mut files = Vec::new();
+    for row in rows(&text, "Carried") {
+        match row[..] {
+            ["object", "how", _] | ["file", "objects"] => {}
+            [object, _, by] => {
+                objects.push(object);
+                for name in by.split(", ").map(|name| name.trim_matches('`')) {
+                    if let Some((file, test)) = name.split_once("::") {
+                        let source = fs::read_to_string(root().join(format!("tests/{file}.rs")))
+                            .unwrap_or_else(|error| panic!("{object}: {name}: {error}"));
+                        assert!(
+                            source.contains(&format!("#[test]\nfn {test}()")),
+                            "{object}: there is no test {name}"
+                        );
+                    } else {
+                        assert!(
+                            subjects.contains(name),
+                            "{object}: no subject {name} crosses"
+                        );
+                        shown.insert(name);
+                    }
+                }
+            }
+            [file, list] => {
+                files.push(file.trim_matches('`').to_owned());
+                described.extend(list.split("; "));
+            }
+            _ => panic!("a row of {} cells: {row:?}", row.len()),
+        }
+    }
+    assert_eq!(
+        shown, subjects,
+        "named in the table, against those that cross"
+    );
+    files.sort_unstable();
+    assert_eq!(
+        files,
+        Vec::from_iter(stems("image/src/model", ".rs")),
+        "the files that are said to describe objects, each once, against those there are"
+    );
+    objects.sort_unstable();
+    described.sort_unstable();
+    assert_eq!(objects, described, "carried, each once, against described");
+}
+
 /// `./demo` and `./test` are what a newcomer types first; a script that does not even parse is not found by any compiler.
 #[test]
 fn scripts_parse() {
