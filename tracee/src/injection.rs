@@ -639,16 +639,28 @@ impl<'a> Injection<'a> {
             let mut started: Vec<(usize, usize)> = Vec::new();
             let mut busy = std::collections::HashSet::new();
             let mut later = Vec::new();
+            let mut failed = None;
             for item in left {
                 let (tid, batch) = &work[item];
-                if busy.insert(*tid) {
-                    started.push((item, self.start(*tid, batch, None)?));
-                } else {
+                if !busy.insert(*tid) {
                     later.push(item);
+                    continue;
+                }
+                match self.start(*tid, batch, None) {
+                    Ok(slot) => started.push((item, slot)),
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
                 }
             }
+            // Also after a failure: the cure would cut short what runs, between a call that makes something and the one that
+            // takes it away.
             for (item, slot) in started {
                 results[item] = self.finish_batch(work[item].0, slot, work[item].1.len())?;
+            }
+            if let Some(error) = failed {
+                return Err(error);
             }
             left = later;
         }

@@ -240,6 +240,9 @@ fn frozen(pid: i32) -> Tracee {
     tracee
 }
 
+/// Which call of [`busy_batch`] gives the thread id.
+const BUSY_GETTID: usize = 6;
+
 /// A batch that touches descriptors, memory and signals and takes back what it did.
 fn busy_batch(scratch: u64) -> Batch {
     let mut batch = Batch::new();
@@ -256,6 +259,8 @@ fn busy_batch(scratch: u64) -> Batch {
             0.into(),
         ],
     );
+    // Long enough for whatever goes wrong meanwhile to find the mapping there.
+    batch.call(libc::SYS_poll, &[0.into(), 0.into(), 2.into()]);
     batch.call(libc::SYS_munmap, &[map.into(), 8192.into()]);
     batch.call(
         libc::SYS_rt_sigprocmask,
@@ -275,7 +280,7 @@ fn work_in_all_threads(tracee: &mut Tracee) -> Result<(), Error> {
     let results = injection.run_all(&work)?;
     for (tid, result) in tids.iter().zip(&results) {
         assert!(result.iter().all(Result::is_ok), "{result:?}");
-        assert_eq!(result[5], Ok(*tid as u64));
+        assert_eq!(result[BUSY_GETTID], Ok(*tid as u64));
         // In the agent everything is blocked that can be.
         let blocked = u64::from_le_bytes(injection.scratch(*tid)[..8].try_into().unwrap());
         assert_eq!(!blocked, bit(libc::SIGKILL) | bit(libc::SIGSTOP));
@@ -726,7 +731,7 @@ fn a_stop_that_arrives_while_planted_stops_the_process_afterwards() {
         assert_eq!(
             injection
                 .run(tid, &busy_batch(injection.scratch_address(tid)))
-                .unwrap()[5],
+                .unwrap()[BUSY_GETTID],
             Ok(tid as u64)
         );
     }
