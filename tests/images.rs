@@ -361,7 +361,7 @@ fn what_travels_in_messages_is_shown() {
     let shown = run(&pair.shared, &["inspect", "image"]);
     let text = stdout(&shown);
     for part in [
-        ", 9 bytes unread, 1 open files in its messages",
+        "UNIX datagram, paired, pair 2, 13 bytes unread, 2 open files in its messages",
         "in a message: shared object memfd in flight",
         "in a message: pipe 1, read end",
         "in a message: socket UNIX stream, paired",
