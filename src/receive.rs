@@ -46,16 +46,7 @@ const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
 /// Runs the verb; the exit code.
 pub fn run(args: &ReceiveArgs, common: &Common) -> u8 {
     let ended = pid_namespace::run(Wanted::new(args.new_pid_ns, None), || receive(args, common));
-    ended.unwrap_or_else(|code| alone(common, code))
-}
-
-/// The ledger of a receive that has no engine to write it.
-fn alone(common: &Common, code: u8) -> u8 {
-    Report::new(common).ledger(&Ledger {
-        exit: code,
-        ..Ledger::default()
-    });
-    code
+    ended.unwrap_or_else(|code| report::without_engine(common, String::new(), code))
 }
 
 fn receive(args: &ReceiveArgs, common: &Common) -> u8 {
@@ -77,7 +68,7 @@ fn receive(args: &ReceiveArgs, common: &Common) -> u8 {
         code
     });
     if ended.silent {
-        return alone(common, ended.code);
+        return report::without_engine(common, String::new(), ended.code);
     }
     ended.code
 }

@@ -175,6 +175,16 @@ pub fn set_up_log(common: &Common) {
     }
 }
 
+/// Writes the ledger of a receive or restore, of mode `mode`, that has no engine to write it. Gives its exit code back.
+pub fn without_engine(common: &Common, mode: String, exit: u8) -> u8 {
+    Report::new(common).ledger(&Ledger {
+        mode,
+        exit,
+        ..Ledger::default()
+    });
+    exit
+}
+
 /// The voice of one run.
 #[derive(Debug)]
 pub struct Report {

@@ -81,12 +81,12 @@ pub fn run(args: &RestoreArgs, common: &Common) -> u8 {
         Ok(isolation) => isolation,
         Err(failure) => {
             Report::new(common).failure(&failure);
-            return alone(args, common, failure.exit_code());
+            return report::without_engine(common, mode(args), failure.exit_code());
         }
     };
     let wanted = Wanted::new(args.new_pid_ns, isolation.as_ref());
     let ended = pid_namespace::run(wanted, || supervised(args, common));
-    ended.unwrap_or_else(|code| alone(args, common, code))
+    ended.unwrap_or_else(|code| report::without_engine(common, mode(args), code))
 }
 
 /// What the copy must have for itself, if it is to be isolated. It looks into the image, and makes nothing.
@@ -108,7 +108,7 @@ fn isolation(args: &RestoreArgs, common: &Common) -> Result<Option<Isolation>, F
 fn supervised(args: &RestoreArgs, common: &Common) -> u8 {
     if let Some(missing) = check::first_missing() {
         eprintln!("pageferry: {missing}");
-        return alone(args, common, exit::HOST);
+        return report::without_engine(common, mode(args), exit::HOST);
     }
     let ended = supervise(|cradle| {
         let code = engine(args, common, cradle);
@@ -116,19 +116,9 @@ fn supervised(args: &RestoreArgs, common: &Common) -> u8 {
         code
     });
     if ended.silent {
-        return alone(args, common, ended.code);
+        return report::without_engine(common, mode(args), ended.code);
     }
     ended.code
-}
-
-/// The ledger of a restore that has no engine to write it.
-fn alone(args: &RestoreArgs, common: &Common, code: u8) -> u8 {
-    Report::new(common).ledger(&Ledger {
-        mode: mode(args),
-        exit: code,
-        ..Ledger::default()
-    });
-    code
 }
 
 fn mode(args: &RestoreArgs) -> String {
