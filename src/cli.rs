@@ -339,10 +339,12 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub new_pid_ns: bool,
     /// Run a copy for looking at, beside the original: in pid, network, IPC, UTS and mount namespaces of its own. It finds this
-    /// host's files, can write to private copies of those it writes, and reaches no network
+    /// host's files, can write to private copies of those it writes, and reaches no network; but whatever UNIX sockets and named
+    /// pipes it finds by path are this host's
     #[arg(long, conflicts_with = "from")]
     pub isolate: bool,
-    /// With --isolate: private copies of files may take so much memory together
+    /// With --isolate: private copies of files may take so much memory together, and what it writes to them and to each folder
+    /// made anew no more than that
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30, requires = "isolate")]
     pub isolate_limit: u64,
     /// Keep the process's monotonic and boot-time clocks going, in a time namespace, or let them jump to this host's

@@ -219,14 +219,16 @@ async fn dump(
             .map_err(Unwritten::Capture)?;
         frozen = again.unwrap_or(frozen);
         captured.tree.host = Some(this_host);
-        refresh_written(&mut captured.tree);
         let members = captured.tree.members();
         let mut memory = std::mem::take(&mut captured.moved);
         memory.retain(Moved::is_memory);
         let (image, compression) = (args.image.clone(), compression(args.compress));
         let cancelled = Arc::clone(&cancel);
         let writing = tokio::task::spawn_blocking(move || {
-            let Captured { tree, shared, .. } = captured;
+            let Captured {
+                mut tree, shared, ..
+            } = captured;
+            refresh_written(&mut tree)?;
             write(&image, tree, shared, origin, compression, &cancelled)
         });
         let written = writing.await.map_err(|_| Unwritten::Thread)?;
@@ -364,6 +366,8 @@ enum Unwritten {
     Capture(commit::Error),
     #[error("its memory cannot be read")]
     Memory(#[source] SourceError),
+    #[error("what it writes cannot be looked at")]
+    File(#[from] SourceError),
     #[error(transparent)]
     Store(#[from] store::Error),
     #[error("cancelled")]
@@ -435,7 +439,7 @@ fn check_place(path: &Path, resident_bytes: u64) -> Result<(), BoxError> {
 }
 
 /// The files it writes, as they are now that it is frozen: whether somebody else touches them later is told by that.
-fn refresh_written(tree: &mut Tree) {
+fn refresh_written(tree: &mut Tree) -> pageferry_pageserver::Result<()> {
     let spaces = tree
         .processes
         .iter_mut()
@@ -453,7 +457,7 @@ fn refresh_written(tree: &mut Tree) {
     mapped
         .chain(open)
         .filter(|file: &&mut FileIdentity| file.must_be_shared)
-        .for_each(identity::refresh);
+        .try_for_each(identity::refresh)
 }
 
 /// Writes all but the last step of an image, which gives it its name.

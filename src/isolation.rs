@@ -15,7 +15,8 @@ use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{
-    FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown, symlink,
+    FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    fchown, symlink,
 };
 use std::path::{Path, PathBuf};
 
@@ -49,6 +50,10 @@ pub struct Isolation {
     folders: BTreeMap<PathBuf, Folder>,
     /// Files in other folders that it gets copies of.
     files: BTreeSet<PathBuf>,
+    /// Bytes that each folder, and the copies of [`Isolation::files`] together, may take in memory.
+    space: u64,
+    /// Files below these may be written to while they are copied.
+    same_file: Vec<PathBuf>,
 }
 
 /// Entries of a folder that are not shown as they are.
@@ -61,12 +66,22 @@ struct Folder {
 }
 
 impl Isolation {
-    /// What `tree`, which is valid, needs. `limit`: bytes that copies of files may take together.
+    /// What `tree`, which is valid, needs. `limit`: bytes that copies of files may take together. `same_file`: paths below which
+    /// files are taken as they are.
     ///
     /// # Errors
     /// A sentence about each object that cannot be kept apart.
-    pub fn of(tree: &Tree, limit: u64) -> Result<Self, Vec<String>> {
-        let mut planned = Self::default();
+    pub fn of(tree: &Tree, limit: u64, same_file: &[PathBuf]) -> Result<Self, Vec<String>> {
+        let carried = tree.shared.iter().filter(|object| {
+            // Made anew where it was, and so in a folder's memory.
+            matches!(object.kind, Some(shared::Kind::Carried(_)))
+        });
+        let carried = carried.fold(0_u64, |sum, object| sum.saturating_add(object.size));
+        let mut planned = Self {
+            space: limit.saturating_add(carried),
+            same_file: same_file.to_vec(),
+            ..Self::default()
+        };
         let mut refusals = planned.make_room(tree);
         if Path::new(SHARED_MEMORY).is_dir() {
             planned.folders.entry(SHARED_MEMORY.into()).or_default();
@@ -198,15 +213,15 @@ impl Isolation {
     /// What could not be made: a clause.
     pub fn make(&self) -> Result<(), String> {
         let failed = |error: pageferry_tracee::Error| report::chain(&error);
-        surroundings::unshare_network_ipc_and_name().map_err(failed)?;
+        let network = surroundings::unshare_network_ipc_and_name().map_err(failed)?;
         surroundings::unshare_mounts_for_reading().map_err(failed)?;
         for (path, folder) in &self.folders {
-            folder.make(path)?;
+            folder.make(path, self)?;
         }
         self.place_copies()?;
         process::mount_proc().map_err(failed)?;
         // Who is bound to an address of this host is so in there.
-        surroundings::allow_any_address().map_err(failed)
+        network.settle().map_err(failed)
     }
 
     fn place_copies(&self) -> Result<(), String> {
@@ -215,25 +230,54 @@ impl Isolation {
         }
         let failed = |error: pageferry_tracee::Error| report::chain(&error);
         let aside = Path::new(ASIDE);
-        surroundings::mount_memory(aside, 0o700, 0, 0).map_err(failed)?;
+        surroundings::mount_memory(aside, self.space, 0o700, 0, 0).map_err(failed)?;
         for (number, path) in self.files.iter().enumerate() {
             let copy = aside.join(number.to_string());
-            copy_file(path, &copy).map_err(|error| uncopied(path, &error))?;
+            self.copy(path, &copy, path)?;
             surroundings::bind(&copy, path).map_err(failed)?;
         }
         surroundings::take_off(aside).map_err(failed)
     }
+
+    /// Copies what is found at `from` and known as `path`.
+    fn copy(&self, from: &Path, to: &Path, path: &Path) -> Result<(), String> {
+        let failed = |error: io::Error| {
+            let shown = path.display();
+            match error.kind() {
+                io::ErrorKind::StorageFull => {
+                    format!(
+                        "file {shown} cannot be copied: the copies take more than --isolate-limit"
+                    )
+                }
+                _ => format!("file {shown} cannot be copied: {error}"),
+            }
+        };
+        let same = copy_file(from, to).map_err(failed)?;
+        if same {
+            return Ok(());
+        }
+        let shown = path.display();
+        if !self.same_file.iter().any(|prefix| path.starts_with(prefix)) {
+            return Err(format!(
+                "file {shown} cannot be copied: it was written to meanwhile (try again while it is not, or --same-file {shown} to go on)"
+            ));
+        }
+        tracing::warn!("file {shown} was written to while it was copied");
+        Ok(())
+    }
 }
 
 impl Folder {
-    fn make(&self, path: &Path) -> Result<(), String> {
+    /// Makes it at `path`, as a part of `all`.
+    fn make(&self, path: &Path, all: &Isolation) -> Result<(), String> {
         let failed = |error: pageferry_tracee::Error| report::chain(&error);
         let refused =
             |error: io::Error| format!("folder {} cannot be made anew: {error}", path.display());
         let aside = Path::new(ASIDE);
         let was = fs::metadata(path).map_err(refused)?;
         surroundings::bind(path, aside).map_err(failed)?;
-        surroundings::mount_memory(path, was.mode(), was.uid(), was.gid()).map_err(failed)?;
+        surroundings::mount_memory(path, all.space, was.mode(), was.uid(), was.gid())
+            .map_err(failed)?;
         for entry in fs::read_dir(aside).map_err(refused)? {
             let entry = entry.map_err(refused)?;
             let name = entry.file_name();
@@ -242,13 +286,20 @@ impl Folder {
             }
             let (from, to) = (aside.join(&name), path.join(&name));
             if self.copied.contains(&name) {
-                copy_file(&from, &to).map_err(|error| uncopied(&to, &error))?;
+                all.copy(&from, &to, &to)?;
                 continue;
             }
             let kind = entry.file_type().map_err(refused)?;
+            // Whoever opens the original's, or another program's, has its other end on the line: no mount keeps that apart.
+            if kind.is_socket() || kind.is_fifo() {
+                continue;
+            }
             if kind.is_symlink() {
-                let target = fs::read_link(&from).map_err(refused)?;
-                symlink(target, &to).map_err(refused)?;
+                match fs::read_link(&from) {
+                    Ok(target) => symlink(target, &to).map_err(refused)?,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(refused(error)),
+                }
                 continue;
             }
             let place = if kind.is_dir() {
@@ -257,14 +308,21 @@ impl Folder {
                 File::create_new(&to).map(drop)
             };
             place.map_err(refused)?;
-            surroundings::bind(&from, &to).map_err(failed)?;
+            match surroundings::bind(&from, &to) {
+                // Somebody has removed it since it was listed: files come and go, in here above all.
+                Err(_) if fs::symlink_metadata(&from).is_err() => {
+                    let gone = if kind.is_dir() {
+                        fs::remove_dir(&to)
+                    } else {
+                        fs::remove_file(&to)
+                    };
+                    gone.map_err(refused)?;
+                }
+                bound => bound.map_err(failed)?,
+            }
         }
         surroundings::take_off(aside).map_err(failed)
     }
-}
-
-fn uncopied(path: &Path, error: &io::Error) -> String {
-    format!("file {} cannot be copied: {error}", path.display())
 }
 
 /// Why `folder`, which is there, cannot be made anew; `None`: it can.
@@ -292,8 +350,8 @@ fn holder(tree: &Tree, id: u32) -> String {
     found.unwrap_or_else(|| format!("open file {id}"))
 }
 
-/// With its holes, owners, mode and time.
-fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
+/// With its holes, owners, mode and time. Whether it is what the file still is: nobody was seen to write to that meanwhile.
+fn copy_file(from: &Path, to: &Path) -> io::Result<bool> {
     let source = File::open(from)?;
     let before = source.metadata()?;
     let mut options = OpenOptions::new();
@@ -307,7 +365,11 @@ fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
         while at < end {
             let len = usize::try_from(PIECE_LEN.min(end - at)).unwrap_or(0);
             let bytes = &mut piece[..len];
-            source.read_exact_at(bytes, at)?;
+            match source.read_exact_at(bytes, at) {
+                // It became shorter.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                read => read?,
+            }
             copy.write_all_at(bytes, at)?;
             at += len as u64;
         }
@@ -316,12 +378,7 @@ fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
     // Behind the owner, whose change takes the set-user-id bit away.
     copy.set_permissions(Permissions::from_mode(before.mode() & 0o7777))?;
     copy.set_modified(before.modified()?)?;
-    if state(&source.metadata()?) == state(&before) {
-        return Ok(());
-    }
-    Err(io::Error::other(
-        "it was written to meanwhile (try again while it is not)",
-    ))
+    Ok(state(&source.metadata()?) == state(&before))
 }
 
 fn state(metadata: &Metadata) -> (u64, i64, i64) {
@@ -394,9 +451,9 @@ mod tests {
             file: 3,
             ..Lock::default()
         });
-        let planned = Isolation::of(&tree, 1 << 20).expect("there is room");
+        let planned = Isolation::of(&tree, 1 << 20, &[]).expect("there is room");
         assert_eq!(planned.files, [path("locked"), path("written")].into());
-        let refusals = Isolation::of(&tree, 20_000).expect_err("one of them is too much");
+        let refusals = Isolation::of(&tree, 20_000, &[]).expect_err("one of them is too much");
         assert_eq!(refusals.len(), 1, "{refusals:?}");
         assert!(refusals[0].contains("written") && refusals[0].contains("--isolate-limit"));
     }
@@ -417,13 +474,13 @@ mod tests {
             fifo(&folder.join("fifo")),
             regular(&folder.join("written"), true),
         ];
-        let planned = Isolation::of(&tree(kinds), 1 << 20).expect("there is room");
+        let planned = Isolation::of(&tree(kinds), 1 << 20, &[]).expect("there is room");
         assert!(planned.files.is_empty());
         let made = &planned.folders[&folder];
         assert_eq!(made.made, ["fifo".into()].into());
         assert_eq!(made.copied, ["written".into()].into());
         for nowhere in ["/fifo", "/dev/fifo"] {
-            let refusals = Isolation::of(&tree(vec![fifo(Path::new(nowhere))]), 0);
+            let refusals = Isolation::of(&tree(vec![fifo(Path::new(nowhere))]), 0, &[]);
             assert!(refusals.is_err_and(|all| all[0].contains("kept apart")));
         }
     }
@@ -441,12 +498,41 @@ mod tests {
                 ..Socket::default()
             })])
         };
-        let refusals = Isolation::of(&bound(b"eth0\0"), 0).expect_err("there is none");
+        let refusals = Isolation::of(&bound(b"eth0\0"), 0, &[]).expect_err("there is none");
         assert!(
             refusals[0].starts_with("pid 77 fd 3: ") && refusals[0].contains("eth0"),
             "{refusals:?}"
         );
-        assert!(Isolation::of(&bound(b"lo\0"), 0).is_ok());
+        assert!(Isolation::of(&bound(b"lo\0"), 0, &[]).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_is_written_to_meanwhile_is_copied_only_if_that_is_said() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let from = folder.path().join("from");
+        fs::write(&from, vec![7; 16 << 20]).expect("written");
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let copies = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut file = OpenOptions::new().append(true).open(&from).expect("open");
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    io::Write::write_all(&mut file, b"more").expect("written");
+                }
+            });
+            let copies = [vec![], vec![folder.path().to_owned()]].map(|same_file| {
+                let to = folder.path().join(format!("to {}", same_file.len()));
+                let planned = Isolation {
+                    same_file,
+                    ..Isolation::default()
+                };
+                planned.copy(&from, &to, &from)
+            });
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            copies
+        });
+        let refusal = copies[0].as_ref().expect_err("it was written to");
+        assert!(refusal.contains("--same-file"), "{refusal}");
+        assert_eq!(copies[1], Ok(()));
     }
 
     #[test]
@@ -460,7 +546,7 @@ mod tests {
             .expect("set");
         file.set_modified(std::time::SystemTime::UNIX_EPOCH)
             .expect("set");
-        copy_file(&from, &to).expect("copied");
+        assert!(copy_file(&from, &to).expect("copied"));
         let (was, is) = (fs::metadata(&from), fs::metadata(&to));
         let (was, is) = (was.expect("there"), is.expect("there"));
         assert_eq!((state(&was), was.mode()), (state(&is), is.mode()));

@@ -35,6 +35,8 @@ const LOOK_PAUSE: Duration = Duration::from_millis(100);
 const EMPTY: u8 = 0;
 const PEOPLED: u8 = 1;
 const NEVER_BEGAN: u8 = 2;
+/// Not the end: the namespaces are made, and the verb begins.
+const SETTLED: u8 = 3;
 /// The signals that are meant for the worker.
 const HANDED_ON: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -108,12 +110,6 @@ fn front(wanted: Wanted<'_>, verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>
     .map_err(|error| report::chain(&error))?;
     drop(ends);
     let reached = format!("nsenter -t {reaper} {}", wanted.entered());
-    if let Wanted::Isolation(_) = wanted {
-        // It is there to be looked at while we wait for its end.
-        tracing::info!(
-            "the copy is in the namespaces of process {reaper}: look at it with {reached}"
-        );
-    }
     loop {
         let ready = process::wait_readable(&[signals.as_fd(), told.as_fd()], None)
             .map_err(|error| report::chain(&error))?;
@@ -131,6 +127,15 @@ fn front(wanted: Wanted<'_>, verb: impl FnOnce() -> u8) -> Result<Result<u8, u8>
             return Ok(Err(exit::LOST));
         }
         let [code, what] = ended;
+        if what == SETTLED {
+            if let Wanted::Isolation(_) = wanted {
+                // It is there to be looked at while we wait for its end.
+                tracing::info!(
+                    "the copy will be in the namespaces of process {reaper}: look at it with {reached}"
+                );
+            }
+            continue;
+        }
         if what == PEOPLED {
             tracing::info!(
                 "process 1 of the pid namespace is process {reaper} here: what runs in it is reached with {reached}"
@@ -184,6 +189,7 @@ fn reaper(
             if let Err(error) = named.and(alone) {
                 tracing::warn!("{}", report::chain(&error));
             }
+            let _ = tell.write_all(&[exit::DONE, SETTLED]);
             reap(worker, &signals, tell);
             exit::DONE
         }

@@ -19,6 +19,7 @@ use pageferry_restorer::rebuild::{Eager, Rebuilt};
 use pageferry_tracee::descriptor::PidFd;
 use pageferry_tracee::{host, process, procfs};
 use pageferry_wire::Phase;
+use pageferry_wire::message::Refusal;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -95,14 +96,24 @@ fn isolation(args: &RestoreArgs, common: &Common) -> Result<Option<Isolation>, F
         return Ok(None);
     };
     let image = Image::open(path).map_err(|error| Failure::Image(Box::new(error.into())))?;
-    let planned = Isolation::of(image.tree(), args.isolate_limit).map_err(|refusals| {
-        let report = Report::new(common);
-        for refusal in refusals {
-            report.refusal(&refusal);
+    let planned = Isolation::of(image.tree(), args.isolate_limit, &args.same_file);
+    // The copies are looked at again: whatever they are of may be written to until they are made.
+    let touched = plan::touched_files(image.tree(), &args.same_file);
+    let touched = touched.iter().map(shown);
+    match planned {
+        Ok(planned) if touched.len() == 0 => Ok(Some(planned)),
+        planned => {
+            let report = Report::new(common);
+            for refusal in planned.err().into_iter().flatten().chain(touched) {
+                report.refusal(&refusal);
+            }
+            Err(Failure::Refused)
         }
-        Failure::Refused
-    })?;
-    Ok(Some(planned))
+    }
+}
+
+fn shown(refusal: &Refusal) -> String {
+    format!("{}: {}", refusal.object, refusal.text)
 }
 
 fn supervised(args: &RestoreArgs, common: &Common) -> u8 {
@@ -228,7 +239,7 @@ async fn restore(
     };
     if !refusals.is_empty() {
         for refusal in &refusals {
-            report.refusal(&format!("{}: {}", refusal.object, refusal.text));
+            report.refusal(&shown(refusal));
         }
         return Err(Failure::Refused);
     }

@@ -1,9 +1,11 @@
 //! A copy in namespaces of its own runs beside the original, and neither finds anything that the other has done.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 
 use crate::ferry::Ferry;
 use crate::hosts::{Clocks, Host, Pair, eventually, ns_pids, skip};
@@ -34,12 +36,29 @@ fn a_copy_runs_beside_the_original_and_changes_nothing_of_it() {
     };
 
     // At once; page by page, while pageferry stays and ends as the copy does; and stopped until it is told to go on.
+    // Beside what it has there itself, for somebody else.
+    let folder = pair.path("isolated.state.d");
+    let [foreign_fifo, foreign_socket] =
+        ["foreign fifo", "foreign socket"].map(|name| folder.join(name));
+    nix::unistd::mkfifo(&foreign_fifo, Mode::from_bits_retain(0o666)).expect("mkfifo");
+    let _listener = UnixListener::bind(&foreign_socket).expect("bind");
+    fs::write(folder.join("foreign file"), "text").expect("written");
+    let many = pair
+        .a
+        .run("sh", &["-c", "echo 77 > /proc/sys/net/unix/max_dgram_qlen"]);
+    assert!(many.status.success(), "{many:?}");
+
     let image = dump(&subject, "first");
     let detached = ferry.restore(&image, &["--isolate", "--detach"]).wait();
     detached.must_exit(0);
     let inside = pair.a.nested().expect("it runs in namespaces of its own");
     let reached = format!("nsenter -t {} -p -m -n -i -u", ns_pids(inside.init)[1]);
     assert!(detached.stderr.contains(&reached), "{detached:?}");
+    let listed = inside.run("ls", &[folder.to_str().expect("it is ASCII")]);
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert_eq!(listed, "fifo\nforeign file\nsocket\n");
+    let queue = inside.run("cat", &["/proc/sys/net/unix/max_dgram_qlen"]);
+    assert_eq!(queue.stdout, b"77\n");
     the_copy_keeps_to_itself(&pair, &mut subject, &inside, "restored at once");
 
     let image = dump(&subject, "second");
@@ -59,6 +78,24 @@ fn a_copy_runs_beside_the_original_and_changes_nothing_of_it() {
     copy.signal(Signal::SIGCONT);
     the_copy_keeps_to_itself(&pair, &mut subject, &inside, "restored stopped");
     stopped.wait().must_exit(137);
+
+    // What is written through a mapping of a tmpfs changes nothing but the content.
+    let image = dump(&subject, "fourth");
+    subject.must_pass("once more");
+    let shared = pair.shared.to_str().expect("it is ASCII");
+    let options = ["--isolate", "--same-file", shared];
+    let refused = ferry.restore(&image, &options).wait();
+    refused.must_exit(7);
+    let refusals = refused.refusals();
+    let is_named = |text: &&str| text.contains("/dev/shm/") && text.contains("other content");
+    assert!(
+        refusals.len() == 1 && refusals.iter().any(is_named),
+        "{refusals:?}"
+    );
+    assert!(!refused.stderr.contains("nsenter"), "{refused:?}");
+    for name in [foreign_fifo, foreign_socket, folder.join("foreign file")] {
+        fs::remove_file(name).expect("it is ours");
+    }
     subject.end(&pair.a);
 }
 
@@ -136,6 +173,22 @@ fn what_cannot_be_kept_apart_is_refused_before_anything_is_made() {
     let is_named = |text: &&str| text.contains(file) && text.contains("--isolate-limit");
     assert!(refused.refusals().iter().any(is_named), "{refused:?}");
     assert!(pair.a.nested().is_none(), "something was made");
+
+    // What the copies may take, the copy may write, and a little more.
+    let options = ["--isolate", "--isolate-limit", "200000", "--detach"];
+    ferry.restore(&image, &options).wait().must_exit(0);
+    let inside = pair.a.nested().expect("it runs");
+    let write = format!("head -c 4000000 /dev/zero >> '{file}'");
+    let written = inside.run("sh", &["-c", &write]);
+    let said = String::from_utf8_lossy(&written.stderr);
+    assert!(said.contains("No space left on device"), "{said}");
+    subject
+        .copy_on(&inside)
+        .expect("it runs")
+        .signal(Signal::SIGKILL);
+    eventually("the namespaces to be gone", || {
+        pair.a.nested().is_none().then_some(())
+    });
     subject.must_pass("after the refusal");
     subject.end(&pair.a);
 }

@@ -11,6 +11,7 @@ use std::path::Path;
 use pageferry_image::model::memory::FileIdentity;
 use sha2::{Digest as _, Sha256};
 
+use crate::capture::files::{TMPFS, storage};
 use crate::{Error, Result};
 
 /// How carefully the target's files are compared with the source's (`--file-check`). Size and type are always compared.
@@ -85,14 +86,28 @@ pub(crate) fn outline(path: &str, metadata: &Metadata, must_be_shared: bool) -> 
 }
 
 /// Takes down size and time of a file anew, if it is still the same one: a program that had it open may have written to it since.
-pub fn refresh(identity: &mut FileIdentity) {
-    let same = std::fs::metadata(&identity.path)
+/// On a tmpfs its content too, since there what is written through a mapping does not change the time.
+///
+/// # Errors
+/// [`Error::File`]: its content cannot be read.
+pub fn refresh(identity: &mut FileIdentity) -> Result<()> {
+    let path = &identity.path;
+    let same = std::fs::metadata(path)
         .ok()
         .filter(|now| (now.dev(), now.ino()) == (identity.device, identity.inode));
-    if let Some(now) = same {
-        let now = outline(&identity.path, &now, identity.must_be_shared);
-        (identity.size, identity.mtime_ns) = (now.size, now.mtime_ns);
+    let Some(now) = same else {
+        return Ok(());
+    };
+    if now.is_file() && storage(path)? == TMPFS {
+        let content = File::open(path).and_then(|file| content_sha256(&file));
+        identity.content_sha256 = content.map_err(|source| Error::File {
+            path: path.clone(),
+            source,
+        })?;
     }
+    let now = outline(path, &now, identity.must_be_shared);
+    (identity.size, identity.mtime_ns) = (now.size, now.mtime_ns);
+    Ok(())
 }
 
 /// How a file that the program writes differs from what it was at rest; `None` if nobody has touched it.
@@ -101,7 +116,11 @@ pub fn touched(expected: &FileIdentity) -> Option<String> {
         must_be_shared: false,
         ..expected.clone()
     };
-    difference(&expected, FileCheck::Mtime)
+    let check = match expected.content_sha256.is_empty() {
+        true => FileCheck::Mtime,
+        false => FileCheck::Content,
+    };
+    difference(&expected, check)
 }
 
 /// How a file here differs from what the source has; `None` if it does not.

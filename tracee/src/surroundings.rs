@@ -20,6 +20,18 @@ const NONLOCAL: [&str; 2] = [
     "/proc/sys/net/ipv6/ip_nonlocal_bind",
 ];
 
+/// What says how much sockets hold, for all of a network namespace. A new one has the kernel's word for it and not its maker's: who
+/// has more than that in a queue could not have it again.
+const QUEUES: [&str; 2] = [
+    "/proc/sys/net/unix/max_dgram_qlen",
+    "/proc/sys/net/core/somaxconn",
+];
+
+/// Inodes of a file system in memory: for each page of its bytes, and some beside.
+const INODES_MIN: u64 = 1 << 14;
+/// Bytes of such a file system beside those it is asked for.
+const SPARE_LEN: u64 = 1 << 20;
+
 /// `struct mount_attr` (5.12).
 #[repr(C)]
 struct MountAttributes {
@@ -45,13 +57,47 @@ fn failed(what: &'static str, errno: Errno) -> Error {
 ///
 /// # Errors
 /// [`Error::Kernel`]: `EPERM` without CAP_SYS_ADMIN.
-pub fn unshare_network_ipc_and_name() -> Result<()> {
+pub fn unshare_network_ipc_and_name() -> Result<Network> {
+    let queues = QUEUES.map(|path| (path, std::fs::read_to_string(path).ok()));
     let all = libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     // SAFETY: no pointers.
     let answer = unsafe { libc::unshare(all) };
     Errno::result(answer)
         .map_err(|errno| failed("unshare(CLONE_NEWNET|CLONE_NEWIPC|CLONE_NEWUTS)", errno))?;
-    raise_loopback()
+    raise_loopback()?;
+    Ok(Network { queues })
+}
+
+/// A network of our own, which is not yet what it is to be.
+#[derive(Debug)]
+#[must_use]
+pub struct Network {
+    /// What there was on the host, by path.
+    queues: [(&'static str, Option<String>); 2],
+}
+
+impl Network {
+    /// Lets its sockets be bound to addresses that it has not, and hold as much as the host's. `/proc` must be one that can be
+    /// written to.
+    ///
+    /// # Errors
+    /// [`Error::Path`].
+    pub fn settle(self) -> Result<()> {
+        let everywhere = NONLOCAL.map(|path| (path, Some("1".to_owned())));
+        for (path, value) in everywhere.into_iter().chain(self.queues) {
+            let Some(value) = value else {
+                continue;
+            };
+            match std::fs::write(path, value) {
+                // A kernel without IPv6.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                written => {
+                    written.map_err(|error| Error::path("write", path, errno_of(&error)))?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 fn raise_loopback() -> Result<()> {
@@ -74,23 +120,6 @@ fn raise_loopback() -> Result<()> {
     Errno::result(answer)
         .map(drop)
         .map_err(|errno| failed("ioctl(SIOCSIFFLAGS)", errno))
-}
-
-/// Lets sockets of our network be bound to addresses that it has not. `/proc` must be one that can be written to.
-///
-/// # Errors
-/// [`Error::Path`].
-pub fn allow_any_address() -> Result<()> {
-    for path in NONLOCAL {
-        match std::fs::write(path, "1") {
-            // A kernel without IPv6.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            written => {
-                written.map_err(|error| Error::path("write", path, errno_of(&error)))?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Gives this process, and the children made from now on, mounts of their own, all of which may only be read. What is mounted on
@@ -124,12 +153,17 @@ pub fn unshare_mounts_for_reading() -> Result<()> {
         .map_err(|errno| failed("mount_setattr", errno))
 }
 
-/// Mounts an empty file system in memory on `folder`, whose own folder has this mode and these owners.
+/// Mounts an empty file system in memory on `folder`, for about `len` bytes, whose own folder has this mode and these owners.
 ///
 /// # Errors
 /// [`Error::Path`].
-pub fn mount_memory(folder: &Path, mode: u32, uid: u32, gid: u32) -> Result<()> {
-    let options = format!("mode={:o},uid={uid},gid={gid}", mode & 0o7777);
+pub fn mount_memory(folder: &Path, len: u64, mode: u32, uid: u32, gid: u32) -> Result<()> {
+    let options = format!(
+        "size={},nr_inodes={},mode={:o},uid={uid},gid={gid}",
+        len.saturating_add(SPARE_LEN),
+        (len / 4096).max(INODES_MIN),
+        mode & 0o7777
+    );
     nix::mount::mount(
         Some("pageferry"),
         folder,
@@ -180,14 +214,14 @@ mod tests {
         std::fs::write(folder.join("file"), "text").expect("it can be written");
         alone(|| {
             let child = fork(false, || {
-                unshare_network_ipc_and_name().expect("unshare");
+                let network = unshare_network_ipc_and_name().expect("unshare");
                 unshare_mounts_for_reading().expect("unshare");
                 let write = |path: &Path| std::fs::write(path, "more");
                 let is_refused =
                     |path: &Path| write(path).is_err_and(|error| errno_of(&error) == Errno::EROFS);
                 assert!(is_refused(&folder.join("file")) && is_refused(&folder.join("new")));
                 bind(&folder, Path::new("/proc")).expect("bind");
-                mount_memory(&folder, 0o1750, 1, 2).expect("mount");
+                mount_memory(&folder, 8 << 20, 0o1750, 1, 2).expect("mount");
                 write(&folder.join("file")).expect("it is in memory");
                 write(&folder.join("other")).expect("it is in memory");
                 bind(Path::new("/proc/file"), &folder.join("other")).expect("bind");
@@ -199,7 +233,7 @@ mod tests {
                     ("more".into(), "text".into())
                 );
                 mount_proc().expect("proc");
-                allow_any_address().expect("it is ours");
+                network.settle().expect("it is ours");
                 let listener = std::net::TcpListener::bind("192.0.2.7:0");
                 listener.expect("nobody has that address, and it can be bound");
                 std::net::UdpSocket::bind("127.0.0.1:0")

@@ -564,6 +564,7 @@ mod tests {
     #[test]
     fn every_kind_has_one_row_in_the_coverage_table() {
         let text = include_str!("../../../docs/coverage.md");
+        let (_, text) = text.split_once("\n## Refused by name").expect("a heading");
         let rows: Vec<&str> = text
             .lines()
             .filter_map(|line| {

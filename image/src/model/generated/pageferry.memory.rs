@@ -69,7 +69,7 @@ pub struct FileIdentity {
     /// ELF .note.gnu.build-id, empty if none
     #[prost(bytes = "vec", tag = "5")]
     pub build_id: ::prost::alloc::vec::Vec<u8>,
-    /// only with --file-check content
+    /// with --file-check content, and of files the tree writes on a tmpfs
     #[prost(bytes = "vec", tag = "6")]
     pub content_sha256: ::prost::alloc::vec::Vec<u8>,
     /// open for writing or mapped shared and writable: same file, not a copy
