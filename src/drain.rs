@@ -16,7 +16,7 @@ use crate::{origin, report};
 /// Batches that may wait for the driver before a link's reader pauses: QUIC's flow control then slows the source down.
 const BATCHES_WAITING_MAX: usize = 64;
 
-/// Takes charge of the rebuilt processes of a tree that does not run yet. Must be called inside a tokio runtime.
+/// Takes charge of the rebuilt memory of a tree that does not run yet. Must be called inside a tokio runtime.
 ///
 /// # Errors
 /// The tree must then never run.
@@ -27,7 +27,8 @@ pub fn start(
 ) -> Result<(Driver, DriverHandle), FaultError> {
     let memories = rebuilt.into_iter().map(|rebuilt| {
         let Rebuilt {
-            pid,
+            object,
+            pids,
             uffd,
             lazy,
             resident,
@@ -35,7 +36,8 @@ pub fn start(
             wipe_on_fork,
         } = rebuilt;
         Memory {
-            pid,
+            object,
+            pids,
             uffd,
             lazy,
             resident,

@@ -323,6 +323,7 @@ objects! {
     programs_that_make_children_all_the_time_cross: "restless", ORDINARY, Behind;
     descriptors_that_processes_share_cross: "shared_descriptors", ORDINARY, FarAhead;
     tables_and_directories_of_several_processes_cross: "sharing", ORDINARY, FarAhead;
+    processes_in_one_memory_cross_in_one: "common_memory", ORDINARY, Behind;
     unix_sockets_cross_with_names_and_connections: "unix_sockets", ORDINARY, Behind;
     descriptors_in_flight_cross_and_reach_what_they_did: "descriptors_in_flight", ORDINARY, FarAhead;
     messages_tell_who_sent_them_elsewhere_too: "message_senders", ORDINARY, Behind;

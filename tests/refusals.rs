@@ -168,17 +168,17 @@ fn what_travels_in_a_message_and_cannot_cross_is_refused_by_name() {
 
 /// What comes about at birth only, and cannot in the order in which there are births.
 #[test]
-fn processes_in_one_memory_and_tables_that_cross_are_refused_by_name() {
+fn memory_and_tables_that_cannot_come_to_a_process_are_refused_by_name() {
     if skip().is_some() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    for (argument, what) in [
-        ("memory", "shares its memory with process"),
-        ("crossed", "shares its descriptor table with process"),
+    for (name, argument, what) in [
+        ("common_memory", "parted", "shares its memory with process"),
+        ("sharing", "crossed", "shares its descriptor table with process"),
     ] {
-        let mut subject = Subject::start(&pair, &pair.a, "sharing", ORDINARY, &[argument])
-            .expect("it needs nothing");
+        let mut subject =
+            Subject::start(&pair, &pair.a, name, ORDINARY, &[argument]).expect("it needs nothing");
         let finished = refused(&Ferry::new(&pair), &mut subject);
         let said = subject.lines();
         let pid = said.iter().find_map(|line| line.strip_prefix("REFUSED "));

@@ -154,14 +154,17 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     let unknown = places.difference(&survey.locks).copied().collect();
     refusals.extend(locks::held_outside(&pids, &unknown)?);
     let mut members = Vec::with_capacity(stats.len());
+    let mut homes: BTreeMap<i32, Home> = BTreeMap::new();
     for (pid, stat) in stats {
         look.pid = pid;
-        let surveyed = survey.members.get(&pid).or(newcomers.get(&pid));
+        if !common.memory.contains_key(&pid) {
+            let surveyed = survey.members.get(&pid).or(newcomers.get(&pid));
+            homes.insert(pid, Home::of(&mut look, surveyed, &mut refusals)?);
+        }
         members.extend(Outside::of(
             &mut look,
             family.member(pid)?,
             stat,
-            surveyed,
             &mut refusals,
         )?);
     }
@@ -183,20 +186,44 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     };
     let mut pages = Vec::with_capacity(members.len());
     let mut clocks = Vec::with_capacity(members.len());
+    let mut first_touch: BTreeMap<i32, Vec<PageRange>> = BTreeMap::new();
     let count = members.len();
     for (index, member) in members.into_iter().enumerate() {
         look.pid = member.pid;
         // Timers of files belong to no process: with the last one the tree's time is read.
         let timerfds = (index + 1 == count).then_some((table.files.as_mut_slice(), timerfds_read));
         let descriptors = table.descriptors.remove(&member.pid).unwrap_or_default();
-        let tracee = family.member(member.pid)?;
-        let mut inside = member.ask(&mut look, tracee, descriptors, &cpus, timerfds)?;
-        let pid = inside.process.pid;
+        let pid = member.pid;
+        let memory_of = common.memory.get(&pid).copied().unwrap_or(0);
+        let home = homes.get(&if memory_of == 0 { pid } else { memory_of });
+        let home = home.ok_or(pageferry_tracee::Error::Gone { pid: memory_of })?;
+        let work = (descriptors, memory_of);
+        let mut inside = member.ask(&mut look, family, home, work, &cpus, timerfds)?;
         inside.process.table_of = common.tables.get(&pid).copied().unwrap_or(0);
         inside.process.directory_of = common.directories.get(&pid).copied().unwrap_or(0);
+        inside.process.memory_of = memory_of;
+        inside.process.actions_of = common.actions.get(&pid).copied().unwrap_or(0);
+        if inside.process.actions_of != 0 {
+            inside.process.actions.clear();
+        }
         tree.processes.push(inside.process);
         pages.push(inside.pages);
         clocks.push(inside.clocks_ns);
+        first_touch.entry(home.pid).or_insert_with(Vec::new).append(&mut inside.first_touch);
+    }
+    for (process, pages) in tree.processes.iter_mut().zip(&mut pages) {
+        // What the others in its memory touch first is there when they are.
+        let Some(touched) = first_touch.remove(&process.pid) else {
+            continue;
+        };
+        pages.eager = memory::merge([std::mem::take(&mut pages.eager), touched.clone()].concat());
+        process.first_touch = memory::merge(touched)
+            .into_iter()
+            .map(|range| model::Range {
+                start: range.start,
+                end: range.end,
+            })
+            .collect();
     }
     // One time for all: what had been left of the timers of those that were asked before the last has become less.
     let now = clocks.last().copied().unwrap_or_default();
@@ -278,7 +305,6 @@ fn ordered(root: i32, pids: &[i32]) -> Result<Ordered> {
     }
     let common = Common::of(&rows)?;
     refusals.extend(relations::making(&rows, &zombies, &common).1);
-    refusals.extend(common.refusals());
     Ok(Ordered {
         rows,
         zombies,
@@ -317,21 +343,48 @@ fn newcomers(
     Ok(found)
 }
 
+/// The memory of a frozen process, and of those that share it.
+struct Home {
+    pid: i32,
+    vmas: Vec<Vma>,
+    guards: Vec<PageRange>,
+}
+
+impl Home {
+    fn of(
+        look: &mut Look<'_>,
+        surveyed: Option<&Member>,
+        refusals: &mut Vec<Refusal>,
+    ) -> Result<Self> {
+        let pid = look.pid;
+        let (known, guards) = surveyed.map_or((&[][..], &[][..]), |surveyed| {
+            (&surveyed.vmas[..], &surveyed.guards[..])
+        });
+        let vmas = memory::frozen_mappings(pid, known)?;
+        refusals.extend(memory::refusals(look, &vmas)?);
+        Ok(Self {
+            pid,
+            guards: frozen_guards(pid, &vmas, guards)?,
+            vmas,
+        })
+    }
+}
+
 /// What is had of a frozen process without asking it.
 struct Outside {
     pid: i32,
     stat: procfs::Stat,
-    vmas: Vec<Vma>,
     seen: Vec<task::Seen>,
     exe: FileIdentity,
     cwd: String,
-    guards: Vec<PageRange>,
 }
 
 /// And what it told.
 struct Inside {
     process: Process,
     pages: Pages,
+    /// Pages of its memory that its threads touch first, and its arguments.
+    first_touch: Vec<PageRange>,
     /// When it was asked: the tree's monotonic, boot time and real-time clock.
     clocks_ns: [u64; 3],
 }
@@ -342,15 +395,9 @@ impl Outside {
         look: &mut Look<'_>,
         tracee: &Tracee,
         stat: procfs::Stat,
-        surveyed: Option<&Member>,
         refusals: &mut Vec<Refusal>,
     ) -> Result<Option<Self>> {
         let pid = look.pid;
-        let (known, guards) = surveyed.map_or((&[][..], &[][..]), |surveyed| {
-            (&surveyed.vmas[..], &surveyed.guards[..])
-        });
-        let vmas = memory::frozen_mappings(pid, known)?;
-        refusals.extend(memory::refusals(look, &vmas)?);
         refusals.extend(timers::refusals(pid)?);
         let mut seen = Vec::with_capacity(tracee.tids().len());
         for &tid in tracee.tids() {
@@ -381,35 +428,37 @@ impl Outside {
         Ok(Some(Self {
             pid,
             stat,
-            guards: frozen_guards(pid, &vmas, guards)?,
-            vmas,
             seen,
             exe,
             cwd,
         }))
     }
 
-    /// Asks it for the rest.
+    /// Asks it for the rest. Of `home`, its memory, it tells if that is its own: if it has that of nobody.
     fn ask(
         self,
         look: &mut Look<'_>,
-        tracee: &mut Tracee,
-        descriptors: Vec<Descriptor>,
+        family: &mut Family,
+        home: &Home,
+        (descriptors, memory_of): (Vec<Descriptor>, i32),
         cpus: &Cpus,
         timerfds: Option<(&mut [File], host::Clocks)>,
     ) -> Result<Inside> {
         let Self {
             pid,
             stat,
-            vmas,
             seen,
             exe,
             cwd,
-            guards,
         } = self;
-        let copied = memory::copied_file_pages(pid, &vmas)?;
+        let Home { vmas, guards, .. } = home;
+        let is_owner = memory_of == 0;
+        let copied = match is_owner {
+            true => memory::copied_file_pages(pid, vmas)?,
+            false => Vec::new(),
+        };
         let posix_timers = procfs::posix_timers(pid)?;
-        let pending = signals::pending(tracee, pid, true)?;
+        let pending = signals::pending(family.member(pid)?, pid, true)?;
         let umask = seen.first().map_or(0, |leader| leader.status().umask);
         let locked_bytes: u64 = vmas
             .iter()
@@ -432,7 +481,7 @@ impl Outside {
             ..Process::default()
         };
 
-        let mut injection = tracee.plant(None)?;
+        let mut injection = family.plant(pid)?;
         let asked = ask(
             &mut injection,
             &mut process,
@@ -447,7 +496,8 @@ impl Outside {
             procfs::status(pid, pid)?.vm_lck_kib * 1024 >= locked_bytes + (agent.end - agent.start)
         };
         injection.cure()?;
-        let (answered, first_touch) = asked?;
+        let (answered, touched) = asked?;
+        let tracee: &Tracee = family.member(pid)?;
         let mut since = timers::since(&process.pending, signals::pending(tracee, pid, true)?);
         for thread in &process.threads {
             let now = signals::pending(tracee, thread.tid, false)?;
@@ -460,40 +510,30 @@ impl Outside {
             thp_disabled: answered.thp_disabled,
             lock_future,
         };
-        process.space = Some(memory::space(look, &vmas, &guards, &stat, asked, exe)?);
+        if is_owner {
+            process.space = Some(memory::space(look, vmas, guards, &stat, asked, exe)?);
+            process.membarrier = answered.membarrier;
+        }
         process.dumpable = answered.dumpable;
         process.child_subreaper = answered.child_subreaper;
-        process.membarrier = answered.membarrier;
         // /proc/PID/cmdline and environ are read by others, without a fault: a missing page would show as an empty line in ps.
         let arguments = [
             (stat.arg_start, stat.arg_end),
             (stat.env_start, stat.env_end),
         ];
-        let mut eager = memory::first_touch_pages(&first_touch, &arguments, &vmas, &guards);
-        process.first_touch = memory::merge(eager.clone())
-            .into_iter()
-            .map(|range| model::Range {
-                start: range.start,
-                end: range.end,
-            })
-            .collect();
-        eager.extend(copied);
-        let lazy = vmas
-            .iter()
-            .filter(|vma| memory::is_lazy(memory::classify(vma).ok().flatten()))
-            .map(|vma| PageRange {
-                start: vma.start,
-                end: vma.end,
-            })
-            .collect();
-        let lazy = memory::without(memory::merge(lazy), &guards);
+        let first_touch = memory::first_touch_pages(&touched, &arguments, vmas, guards);
+        let lazy = match is_owner {
+            true => memory::lazy(vmas, guards),
+            false => Vec::new(),
+        };
         Ok(Inside {
             process,
             pages: Pages {
                 pid,
-                eager: memory::merge(eager),
+                eager: copied,
                 lazy,
             },
+            first_touch,
             clocks_ns: [
                 answered.monotonic_ns,
                 answered.boottime_ns,

@@ -106,7 +106,7 @@ pub struct Survey {
 }
 
 /// What the freeze need not look for again, by process.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Member {
     pub(crate) vmas: Vec<Vma>,
     /// Guard regions of private mappings.
@@ -196,11 +196,13 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found.comm = procfs::status(root, root)?.name;
     found.clock_offsets_ns = procfs::timens_offsets(root)?;
     found.notes.extend(identity_notes(root, &stat));
+    let memory = relations::memories(&pids)?;
     let mut tables = Vec::new();
     let (mut stats, mut zombies) = (Vec::new(), Vec::new());
     for &pid in &pids {
         look.pid = pid;
-        match member(&mut look, root, &mut found, &mut zombies) {
+        let host = memory.get(&pid).copied();
+        match member(&mut look, root, host, &mut found, &mut zombies) {
             Ok(Some((stat, entries))) => {
                 tables.push((pid, entries));
                 stats.push((pid, stat));
@@ -214,7 +216,8 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     let common = Common::of(&stats)?;
     let (helpers, refusals) = relations::making(&stats, &zombies, &common);
     found.refusals.extend(refusals);
-    found.refusals.extend(common.refusals());
+    let in_vfork = relations::in_vfork(&stats, &common.memory)?;
+    found.refusals.extend(in_vfork);
     // A table is looked at once.
     for (pid, entries) in &mut tables {
         if common.tables.contains_key(pid) {
@@ -266,10 +269,11 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
 }
 
 /// Adds what one process has to `found`; its row in the process table and its descriptors. `None`: it is refused as a whole, or
-/// has ended and is one of `zombies`.
+/// has ended and is one of `zombies`. What is in the memory of `host` has been looked at there.
 fn member(
     look: &mut Look<'_>,
     root: i32,
+    host: Option<i32>,
     found: &mut Survey,
     zombies: &mut Vec<Zombie>,
 ) -> Result<Option<(procfs::Stat, Vec<DescriptorEntry>)>> {
@@ -315,6 +319,12 @@ fn member(
     threads(pid, &tids, false, &mut refusals)?;
     refusals.extend(timers::refusals(pid)?);
     let entries = procfs::descriptors(pid)?;
+    if let Some(shared) = host.and_then(|host| found.members.get(&host)).cloned() {
+        found.refusals.extend(refusals);
+        found.tids.extend(tids);
+        found.members.insert(pid, shared);
+        return Ok(Some((stat, entries)));
+    }
     let all = procfs::smaps(pid)?;
     let agents = leftover::find(pid, &all)?;
     let is_left = |vma: &Vma| {

@@ -8,6 +8,8 @@
 //! those that had ended end. Then the UNIX sockets are made, which know by whom and may be connected over any two processes, and
 //! the open files that travel in their messages. Then each process is built, parents first. Any other open file that several have is made once, when the first of them is built, and
 //! handed to each. Shared objects are made and filled before the husks are touched, and sealed when the last process is built.
+//! Memory that several processes have is made with the first of them; the others, which were born into its husk, get an agent of
+//! their own in it and skip steps 2 and 4 to 7 below.
 //!
 //! Order within a process, and why:
 //! 1. plant the agent in a hole that both the husk and the final layout leave free;
@@ -154,11 +156,14 @@ impl Eager {
     }
 }
 
-/// A rebuilt process: every thread stopped with its final registers, memory registered with the run userfaultfd.
+/// Rebuilt memory, registered with the run userfaultfd: that of one process, or of several, whose threads all stand stopped with
+/// their final registers.
 #[derive(Debug)]
 pub struct Rebuilt {
-    /// Its process id.
-    pub pid: i32,
+    /// Whose pages these are on the source, or in an image.
+    pub object: u32,
+    /// The processes that have it: its owner first.
+    pub pids: Vec<i32>,
     /// The run userfaultfd (events on, kernel-mode faults taken). Nothing was read from it yet.
     pub uffd: Uffd,
     /// Ranges whose pages are fetched on demand, ascending.
@@ -322,8 +327,8 @@ impl<'w, 'i> Work<'w, 'i> {
 }
 
 /// Rebuilds `tree` in the husk that `family` consists of, frozen, and in those it makes, and leaves all stopped, ready for their
-/// first instruction. What is returned is in the order of the tree; the files that were made go again unless they are kept; the
-/// locks are those that somebody else had, perhaps the source.
+/// first instruction. The memory that is returned is in the order of the tree, each once; the files that were made go again unless
+/// they are kept; the locks are those that somebody else had, perhaps the source.
 ///
 /// `clock` tells the tree's time at this moment: timers lose what has passed since the capture.
 /// On `Err` the husks are of no further use: kill them.
@@ -354,12 +359,29 @@ pub fn rebuild(
     let passed = || Ok(timers::since_capture(tree, clock()?));
     sockets::unix::make(family, tree, &mut names, &mut files, passed)?;
     let mut rebuilt = Vec::with_capacity(tree.processes.len());
+    // Where in that the memory of each owner is.
+    let mut homes: BTreeMap<i32, usize> = BTreeMap::new();
     for (object, process) in (1..).zip(&tree.processes) {
-        let eager = pages.remove(&object).unwrap_or_default();
+        let eager = if process.memory_of == 0 {
+            pages.remove(&object).unwrap_or_default()
+        } else {
+            family.move_in(process.pid, process.memory_of)?;
+            Vec::new()
+        };
         let member = family.member(process.pid)?;
-        rebuilt.push(rebuild_process(
-            member, process, tree, &mut files, &eager, &clock,
-        )?);
+        let work = (object, process, eager.as_slice());
+        match rebuild_process(member, work, tree, &mut files, &clock)? {
+            Some(memory) => {
+                homes.insert(process.pid, rebuilt.len());
+                rebuilt.push(memory);
+            }
+            None => {
+                let home = homes.get(&process.memory_of);
+                if let Some(home) = home.and_then(|&home| rebuilt.get_mut(home)) {
+                    home.pids.push(process.pid);
+                }
+            }
+        }
     }
     files.locks.rebuild_last(family, tree)?;
     let waiting = files.locks.into_waiting();
@@ -375,18 +397,21 @@ pub fn rebuild(
     }
 }
 
+/// What a husk becomes: the number of its memory, the process, and the pages of that memory that are there already.
+type Becoming<'a> = (u32, &'a Process, &'a [EagerPage]);
+
+/// Gives the memory if it is the process' own.
 fn rebuild_process(
     husk: &mut Tracee,
-    process: &Process,
+    becoming: Becoming<'_>,
     tree: &Tree,
     files: &mut files::Files,
-    eager: &[EagerPage],
     clock: &impl Fn() -> pageferry_tracee::Result<Clocks>,
-) -> Result<Rebuilt> {
+) -> Result<Option<Rebuilt>> {
+    let (_, process, _) = becoming;
     let pid = process.pid;
-    let space = process
-        .space
-        .as_ref()
+    let space = tree
+        .space_of(process)
         .ok_or_else(|| model::Invalid::new("the process", "has no memory"))?;
     let hole = memory::hole_for_agent(
         space,
@@ -394,7 +419,7 @@ fn rebuild_process(
         process.threads.len(),
     )?;
     let mut injection = husk.plant_with_room(Some(hole), process.threads.len())?;
-    let built = build(&mut injection, process, space, tree, files, eager, clock);
+    let built = build(&mut injection, becoming, space, tree, files, clock);
     let (rebuilt, starts) = match built {
         Ok(built) => built,
         Err(error) => {
@@ -408,29 +433,32 @@ fn rebuild_process(
     Ok(rebuilt)
 }
 
-/// Everything between plant and finish.
+/// Everything between plant and finish. `space` may be another's: that has been made then.
 fn build(
     injection: &mut Injection<'_>,
-    process: &Process,
+    becoming: Becoming<'_>,
     space: &Space,
     tree: &Tree,
     files: &mut files::Files,
-    eager: &[EagerPage],
     clock: &impl Fn() -> pageferry_tracee::Result<Clocks>,
-) -> Result<(Rebuilt, Vec<ThreadStart>)> {
+) -> Result<(Option<Rebuilt>, Vec<ThreadStart>)> {
+    let (_, process, _) = becoming;
     let pid = process.pid;
     let agent = injection.mapping();
-    memory::clear(injection, pid)?;
-    memory::map_vdso(injection, pid, space)?;
+    let is_owner = process.memory_of == 0;
+    if is_owner {
+        memory::clear(injection, pid)?;
+        memory::map_vdso(injection, pid, space)?;
+    }
     task::limits_first(injection, process, tree)?;
     task::take_ids(injection, process)?;
 
     let mut handed = files::Handover::new(process, tree);
     handed.begin(injection)?;
-    memory::map(injection, pid, space, &mut handed, &files.objects)?;
-    memory::set_mm(injection, pid, space, &mut handed)?;
-    let uffd = memory::register(injection, pid, space)?;
-    let (resident, zeros) = memory::install(pid, space, &process.first_touch, &uffd, eager)?;
+    let rebuilt = match is_owner {
+        true => Some(make_memory(injection, becoming, space, files, &mut handed)?),
+        false => None,
+    };
 
     let passed = || Ok(timers::since_capture(tree, clock()?));
     files.rebuild(injection, process, tree, &mut handed, passed)?;
@@ -449,8 +477,22 @@ fn build(
     task::rebuild_threads(injection, process)?;
 
     memory::verify(pid, space, &agent)?;
-    let starts = task::starts(process)?;
+    Ok((rebuilt, task::starts(process)?))
+}
 
+/// Makes the mappings of a husk that has been emptied, and the pages that must be there at the first instruction.
+fn make_memory(
+    injection: &mut Injection<'_>,
+    (object, process, eager): Becoming<'_>,
+    space: &Space,
+    files: &files::Files,
+    handed: &mut files::Handover,
+) -> Result<Rebuilt> {
+    let pid = process.pid;
+    memory::map(injection, pid, space, handed, &files.objects)?;
+    memory::set_mm(injection, pid, space, handed)?;
+    let uffd = memory::register(injection, pid, space)?;
+    let (resident, zeros) = memory::install(pid, space, &process.first_touch, &uffd, eager)?;
     let (mut lazy, mut wipe_on_fork) = (Vec::new(), Vec::new());
     for mapping in space.mappings.iter().filter(|m| m.kind() == Kind::Anon) {
         let range = PageRange {
@@ -465,15 +507,15 @@ fn build(
             wipe_on_fork.push(range);
         }
     }
-    let rebuilt = Rebuilt {
-        pid,
+    Ok(Rebuilt {
+        object,
+        pids: vec![pid],
         uffd,
         lazy,
         resident,
         zeros,
         wipe_on_fork,
-    };
-    Ok((rebuilt, starts))
+    })
 }
 
 /// Object names of the mappings, as operators read them.

@@ -1,7 +1,7 @@
 /* Processes, none of them threads of each other, that have a descriptor table or a working directory and umask in common, as
  * clone(2) gives it: with a child, a grandchild, a sibling, and with one whose maker is gone. What one does all find that share
- * it, and nobody else. A record lock is one table's: whoever of those that have it closes the file, which all map, gives it up. With an argument there is one more that cannot be carried: "memory", a child in our own memory;
- * "crossed", two children with one table whose parent shares its own with us. On SIGTERM it leaves a child behind, which ends by
+ * it, and nobody else. A record lock is one table's: whoever of those that have it closes the file, which all map, gives it up. With "crossed" there are two more that cannot be carried: children
+ * with one table whose parent shares its own with us. On SIGTERM it leaves a child behind, which ends by
  * itself, and ends with 7. */
 #include "subject.h"
 #include <alloca.h>
@@ -89,14 +89,7 @@ static int rest(void *nothing) {
 }
 
 /* Says which process it is that is refused. */
-static void add(const char *what) {
-    if (!strcmp(what, "memory")) {
-        char *stack = pages(16 * PAGE, PROT_READ | PROT_WRITE);
-        int child = clone(rest, stack + 16 * PAGE, CLONE_VM | SIGCHLD, NULL);
-        MUST(child > 0);
-        say("REFUSED %d", child);
-        return;
-    }
+static void add(void) {
     int ends[2], child;
     MUST(pipe(ends) == 0);
     if ((int)syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0) == 0) {
@@ -138,7 +131,7 @@ static void setup(void) {
     }
     MUST(waitpid(maker, NULL, 0) == maker);
     for (int one = 1; one < ALL; one++) MUST(EVENTUALLY(atomic_load(&all[one].pid)));
-    if (argument_count) add(arguments[0]);
+    if (argument_count) add();
     signal(SIGTERM, leave);
 }
 

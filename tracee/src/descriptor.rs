@@ -140,6 +140,7 @@ const KCMP_FILE: i32 = 0;
 const KCMP_VM: i32 = 1;
 const KCMP_FILES: i32 = 2;
 const KCMP_FS: i32 = 3;
+const KCMP_SIGHAND: i32 = 4;
 const KCMP_EPOLL_TFD: i32 = 7;
 
 /// `struct kcmp_epoll_slot` (linux/kcmp.h).
@@ -212,6 +213,14 @@ pub fn directory_order(tid_a: i32, tid_b: i32) -> Result<Ordering> {
     ordering(tid_a, kcmp(tid_a, tid_b, KCMP_FS, 0, 0)?)
 }
 
+/// The same of signal actions; equal: [`same_actions`].
+///
+/// # Errors
+/// [`Error::Gone`].
+pub fn actions_order(tid_a: i32, tid_b: i32) -> Result<Ordering> {
+    ordering(tid_a, kcmp(tid_a, tid_b, KCMP_SIGHAND, 0, 0)?)
+}
+
 /// Whether two tasks have one descriptor table (`CLONE_FILES`).
 ///
 /// # Errors
@@ -234,6 +243,14 @@ pub fn same_memory(tid_a: i32, tid_b: i32) -> Result<bool> {
 /// [`Error::Gone`].
 pub fn same_directory(tid_a: i32, tid_b: i32) -> Result<bool> {
     Ok(directory_order(tid_a, tid_b)?.is_eq())
+}
+
+/// Whether two tasks have one table of signal actions (`CLONE_SIGHAND`).
+///
+/// # Errors
+/// [`Error::Gone`].
+pub fn same_actions(tid_a: i32, tid_b: i32) -> Result<bool> {
+    Ok(actions_order(tid_a, tid_b)?.is_eq())
 }
 
 /// Whether descriptor `fd` is the open file that an epoll instance of the same process watches under the number `watched`
@@ -424,7 +441,7 @@ mod tests {
         let back = order(pid, number(&other), pid, number(&original)).expect("kcmp");
         assert_eq!(there, back.reverse());
         assert!(same_table(pid, pid).expect("kcmp") && same_memory(pid, pid).expect("kcmp"));
-        assert!(same_directory(pid, pid).expect("kcmp"));
+        assert!(same_directory(pid, pid).expect("kcmp") && same_actions(pid, pid).expect("kcmp"));
         let info = procfs::descriptor(pid, number(&copy))
             .expect("own descriptor")
             .info;

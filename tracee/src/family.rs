@@ -7,9 +7,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::injection::{Birth, End};
+use crate::injection::{Birth, End, Injection};
 use crate::tree::{self, Group};
-use crate::{Error, Held, Result, SeizeOptions, Tracee, procfs};
+use crate::{Error, Held, Result, SeizeOptions, Tracee, descriptor, procfs};
 
 /// A process and its descendants, seized. Dropping it lets all go, as [`Family::thaw`] does.
 #[derive(Debug)]
@@ -58,6 +58,25 @@ impl Family {
             })
     }
 
+    /// Plants the agent in every thread of `pid`, as [`Tracee::plant`] does; also where it is in the memory of another of the family,
+    /// on no stack of its own that is known.
+    ///
+    /// # Errors
+    /// As [`Tracee::plant`]; [`Error::WrongState`] if it is not of the family.
+    pub fn plant(&mut self, pid: i32) -> Result<Injection<'_>> {
+        let place = |members: &[Tracee], pid| members.iter().position(|one| one.pid() == pid);
+        let index = place(&self.members, pid).ok_or(Error::WrongState {
+            tid: pid,
+            what: "planting in another family",
+        })?;
+        let (before, rest) = self.members.split_at_mut(index);
+        let member = &mut rest[0];
+        // It stands before: the first in that memory is nobody's guest.
+        let host = member.host.and_then(|host| place(before, host));
+        let room = member.threads.len();
+        Injection::plant_by(member, host.map(|host| &mut before[host]), None, room)
+    }
+
     /// Makes children of a husk, see [`Tracee::bear`], and takes them in.
     ///
     /// # Errors
@@ -90,6 +109,22 @@ impl Family {
             self.member(leader)?.reap(pid)?;
         }
         self.member(parent)?.set_subreaper(false)
+    }
+
+    /// In frozen husks: `pid` was made in the memory of `owner`, which has become what it is to be meanwhile, so that the text and
+    /// the stack on which `pid` was made are gone. From here on its calls are made in what is there now, and without a stack.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] if one of the two is not of the family, or they are not in one memory; [`Error::Gone`].
+    pub fn move_in(&mut self, pid: i32, owner: i32) -> Result<()> {
+        let code = self.member(owner)?.code;
+        if !descriptor::same_memory(pid, owner)? {
+            return Err(Error::WrongState {
+                tid: pid,
+                what: "moving into memory that is not its own",
+            });
+        }
+        self.member(pid)?.move_to(owner, code)
     }
 
     /// Ends a husk, see [`Tracee::end`]; its parent is still to wait for it.

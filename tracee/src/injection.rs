@@ -16,6 +16,9 @@
 //!
 //! After our death nobody does that: the memory stays until the next freeze (see [`crate::leftover`]).
 //!
+//! A process that is in the memory of another (`CLONE_VM`) has no stack that is known to be its own. Steps 1 and 2 and the unmapping
+//! are then done by that other one, its *host*, in whose memory it is the same; and the host is at home again after each call.
+//!
 //! Nothing here ever traps or single-steps: the kernel resets a blocked or ignored SIGTRAP for that.
 
 mod birth;
@@ -216,6 +219,8 @@ pub struct Injection<'a> {
     /// One for each thread, in the order of their slots.
     homes: Vec<Home>,
     gate: Option<Gate>,
+    /// Who maps and unmaps instead of a thread of its own; frozen too.
+    host: Option<&'a mut Tracee>,
     /// Length of the mapping, bytes.
     len: usize,
     /// The agent's mapping in the process.
@@ -229,7 +234,18 @@ pub struct Injection<'a> {
 
 impl<'a> Injection<'a> {
     pub(crate) fn plant(tracee: &'a mut Tracee, at: Option<u64>, room: usize) -> Result<Self> {
+        Self::plant_by(tracee, None, at, room)
+    }
+
+    /// As [`Injection::plant`], where `host` is a process in the same memory whose threads have stacks of their own.
+    pub(crate) fn plant_by(
+        tracee: &'a mut Tracee,
+        host: Option<&'a mut Tracee>,
+        at: Option<u64>,
+        room: usize,
+    ) -> Result<Self> {
         let mut injection = Self::new(tracee, room)?;
+        injection.host = host;
         // A failure drops the guard, which undoes what was done.
         injection.leave_home(at)?;
         Ok(injection)
@@ -308,6 +324,7 @@ impl<'a> Injection<'a> {
             code,
             homes: Vec::with_capacity(room),
             gate: None,
+            host: None,
             len: agent::byte_len(room),
             address: None,
             shared: None,
@@ -333,7 +350,9 @@ impl<'a> Injection<'a> {
             })?;
         }
         let maps = procfs::maps(self.tracee.pid())?;
-        self.gate = Some(self.open_gate(&maps)?);
+        if self.host.is_none() {
+            self.gate = Some(self.open_gate(&maps)?);
+        }
         Ok(maps)
     }
 
@@ -383,7 +402,9 @@ impl<'a> Injection<'a> {
                 frame: None,
             });
         };
-        for (index, home) in self.homes.iter().enumerate() {
+        let homes = self.homes.iter().enumerate();
+        // In the memory of another nobody knows whose a stack is.
+        for (index, home) in homes.filter(|_| self.tracee.host.is_none()) {
             let start = below_red_zone(home.registers.rsp, Frame::byte_len(&home.xsave) as u64);
             if stack_start(maps, &home.registers).is_none_or(|bottom| start < bottom) {
                 continue;
@@ -436,13 +457,16 @@ impl<'a> Injection<'a> {
         Ok(())
     }
 
-    /// Makes the gate's thread do one system call and leaves it stopped behind it.
+    /// Makes the gate's thread, or the host, do one system call and leaves it stopped behind it.
     fn call(
         &mut self,
         what: &'static str,
         number: i64,
         arguments: [u64; 6],
     ) -> Result<std::result::Result<u64, Errno>> {
+        if let Some(host) = self.host.as_deref_mut() {
+            return Injection::through_gate(host, |gate| gate.call(what, number, arguments));
+        }
         choke::pass(Kind::Remote).map_err(|errno| Error::kernel(what, self.tracee.pid(), errno))?;
         let Some(gate) = &self.gate else {
             return Err(Error::WrongState {
@@ -900,7 +924,7 @@ impl<'a> Injection<'a> {
                 note(self.go_home(index));
             }
         }
-        if gate.is_some() {
+        if gate.is_some() || self.host.is_some() {
             note(self.unmap_agent());
         }
         if let Some(index) = gate {
@@ -950,7 +974,7 @@ impl<'a> Injection<'a> {
     /// The thread that will unmap the agent, with its frame written.
     fn unmapping_gate(&mut self) -> Option<usize> {
         self.address?;
-        if self.gate.is_none() {
+        if self.gate.is_none() && self.host.is_none() {
             let pid = self.tracee.pid();
             self.gate = twice(|| self.open_gate(&procfs::maps(pid)?)).ok();
         }

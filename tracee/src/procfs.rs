@@ -18,6 +18,7 @@ use nix::errno::Errno;
 
 use crate::choke::{self, Kind};
 use crate::error::{Error, Result};
+use crate::memory::{RemoteMemory, RemotePtr};
 
 /// Number of resource limits, `RLIM_NLIMITS`.
 pub const LIMIT_COUNT: usize = 16;
@@ -1424,6 +1425,40 @@ pub struct BlockedCall {
 pub fn syscall(pid: i32, tid: i32) -> Result<Option<BlockedCall>> {
     let path = format!("/proc/{pid}/task/{tid}/syscall");
     parse_syscall(&read_text(tid, &path)?, &path)
+}
+
+/// Whether a thread of the process waits in vfork(2), or in a clone(2) with CLONE_VFORK, for the end of its child.
+///
+/// # Errors
+/// As [`tids`], [`stat`](self::stat) and [`syscall`]; a thread that ends meanwhile does not wait.
+pub fn stands_in_vfork(pid: i32) -> Result<bool> {
+    let waits = |tid| -> Result<bool> {
+        if self::stat(pid, tid)?.state != 'D' {
+            return Ok(false);
+        }
+        let Some(call) = syscall(pid, tid)? else {
+            return Ok(false);
+        };
+        let flags = match call.nr {
+            libc::SYS_vfork => return Ok(true),
+            libc::SYS_clone => call.args[0],
+            // The first word of struct clone_args, which is the parent's own.
+            libc::SYS_clone3 => {
+                let place = RemotePtr::<u64>::new(call.args[0]);
+                RemoteMemory::open(pid)?.read_value(place).unwrap_or(0)
+            }
+            _ => 0,
+        };
+        Ok(flags & libc::CLONE_VFORK as u64 != 0)
+    };
+    for tid in tids(pid)? {
+        match waits(tid) {
+            Err(error) if error.is_gone() && tid != pid => {}
+            Ok(false) => {}
+            answer => return answer,
+        }
+    }
+    Ok(false)
 }
 
 fn parse_syscall(text: &str, path: &str) -> Result<Option<BlockedCall>> {

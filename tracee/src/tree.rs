@@ -7,6 +7,7 @@
 //! ptrace(2) binds a traced thread to the operating-system thread that seized it, so nothing here is `Send`.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -19,7 +20,7 @@ use crate::lock::RECORD_LEN;
 use crate::memory::{RemoteMemory, RemotePtr};
 use crate::ptrace::{self, Patience, Report, Stop};
 use crate::registers::Registers;
-use crate::{Error, Result, procfs};
+use crate::{Error, Result, descriptor, procfs};
 
 /// How long a single thread may take to stop or die when nothing but us stands in its way. Reached only if it hangs in the
 /// kernel.
@@ -131,6 +132,8 @@ pub struct Tracee {
     /// A SIGCONT was pending when the process was parked.
     continue_again: bool,
     pub(crate) code: Option<CodePlaces>,
+    /// The first process of its group in whose memory it is, not being a thread of it: whose its stacks are is then not known.
+    pub(crate) host: Option<i32>,
     /// What it forks stays attached, and is listed in `born`; else it is let go.
     pub(crate) keeps_children: bool,
     /// Processes it has forked since somebody looked, attached to this thread.
@@ -176,6 +179,7 @@ impl Tracee {
             stop_again: false,
             continue_again: false,
             code: None,
+            host: None,
             keeps_children: false,
             born: Vec::new(),
             _bound: PhantomData,
@@ -196,6 +200,25 @@ impl Tracee {
         ptrace::set_sigmask(pid, sigmask)?;
         child.frozen_at = Some(Instant::now());
         Ok(child)
+    }
+
+    /// See [`crate::family::Family::move_in`]. Nothing of what the husk was is left in its registers: no stack that something else
+    /// may lie at now, and no text that our death could let it run. It would end at its first instruction instead.
+    pub(crate) fn move_to(&mut self, host: i32, code: Option<CodePlaces>) -> Result<()> {
+        self.must_be_frozen("moving")?;
+        self.host = Some(host);
+        self.code = code;
+        for thread in &self.threads {
+            let registers = ptrace::registers(thread.tid)?;
+            let nowhere = Registers {
+                rip: 0,
+                rsp: 0,
+                fs_base: 0,
+                ..registers
+            };
+            ptrace::set_registers(thread.tid, &nowhere)?;
+        }
+        Ok(())
     }
 
     /// Process id.
@@ -291,21 +314,16 @@ impl Tracee {
         freeze(self, budget, attempts)
     }
 
-    /// Takes out the agents that killed tracers have left. A thread that is still on its way out of one needs time to run,
-    /// which the next attempt gives it.
-    fn remove_leftovers(&mut self, maps: &[procfs::Vma]) -> Result<()> {
-        let agents = leftover::find(self.pid, maps)?;
-        if agents.is_empty() {
-            return Ok(());
-        }
+    /// A thread that is still on its way out of one of these agents, in this memory.
+    fn in_leftover(&self, agents: &[Range<u64>], maps: &[procfs::Vma]) -> Result<Option<i32>> {
         let memory = RemoteMemory::open(self.pid)?;
         for thread in &self.threads {
             let registers = ptrace::registers(thread.tid)?;
-            if leftover::is_needed(&agents, maps, &memory, &registers)? {
-                return Err(self.not_frozen(thread.tid));
+            if leftover::is_needed(agents, maps, &memory, &registers)? {
+                return Ok(Some(thread.tid));
             }
         }
-        Injection::unmap_leftovers(self, &agents)
+        Ok(None)
     }
 
     /// Before anything is stopped: a thread in an uninterruptible sleep would not stop, so it is waited for, untouched. And
@@ -764,7 +782,10 @@ impl Tracee {
                 let address = argument.of(&registers);
                 if writes && address != 0 && !spent.is_zero() {
                     let memory = RemoteMemory::open(self.pid)?;
-                    let place = timeout_place(&procfs::maps(self.pid)?, &registers);
+                    let place = match self.host {
+                        Some(_) => None,
+                        None => timeout_place(&procfs::maps(self.pid)?, &registers),
+                    };
                     let timespec = memory.read_value(RemotePtr::<[i64; 2]>::new(address));
                     if let (Some(place), Ok(timespec)) = (place, timespec) {
                         let left = interrupted::timespec_left(timespec, spent);
@@ -1428,6 +1449,7 @@ pub(crate) fn freeze(group: &mut impl Group, budget: Duration, attempts: u32) ->
 
 fn try_freeze(group: &mut impl Group, budget: Duration) -> Result<Instant> {
     group.find_newcomers()?;
+    find_hosts(group.members())?;
     for member in group.members() {
         member.seize_new_threads()?;
         member.look_before_touching(budget)?;
@@ -1458,15 +1480,80 @@ fn try_freeze(group: &mut impl Group, budget: Duration) -> Result<Instant> {
             break;
         }
     }
-    for (member, maps) in group.members().iter_mut().zip(&all_maps) {
+    for member in group.members() {
         member.note_sleep();
         member.list_tids();
         if member.threads.is_empty() {
             return Err(Error::Gone { pid: member.pid });
         }
-        member.remove_leftovers(maps)?;
     }
+    // Now that none is made, ends or executes another program.
+    find_hosts(group.members())?;
+    remove_leftovers(group, &all_maps)?;
     Ok(began)
+}
+
+/// Finds out who is in the memory of whom, by search, since the order of running processes may change meanwhile.
+fn find_hosts(members: &mut [Tracee]) -> Result<()> {
+    if members.len() == 1 {
+        members[0].host = None;
+        return Ok(());
+    }
+    let mut firsts: Vec<i32> = Vec::with_capacity(members.len());
+    for member in members {
+        let pid = member.pid;
+        let mut failure = None;
+        let place = firsts.binary_search_by(|&first| {
+            descriptor::memory_order(first, pid).unwrap_or_else(|error| {
+                failure.get_or_insert(error);
+                std::cmp::Ordering::Equal
+            })
+        });
+        member.host = match (failure, place) {
+            // One of the two has ended, which is found out when it is to be stopped.
+            (Some(error), _) if error.is_gone() => None,
+            (Some(error), _) => return Err(error),
+            (None, Ok(place)) => Some(firsts[place]),
+            (None, Err(place)) => {
+                firsts.insert(place, pid);
+                None
+            }
+        };
+    }
+    Ok(())
+}
+
+/// Takes out the agents that killed tracers have left. A thread that is still on its way out of one needs time to run, which the
+/// next attempt gives it; and so does one of another process in the same memory.
+fn remove_leftovers(group: &mut impl Group, all_maps: &[Vec<procfs::Vma>]) -> Result<()> {
+    let mut found = Vec::new();
+    for (index, maps) in all_maps.iter().enumerate() {
+        let agents = leftover::find(group.members()[index].pid, maps)?;
+        if !agents.is_empty() {
+            found.push((index, agents));
+        }
+    }
+    for (index, agents) in &found {
+        for (other, _) in &found {
+            let (pid, tenant) = (group.members()[*index].pid, &group.members()[*other]);
+            if other != index && !descriptor::same_memory(pid, tenant.pid)? {
+                continue;
+            }
+            if let Some(tid) = tenant.in_leftover(agents, &all_maps[*index])? {
+                return Err(tenant.not_frozen(tid));
+            }
+        }
+    }
+    for (index, agents) in found {
+        let member = &mut group.members()[index];
+        // Another process in this memory may have done it by now.
+        let maps = procfs::maps(member.pid)?;
+        let is_left = leftover::find(member.pid, &maps)?;
+        if is_left == agents {
+            Injection::unmap_leftovers(member, &agents)?;
+        }
+    }
+    Ok(())
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1092,6 +1092,8 @@ fn husk_family_story(pids: &[i32]) {
         exit_signal: libc::SIGCHLD as u32,
         shares_table: false,
         shares_directory: false,
+        shares_memory: false,
+        shares_actions: false,
     };
     family.member(root).unwrap().lead_session().unwrap();
     family.bear(root, &[born(leader), born(follower)]).unwrap();
@@ -1151,6 +1153,8 @@ fn husk_sharing_story(pids: &[i32]) {
         exit_signal: libc::SIGCHLD as u32,
         shares_table,
         shares_directory,
+        shares_memory: false,
+        shares_actions: false,
     };
     family.bear(root, &[born(table, true, false)]).unwrap();
     family.bear(table, &[born(both, true, true)]).unwrap();
@@ -1194,6 +1198,8 @@ fn husk_ends_story(pids: &[i32]) {
         exit_signal,
         shares_table: false,
         shares_directory: false,
+        shares_memory: false,
+        shares_actions: false,
     };
     let stat = |pid| procfs::stat(pid, pid).unwrap();
     // A session whose leader goes, and one of its members that another has.

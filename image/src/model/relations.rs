@@ -86,6 +86,10 @@ pub struct Member {
     pub table_of: i32,
     /// Whose working directory and umask it has; 0: its own.
     pub directory_of: i32,
+    /// Whose memory it has; 0: its own.
+    pub memory_of: i32,
+    /// Whose signal actions it has; 0: its own.
+    pub actions_of: i32,
 }
 
 impl From<&Zombie> for Member {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::files::{Descriptor, File, file};
 use super::locks::Lock;
+use super::memory::Space;
 use super::relations::{Making, Member, Obstacle, Zombie};
 use super::shared::Shared;
 use super::signals::{Action, Pending};
@@ -150,9 +151,20 @@ impl Process {
             "has a thread twice",
         )?;
         match &self.space {
-            None => return Err(Invalid::new(object(), "has no address space")),
+            None if self.memory_of == 0 => {
+                return Err(Invalid::new(object(), "has no address space"));
+            }
+            None => {}
+            Some(_) if self.memory_of != 0 => {
+                return Err(Invalid::new(object(), "shares memory and has its own"));
+            }
             Some(space) => space.validate()?,
         }
+        ensure(
+            self.memory_of == 0 || (self.first_touch.is_empty() && self.membarrier == 0),
+            object,
+            "shares memory and tells of it itself",
+        )?;
         at_most(self.first_touch.len(), limits::FIRST_TOUCH, || {
             format!("list of first pages of process {}", self.pid)
         })?;
@@ -377,6 +389,38 @@ impl Tree {
                 object,
                 "shares a working directory and umask and has others",
             )?;
+            let memory = passed.get(&process.memory_of);
+            ensure(
+                process.memory_of == 0 || memory.is_some(),
+                object,
+                "shares the memory of none that stands before it",
+            )?;
+            ensure(
+                memory.is_none_or(|owner| owner.memory_of == 0),
+                object,
+                "shares the memory of one that has none of its own",
+            )?;
+            let actions = passed.get(&process.actions_of);
+            ensure(
+                process.actions_of == 0 || actions.is_some(),
+                object,
+                "shares the signal actions of none that stands before it",
+            )?;
+            ensure(
+                actions.is_none_or(|owner| owner.actions_of == 0),
+                object,
+                "shares the signal actions of one that has none of its own",
+            )?;
+            ensure(
+                actions.is_none_or(|owner| owner.home() == process.home()),
+                object,
+                "shares signal actions and not the memory they are in",
+            )?;
+            ensure(
+                actions.is_none() || process.actions.is_empty(),
+                object,
+                "shares signal actions and lists its own",
+            )?;
             passed.insert(process.pid, process);
         }
         Ok(())
@@ -384,14 +428,18 @@ impl Tree {
 
     /// The descriptors of `process`, which is of this tree: its own, or those it shares.
     pub fn descriptors_of<'a>(&'a self, process: &'a Process) -> &'a [Descriptor] {
-        let owner = (process.table_of != 0)
-            .then(|| {
-                self.processes
-                    .iter()
-                    .find(|one| one.pid == process.table_of)
-            })
-            .flatten();
-        &owner.unwrap_or(process).descriptors
+        &self.owner(process, process.table_of).descriptors
+    }
+
+    /// The address space of `process`, which is of this tree: its own, or that which it shares. Every process of a valid tree has one.
+    pub fn space_of<'a>(&'a self, process: &'a Process) -> Option<&'a Space> {
+        self.owner(process, process.memory_of).space.as_ref()
+    }
+
+    /// The process with the number `owner`; `process` if there is none.
+    fn owner<'a>(&'a self, process: &'a Process, owner: i32) -> &'a Process {
+        let found = (owner != 0).then(|| self.processes.iter().find(|one| one.pid == owner));
+        found.flatten().unwrap_or(process)
     }
 
     /// All processes as far as their relations go, ended ones last.
@@ -403,6 +451,8 @@ impl Tree {
             sid: process.sid,
             table_of: process.table_of,
             directory_of: process.directory_of,
+            memory_of: process.memory_of,
+            actions_of: process.actions_of,
         });
         running
             .chain(self.zombies.iter().map(Member::from))
@@ -430,6 +480,14 @@ impl Process {
     /// The ids of its threads.
     pub fn tids(&self) -> impl Iterator<Item = i32> + '_ {
         self.threads.iter().map(|thread| thread.tid)
+    }
+
+    /// The process whose memory it is in: itself, or one before it.
+    pub fn home(&self) -> i32 {
+        match self.memory_of {
+            0 => self.pid,
+            owner => owner,
+        }
     }
 
     /// The signal that its parent gets when it ends; 0: none.

@@ -217,6 +217,19 @@ pub(crate) fn is_lazy(kind: Option<Kind>) -> bool {
     kind == Some(Kind::Anon)
 }
 
+/// The pages that are fetched on demand: ascending, without the guard regions among them.
+pub(crate) fn lazy(vmas: &[Vma], guards: &[PageRange]) -> Vec<PageRange> {
+    let lazy = vmas
+        .iter()
+        .filter(|vma| is_lazy(classify(vma).ok().flatten()))
+        .map(|vma| PageRange {
+            start: vma.start,
+            end: vma.end,
+        })
+        .collect();
+    without(merge(lazy), guards)
+}
+
 /// Whether a mapping of this kind can hold guard regions.
 fn can_hold_guards(kind: Option<Kind>) -> bool {
     matches!(kind, Some(Kind::Anon | Kind::FilePrivate | Kind::Shared))

@@ -15,6 +15,8 @@ use crate::survey::{Object, Refusal, RefusalKind};
 /// What tasks may have in common, as operators read it.
 pub(crate) const TABLE: &str = "descriptor table";
 pub(crate) const DIRECTORY: &str = "working directory and umask";
+pub(crate) const MEMORY: &str = "memory";
+const ACTIONS: &str = "signal actions";
 
 /// What can be told of a process that has ended, or why it is not carried.
 pub(crate) fn zombie(pid: i32, stat: &Stat) -> Result<std::result::Result<Zombie, RefusalKind>> {
@@ -48,40 +50,64 @@ pub(crate) struct Common {
     /// Working directories and umasks.
     pub(crate) directories: BTreeMap<i32, i32>,
     /// Address spaces.
-    memory: BTreeMap<i32, i32>,
+    pub(crate) memory: BTreeMap<i32, i32>,
+    /// Signal actions, in one memory.
+    pub(crate) actions: BTreeMap<i32, i32>,
 }
 
 impl Common {
     /// Of `rows`, parents before their children. One that ends meanwhile has nothing in common with others.
     pub(crate) fn of(rows: &[Row]) -> Result<Self> {
+        let pids: Vec<i32> = rows.iter().map(|(pid, _)| *pid).collect();
+        let memory = first_of(&pids, descriptor::memory_order)?;
+        // Nobody else can have signal actions in common.
+        let hosts: BTreeSet<i32> = memory.values().copied().collect();
+        let mut tenants = pids.clone();
+        tenants.retain(|pid| memory.contains_key(pid) || hosts.contains(pid));
         Ok(Self {
-            tables: first_of(rows, descriptor::table_order)?,
-            directories: first_of(rows, descriptor::directory_order)?,
-            memory: first_of(rows, descriptor::memory_order)?,
-        })
-    }
-
-    /// What of it is not carried.
-    pub(crate) fn refusals(&self) -> impl Iterator<Item = Refusal> {
-        self.memory.iter().map(|(&pid, &other)| Refusal {
-            pid,
-            object: Object::Process,
-            what: RefusalKind::SharedWith {
-                other,
-                what: "memory",
-            },
+            tables: first_of(&pids, descriptor::table_order)?,
+            directories: first_of(&pids, descriptor::directory_order)?,
+            actions: first_of(&tenants, descriptor::actions_order)?,
+            memory,
         })
     }
 }
 
+/// Which processes have the memory of which, of those that stand before them.
+pub(crate) fn memories(pids: &[i32]) -> Result<BTreeMap<i32, i32>> {
+    first_of(pids, descriptor::memory_order)
+}
+
+/// Those of `memory` whose parents wait in vfork(2) for them: nothing else reaches such a thread but SIGKILL.
+pub(crate) fn in_vfork(rows: &[Row], memory: &BTreeMap<i32, i32>) -> Result<Vec<Refusal>> {
+    let mut found = Vec::new();
+    for (pid, stat) in rows.iter().filter(|(pid, _)| memory.contains_key(pid)) {
+        let waits = match procfs::stands_in_vfork(stat.ppid) {
+            Err(error) if error.is_gone() => false,
+            waits => waits?,
+        };
+        if waits {
+            found.push(Refusal {
+                pid: *pid,
+                object: Object::Process,
+                what: RefusalKind::SharedWith {
+                    other: stat.ppid,
+                    what: MEMORY,
+                },
+            });
+        }
+    }
+    Ok(found)
+}
+
 /// By search, not by sorting: the order of running processes may change meanwhile.
 fn first_of(
-    rows: &[Row],
+    pids: &[i32],
     order: fn(i32, i32) -> pageferry_tracee::Result<Ordering>,
 ) -> Result<BTreeMap<i32, i32>> {
-    let mut firsts: Vec<i32> = Vec::with_capacity(rows.len());
+    let mut firsts: Vec<i32> = Vec::with_capacity(pids.len());
     let mut found = BTreeMap::new();
-    for &(pid, _) in rows {
+    for &pid in pids {
         let mut failure = None;
         let place = firsts.binary_search_by(|&first| {
             order(first, pid).unwrap_or_else(|error| {
@@ -116,6 +142,8 @@ pub(crate) fn making(
         sid: stat.session,
         table_of: first(&common.tables, pid),
         directory_of: first(&common.directories, pid),
+        memory_of: first(&common.memory, pid),
+        actions_of: first(&common.actions, pid),
     });
     let running: BTreeSet<i32> = stats.iter().map(|(pid, _)| *pid).collect();
     let mut known = BTreeSet::new();
@@ -140,7 +168,11 @@ fn refusal(obstacle: Obstacle) -> Refusal {
         Obstacle::Sharing { pid, other, shares } => {
             let what = match shares {
                 Shares { table: true, .. } => TABLE,
-                Shares { table: false, .. } => DIRECTORY,
+                Shares {
+                    directory: true, ..
+                } => DIRECTORY,
+                Shares { memory: true, .. } => MEMORY,
+                _ => ACTIONS,
             };
             (pid, RefusalKind::Sharing { other, what })
         }

@@ -135,20 +135,20 @@ refusals! {
         /// The group.
         group: i32,
     } = "group", "is in process group {group}, which cannot be made again (start it in a group of its own)";
-    /// Another process shares its memory, descriptor table or file-system context.
+    /// Another process that stays here, or waits in vfork(2), shares its memory, descriptor table or file-system context.
     SharedWith {
         /// The other process.
         other: i32,
         /// What is shared.
         what: &'static str,
-    } = "shared-context", "shares its {what} with process {other}, as after vfork(2) or a clone(2) that shares, which is not carried (wait until one of them has ended or executes another program)";
+    } = "shared-context", "shares its {what} with process {other}, which stays here or waits for it in vfork(2) (wait until one of them has ended or executes another program)";
     /// The same, between two of the tree, of what is carried where a child has it from its parent.
     Sharing {
         /// The first that has it.
         other: i32,
         /// What.
         what: &'static str,
-    } = "sharing", "shares its {what} with process {other}, from which it cannot come to it again: one between them shares with others (end that)";
+    } = "sharing", "shares its {what} with process {other}, from which it cannot come to it again: one between them has its own or shares with others (end that)";
     /// A thread that left the descriptor table or file-system context of its process.
     Unshared {
         /// What it does not share.

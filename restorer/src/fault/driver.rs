@@ -68,11 +68,13 @@ const _: () = assert!(
 /// Damaged batches after which the link is not believed any more.
 const SPOILED_MAX: u32 = 8;
 
-/// A process to fill.
+/// Memory to fill: that of a process, or of several.
 #[derive(Debug)]
 pub struct Memory {
-    /// Its number as this process sees it.
-    pub pid: i32,
+    /// The source's object from which it is filled, counted from 1.
+    pub object: u32,
+    /// The processes that have it, one at least, by their numbers as this process sees them.
+    pub pids: Vec<i32>,
     /// Its run userfaultfd, events on, from which nothing has been read yet.
     pub uffd: Uffd,
     /// What is registered: private anonymous memory only.
@@ -295,8 +297,8 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Takes charge of processes that stand ready, not yet running: the n-th of them is filled from the source's object n, counted
-    /// from 1. Must be called inside a tokio runtime with I/O and time enabled.
+    /// Takes charge of the memory of processes that stand ready, not yet running. Must be called inside a tokio runtime with I/O and
+    /// time enabled.
     ///
     /// # Errors
     /// [`FaultError`]. The contexts stay open then.
@@ -312,21 +314,25 @@ impl Driver {
             pages.map(|&page| PageRange::page_of(page)).collect()
         };
         let here: Vec<Vec<PageRange>> = memories.iter().map(pages).collect();
-        let missing: Vec<Missing<'_>> = (1..)
-            .zip(memories.iter().zip(&here))
-            .map(|(object, (memory, here))| Missing {
+        let missing: Vec<Missing<'_>> = memories
+            .iter()
+            .zip(&here)
+            .map(|(memory, here)| Missing {
                 registered: &memory.lazy,
                 resident: here,
                 wipe_on_fork: &memory.wipe_on_fork,
-                source_offset: source_offset(object),
+                source_offset: source_offset(memory.object),
             })
             .collect();
+        let pids = memories.iter().flat_map(|memory| memory.pids.iter().copied());
+        let pids: BTreeSet<i32> = pids.collect();
+        let root = memories.first().and_then(|memory| memory.pids.first());
         let mut driver = Self {
-            pid: memories.first().map_or(0, |root| root.pid),
+            pid: root.copied().unwrap_or(0),
             engine: Engine::new(&missing, options),
             restored: BTreeMap::new(),
             processes: BTreeMap::new(),
-            pids: memories.iter().map(|memory| memory.pid).collect(),
+            pids,
             unserved: Vec::new(),
             batches: HashMap::new(),
             asked: HashMap::new(),
@@ -347,7 +353,8 @@ impl Driver {
             .set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failure = None;
         for (space, memory) in (SpaceId::ROOT.0..).map(SpaceId).zip(memories) {
-            driver.restored.insert(memory.pid, space);
+            let pids = memory.pids.iter().map(|&pid| (pid, space));
+            driver.restored.extend(pids);
             // Also after an error: no context may be closed.
             if let Err(error) = driver.watch(space, memory.uffd, memory.lazy.into()) {
                 failure.get_or_insert(error);
@@ -365,7 +372,7 @@ impl Driver {
                 let pagemap = pagemap::open(pid)
                     .map_err(|source| driver.failed("opening the page map", source))?;
                 if let Some(process) = driver.processes.get_mut(space) {
-                    process.pagemap = Some(pagemap);
+                    process.pagemap.get_or_insert(pagemap);
                 }
             }
         }
@@ -506,8 +513,11 @@ impl Driver {
                 self.engine.handle_link_restored();
             }
             Command::Ended(pid) => {
-                if let Some(&space) = self.restored.get(&pid) {
-                    self.forget(space);
+                if let Some(space) = self.restored.remove(&pid) {
+                    // Whoever else has it may still miss pages.
+                    if self.restored.values().all(|&other| other != space) {
+                        self.forget(space);
+                    }
                 }
             }
         }

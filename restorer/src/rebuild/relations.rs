@@ -1,7 +1,8 @@
 //! Makes the husks of a tree, each the child of whom it was, in its session and group; and those that have ended, ended.
 //!
 //! The order is the model's ([`Making`]). It comes before anything else is made in any husk: all of them have the same memory,
-//! and a child has its parent's descriptors, which are none. So what processes share is empty when it comes to them.
+//! and a child has its parent's descriptors, which are none. So what processes share is empty when it comes to them. Who is to
+//! share memory is born into that of a husk, and stands still until its owner's is made of it.
 
 use std::collections::BTreeMap;
 
@@ -41,6 +42,8 @@ pub(crate) fn make(family: &mut Family, tree: &Tree) -> Result<()> {
             exit_signal: signals.get(&pid).copied().unwrap_or(0),
             shares_table: shares.table,
             shares_directory: shares.directory,
+            shares_memory: shares.memory,
+            shares_actions: shares.actions,
         }
     };
     let mut steps = steps.into_iter().peekable();
@@ -126,6 +129,8 @@ fn verify(tree: &Tree) -> Result<()> {
         };
         if !has(process.table_of, descriptor::same_table)?
             || !has(process.directory_of, descriptor::same_directory)?
+            || !has(process.memory_of, descriptor::same_memory)?
+            || !has(process.actions_of, descriptor::same_actions)?
         {
             return Err(Error::Mismatch {
                 object: format!("process {}", process.pid),

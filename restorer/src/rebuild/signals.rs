@@ -10,8 +10,12 @@ use super::{Result, Work};
 /// Size of the kernel's sigset_t.
 const SIGSET_LEN: u64 = 8;
 
-/// Sets every action that is not the default, and back to it what was inherited. SIGKILL and SIGSTOP have none.
+/// Sets every action that is not the default, and back to it what was inherited. SIGKILL and SIGSTOP have none. What is another's
+/// too has been set there.
 pub(crate) fn rebuild_actions(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
+    if process.actions_of != 0 {
+        return Ok(());
+    }
     // What pageferry ignores (SIGPIPE, as every Rust program) the husk ignores too, across its exec.
     let ignored = procfs::status(process.pid, process.pid)?.sig_ign;
     let inherited = (1..=64u32)

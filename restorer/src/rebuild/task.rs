@@ -182,10 +182,6 @@ fn ids(work: &mut Work<'_, '_>, tid: i32, credentials: &Credentials) -> Result<(
 /// What the process has once for all its threads, credentials excepted.
 pub(crate) fn rebuild_process(injection: &mut Injection<'_>, process: &Process) -> Result<()> {
     let pid = process.pid;
-    let space = process
-        .space
-        .as_ref()
-        .ok_or_else(|| Invalid::new("the process", "has no memory"))?;
     let mut work = Work::new(injection, pid);
     let cwd = work.text(&process.cwd)?;
     work.call(
@@ -217,7 +213,7 @@ pub(crate) fn rebuild_process(injection: &mut Injection<'_>, process: &Process) 
         let args = [u64::from(command).into(), 0u64.into(), 0u64.into()];
         work.call("the process", "membarrier", libc::SYS_membarrier, &args);
     }
-    if space.lock_future {
+    if process.space.as_ref().is_some_and(|space| space.lock_future) {
         work.call(
             "the process",
             "mlockall(MCL_FUTURE)",

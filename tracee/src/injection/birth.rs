@@ -27,17 +27,26 @@ pub struct Birth {
     pub shares_table: bool,
     /// The same of working directory, root and umask.
     pub shares_directory: bool,
+    /// The same of memory. It never runs in there: see [`crate::family::Family::move_in`].
+    pub shares_memory: bool,
+    /// The same of signal actions, for which it has to share memory.
+    pub shares_actions: bool,
 }
 
 impl Birth {
     /// What clone3(2) is told to have in common.
     fn flags(self) -> u64 {
-        shared_flags(self.shares_table, self.shares_directory)
+        flag(self.shares_memory, libc::CLONE_VM)
+            | flag(self.shares_actions, libc::CLONE_SIGHAND)
+            | shared_flags(self.shares_table, self.shares_directory)
     }
 }
 
+fn flag(is_set: bool, flag: i32) -> u64 {
+    if is_set { flag as u64 } else { 0 }
+}
+
 fn shared_flags(table: bool, directory: bool) -> u64 {
-    let flag = |is_set: bool, flag: i32| if is_set { flag as u64 } else { 0 };
     flag(table, libc::CLONE_FILES) | flag(directory, libc::CLONE_FS)
 }
 
@@ -105,8 +114,8 @@ impl Tracee {
         Injection::through_gate(self, |injection| injection.reset_action(signal))
     }
 
-    /// In a frozen husk: makes its children. A child is a husk as its parent is, with memory of its own, frozen, and with the
-    /// same [`SeizeOptions`]: with `exit_kill` none outlives us.
+    /// In a frozen husk: makes its children. A child is a husk as its parent is, with memory of its own unless it shares that,
+    /// frozen, and with the same [`SeizeOptions`]: with `exit_kill` none outlives us.
     ///
     /// # Errors
     /// [`Error::PidTaken`]; [`Error::Injected`] with what clone3(2) said: `EPERM` without CAP_CHECKPOINT_RESTORE in the pid
@@ -192,7 +201,7 @@ impl Tracee {
 
 impl Injection<'_> {
     /// Does `work` by single calls in a husk, without the agent.
-    fn through_gate<T>(
+    pub(super) fn through_gate<T>(
         tracee: &mut Tracee,
         work: impl FnOnce(&mut Injection<'_>) -> Result<T>,
     ) -> Result<T> {

@@ -133,6 +133,7 @@ pub struct Process {
     /// the leader (tid == pid) first
     #[prost(message, repeated, tag = "5")]
     pub threads: ::prost::alloc::vec::Vec<Thread>,
+    /// unless memory_of tells whose it has
     #[prost(message, optional, tag = "6")]
     pub space: ::core::option::Option<super::memory::Space>,
     /// only those that are not SIG_DFL with no flags
@@ -174,6 +175,12 @@ pub struct Process {
     pub table_of: i32,
     #[prost(int32, tag = "26")]
     pub directory_of: i32,
+    /// The same: whose memory this one has, not being a thread of it (CLONE_VM; mappings, first_touch and membarrier are told there),
+    /// and whose signal actions (CLONE_SIGHAND; listed there), in one memory.
+    #[prost(int32, tag = "27")]
+    pub memory_of: i32,
+    #[prost(int32, tag = "28")]
+    pub actions_of: i32,
     /// MEMBARRIER_CMD_GET_REGISTRATIONS: the registration commands to give again, one bit each
     #[prost(uint32, tag = "19")]
     pub membarrier: u32,

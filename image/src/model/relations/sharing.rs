@@ -1,8 +1,9 @@
-//! What processes have in common though they are none of each other's threads: a descriptor table (`CLONE_FILES`), or the
-//! working directory and umask (`CLONE_FS`).
+//! What processes have in common though they are none of each other's threads: a descriptor table (`CLONE_FILES`), the
+//! working directory and umask (`CLONE_FS`), memory (`CLONE_VM`), or the signal actions with it (`CLONE_SIGHAND`).
 //!
 //! It comes about at birth only, from who makes the process. So all those between two that share have to have it too until the
-//! last is born; those that had not then get one of their own, as unshare(2) gives it. Nobody can pass on two in turn.
+//! last is born; those that had not then get one of their own, as unshare(2) gives it. Nobody can pass on two in turn. Nor can
+//! anybody part with memory or signal actions, but by executing another program: these must be had by all that pass them on.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,21 +16,46 @@ pub struct Shares {
     pub table: bool,
     /// The working directory and umask.
     pub directory: bool,
+    /// The memory.
+    pub memory: bool,
+    /// The signal actions; the memory then, too.
+    pub actions: bool,
 }
 
 impl Shares {
+    const NONE: Self = Self {
+        table: false,
+        directory: false,
+        memory: false,
+        actions: false,
+    };
     const TABLE: Self = Self {
         table: true,
-        directory: false,
+        ..Self::NONE
     };
     const DIRECTORY: Self = Self {
-        table: false,
         directory: true,
+        ..Self::NONE
+    };
+    const MEMORY: Self = Self {
+        memory: true,
+        ..Self::NONE
+    };
+    const ACTIONS: Self = Self {
+        actions: true,
+        ..Self::NONE
     };
 
     fn add(&mut self, other: Self) {
         self.table |= other.table;
         self.directory |= other.directory;
+        self.memory |= other.memory;
+        self.actions |= other.actions;
+    }
+
+    /// Whether one who has it can get one of its own.
+    fn can_part(self) -> bool {
+        !self.memory && !self.actions
     }
 }
 
@@ -51,6 +77,8 @@ impl Sharing {
         for (kind, owner_of) in [
             (Shares::TABLE, (|one| one.table_of) as fn(&Member) -> i32),
             (Shares::DIRECTORY, |one| one.directory_of),
+            (Shares::MEMORY, |one| one.memory_of),
+            (Shares::ACTIONS, |one| one.actions_of),
         ] {
             let sets = sets(members, owner_of);
             if !sets.is_empty() {
@@ -82,7 +110,8 @@ impl Sharing {
                 let is_last = ends.is_empty();
                 let maker = makers[place].filter(|_| !is_last);
                 let is_free = *had.entry(place).or_insert(owner) == owner;
-                if !is_free || (maker.is_none() && !is_last) {
+                let parts = pid != owner && owner_of(member) != owner;
+                if !is_free || (maker.is_none() && !is_last) || (parts && !kind.can_part()) {
                     let last = set.last().map_or(pid, |&last| members[last].pid);
                     self.obstacles.push(Obstacle::Sharing {
                         pid: last,
@@ -95,7 +124,7 @@ impl Sharing {
                     self.shares.entry(pid).or_default().add(kind);
                     ends.insert((depths[maker], maker));
                 }
-                if pid != owner && owner_of(member) != owner {
+                if parts {
                     self.parts.entry(pid).or_default().add(kind);
                 }
             }

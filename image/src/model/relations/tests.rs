@@ -487,6 +487,7 @@ fn sharing(list: &[(i32, i32, i32, i32)]) -> Vec<Member> {
         sid: list[0].0,
         table_of,
         directory_of,
+        ..Member::default()
     };
     list.iter().map(member).collect()
 }

@@ -151,7 +151,7 @@ fn peek(family: &mut Family, pid: i32, fd: u32, copy: &OwnedFd) -> Result<Vec<Me
     if changed.is_empty() {
         return Ok(Vec::new());
     }
-    let mut injection = family.member(pid)?.plant(None)?;
+    let mut injection = family.plant(pid)?;
     let address = injection.will_address(pid);
     let (mut will, mut values) = (Batch::new(), Vec::new());
     for (at, (name, value)) in (address..).step_by(8).zip(changed) {

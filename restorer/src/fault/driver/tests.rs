@@ -117,7 +117,8 @@ impl Subject {
             .expect("our own child's descriptor");
         let lazy = vec![self.range()];
         Memory {
-            pid: self.pid(),
+            object: 1,
+            pids: vec![self.pid()],
             uffd: Uffd::adopt(fd),
             lazy,
             resident: Vec::new(),

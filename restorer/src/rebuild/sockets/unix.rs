@@ -180,13 +180,13 @@ pub(crate) fn make(
             listening.push((process, one, maker.socket(one.id)?, backlog));
         }
     }
-    listen(family, &listening)?;
+    listen(family, tree, &listening)?;
     maker.connect_waiting(family, &carried)?;
     listening.retain(|(_, one, ..)| !one.socket.waiting.is_empty());
     for (_, one, _, backlog) in &mut listening {
         *backlog = one.socket.backlog;
     }
-    listen(family, &listening)?;
+    listen(family, tree, &listening)?;
     drop(listening);
     for one in carried.iter().filter(waits) {
         maker.finish(one)?;
@@ -269,12 +269,12 @@ fn actor<'t>(tree: &'t Tree, noted: Option<Ids>, holder: &'t Process) -> &'t Pro
 /// Lets the husk of `process` make calls with its user and group.
 fn in_husk<T>(
     family: &mut Family,
+    tree: &Tree,
     process: &Process,
     calls: impl FnOnce(&mut Injection<'_>) -> Result<T>,
 ) -> Result<T> {
-    let space = process
-        .space
-        .as_ref()
+    let space = tree
+        .space_of(process)
         .ok_or_else(|| Invalid::new(format!("process {}", process.pid), "has no memory"))?;
     let hole = memory::hole_for_agent(space, &procfs::maps(process.pid)?, 1)?;
     let mut injection = family.member(process.pid)?.plant_with_room(Some(hole), 1)?;
@@ -315,6 +315,7 @@ fn lend(
 /// Makes sockets listen, each by its process.
 fn listen(
     family: &mut Family,
+    tree: &Tree,
     listening: &[(&Process, &Carried<'_>, &OwnedFd, u32)],
 ) -> Result<()> {
     let pids: BTreeSet<i32> = listening.iter().map(|(process, ..)| process.pid).collect();
@@ -326,7 +327,7 @@ fn listen(
         let Some(&&(process, ..)) = own.peek() else {
             continue;
         };
-        in_husk(family, process, |injection| {
+        in_husk(family, tree, process, |injection| {
             let mut work = Work::new(injection, pid);
             for (_, one, ours, backlog) in own {
                 let object = one.object();
@@ -497,11 +498,11 @@ impl<'t> Maker<'t, '_> {
             .values()
             .map(|(ours, process, one)| (*process, one, ours, BACKLOG))
             .collect();
-        listen(family, &listening)?;
+        listen(family, self.tree, &listening)?;
         drop(listening);
         let diag = UnixDiag::open()?;
         for (pid, (process, pairs)) in by_maker {
-            in_husk(family, process, |injection| {
+            in_husk(family, self.tree, process, |injection| {
                 for pair in pairs {
                     let made = match pair.connection() {
                         None => socketpair(injection, pid, &pair.one)?,
@@ -570,7 +571,7 @@ impl<'t> Maker<'t, '_> {
                 waiting.filter_map(|id| by_id.get(id).copied()).collect();
             for of_one in clients.chunk_by(|one, next| one.holder.pid == next.holder.pid) {
                 let process = of_one[0].holder;
-                in_husk(family, process, |injection| {
+                in_husk(family, self.tree, process, |injection| {
                     for one in of_one {
                         let (ours, name) = (self.socket(one.id)?, &listener.socket.local);
                         connect_raw(injection, process.pid, ours, name, &one.object())?;
