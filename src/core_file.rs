@@ -20,7 +20,7 @@ use object::elf::{
 };
 use object::endian::{U16, U32, U64};
 use object::pod::bytes_of;
-use pageferry_image::model::memory::{Kind, Mapping};
+use pageferry_image::model::memory::{Kind, Mapping, Space};
 use pageferry_image::model::shared::Shared;
 use pageferry_image::model::task::Process;
 use pageferry_image::page::{PAGE_SIZE, PageRange};
@@ -148,6 +148,9 @@ pub fn write(image: &Image, pid: Option<i32>, path: &Path, is_all: bool) -> Resu
 struct Subject<'i> {
     image: &'i Image,
     process: &'i Process,
+    /// Its memory, which may be another's too.
+    memory: Option<&'i Space>,
+    /// Whose pages those of that are.
     space: ObjectId,
     is_all: bool,
 }
@@ -192,10 +195,14 @@ impl<'i> Subject<'i> {
                 Error::NoProcess { path: path(), pid }
             });
         };
+        let process = &tree.processes[index];
+        let home = tree.processes.iter();
+        let home = home.map(|one| one.pid).position(|pid| pid == process.home());
         Ok(Self {
             image,
-            process: &tree.processes[index],
-            space: ObjectId::space(index),
+            process,
+            memory: tree.space_of(process),
+            space: ObjectId::space(home.unwrap_or(index)),
             is_all,
         })
     }
@@ -255,7 +262,7 @@ impl<'i> Subject<'i> {
     /// Hands on the stretches of its memory, ascending; the same each time.
     fn segments(&self, mut sink: impl FnMut(Segment) -> Result<(), Error>) -> Result<(), Error> {
         let tree = self.image.tree();
-        let mappings = self.process.space.iter().flat_map(|space| &space.mappings);
+        let mappings = self.memory.iter().flat_map(|space| &space.mappings);
         for mapping in mappings {
             let pages = PageRange {
                 start: mapping.start,
@@ -455,7 +462,7 @@ impl<'i> Subject<'i> {
 
     /// The beginning of its argument list, as `ps` shows it; what is not in the image is left out.
     fn arguments(&self) -> Result<Vec<u8>, Error> {
-        let Some(space) = &self.process.space else {
+        let Some(space) = self.memory else {
             return Ok(Vec::new());
         };
         let end = space

@@ -37,6 +37,12 @@ enum Line<'a> {
         /// Whose directory and umask these are, if not its own.
         #[serde(skip_serializing_if = "Option::is_none")]
         directory_of: Option<i32>,
+        /// Whose memory it has, if not its own; no mappings are listed for it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        memory_of: Option<i32>,
+        /// Whose signal actions it has, if not its own.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        actions_of: Option<i32>,
     },
     /// A process that has ended and that its parent has not waited for.
     Zombie {
@@ -140,11 +146,13 @@ fn json(image: &Image, stored: &[Stored]) -> std::io::Result<()> {
             ppid: process.ppid,
             pgid: process.pgid,
             sid: process.sid,
-            program: program(process),
+            program: program(tree, process),
             cwd: &process.cwd,
             umask: process.umask,
             table_of: Some(process.table_of).filter(|&pid| pid != 0),
             directory_of: Some(process.directory_of).filter(|&pid| pid != 0),
+            memory_of: Some(process.memory_of).filter(|&pid| pid != 0),
+            actions_of: Some(process.actions_of).filter(|&pid| pid != 0),
         })?;
         for thread in &process.threads {
             let ids = thread.credentials.as_ref();
@@ -287,7 +295,7 @@ fn text_of_process(process: &Process, tree: &Tree) -> std::io::Result<()> {
         "process {} {}: {}",
         process.pid,
         plain(name),
-        plain(program(process))
+        plain(program(tree, process))
     ))?;
     say(&format!(
         "  parent {}, group {}, session {}; directory {}",
@@ -306,7 +314,11 @@ fn text_of_process(process: &Process, tree: &Tree) -> std::io::Result<()> {
         *count += 1;
         *bytes += mapping.end - mapping.start;
     }
-    say(&format!("  mappings: {}", mappings(process).len()))?;
+    if process.memory_of != 0 {
+        say(&format!("  mappings: those of {}", process.memory_of))?;
+    } else {
+        say(&format!("  mappings: {}", mappings(process).len()))?;
+    }
     for (kind, (count, bytes)) in kinds {
         say(&format!("    {count:>7} {kind}, {}", size(bytes)))?;
     }
@@ -324,8 +336,8 @@ fn text_of_process(process: &Process, tree: &Tree) -> std::io::Result<()> {
     Ok(())
 }
 
-fn program(process: &Process) -> &str {
-    let space = process.space.as_ref();
+fn program<'t>(tree: &'t Tree, process: &'t Process) -> &'t str {
+    let space = tree.space_of(process);
     space
         .and_then(|space| space.exe.as_ref())
         .map_or("", |exe| &exe.path)

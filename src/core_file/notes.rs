@@ -83,7 +83,7 @@ pub(super) fn write(
             note(out, ELF_NOTE_CORE, NT_SIGINFO, &signal.siginfo)?;
         }
         if index == 0 {
-            if let Some(space) = &process.space {
+            if let Some(space) = tree.space_of(process) {
                 note(out, ELF_NOTE_CORE, NT_AUXV, &space.auxv)?;
             }
             files(out, tree, process)?;
@@ -201,7 +201,8 @@ fn file_name(tree: &Tree, mapping: &Mapping) -> Option<String> {
 /// names.
 fn files(out: &mut dyn Write, tree: &Tree, process: &Process) -> io::Result<()> {
     let named = || {
-        let mappings = process.space.iter().flat_map(|space| &space.mappings);
+        let mappings = tree.space_of(process).into_iter();
+        let mappings = mappings.flat_map(|space| &space.mappings);
         mappings.filter_map(|mapping| Some((mapping, file_name(tree, mapping)?)))
     };
     let (count, names_len) = named().fold((0, 0), |(count, len), (_, name)| {

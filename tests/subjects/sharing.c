@@ -1,8 +1,8 @@
 /* Processes, none of them threads of each other, that have a descriptor table or a working directory and umask in common, as
  * clone(2) gives it: with a child, a grandchild, a sibling, and with one whose maker is gone. What one does all find that share
- * it, and nobody else. A record lock is one table's: whoever of those that have it closes the file, which all map, gives it up. With "crossed" there are two more that cannot be carried: children
- * with one table whose parent shares its own with us. On SIGTERM it leaves a child behind, which ends by
- * itself, and ends with 7. */
+ * it, and nobody else. A record lock is one table's: whoever of those that have it closes the file, which all map, gives it up.
+ * With "crossed" there are two more that cannot be carried: children with one table whose parent shares its own with us. On
+ * SIGTERM it leaves a child behind, which ends by itself, and ends with 7. */
 #include "subject.h"
 #include <alloca.h>
 #include <sched.h>

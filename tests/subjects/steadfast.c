@@ -5,6 +5,7 @@
  * themselves as it does, and things that are shared with them (all of these in one word, with commas); "mdwe": it denies itself executable memory that was writable; "dispatch": its system calls would come back to it, if it asked for that. */
 #include "hold.h"
 
+#include <sched.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/ipc.h>
@@ -31,6 +32,11 @@ static struct member *family; /* memory that all share; behind it what none may 
 static int memfd, ghost, messages[2], queue[2];
 static uint64_t *segment; /* System V shared memory */
 static pid_t ended, locker;
+
+/* A process in the subject's memory, on a stack with somebody else's memory on both sides, so small that nothing else fits on it. */
+enum { GUEST_STACK = 4 * PAGE / 8, AROUND = 8 * PAGE };
+static char *guest_home;
+static _Atomic uint64_t guest_beats;
 
 static size_t read_file(const char *path, char *into, size_t size) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -193,6 +199,24 @@ static void live(int own) {
     }
 }
 
+static long plainly(long number, long first, long second) {
+    long answer;
+    asm volatile("syscall" : "=a"(answer) : "a"(number), "D"(first), "S"(second), "d"(0) : "rcx", "r11", "memory");
+    return answer;
+}
+
+/* Uses no thread-local storage, not even errno: that is another's. */
+__attribute__((optimize("no-stack-protector"))) static int visit(void *nothing) {
+    (void)nothing;
+    const struct timespec rest = {0, 5000000};
+    plainly(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL);
+    for (;;) {
+        plainly(SYS_nanosleep, (long)&rest, 0);
+        atomic_fetch_add(&guest_beats, 1);
+    }
+    return 0;
+}
+
 static void make_family(void) {
     family = mmap(NULL, (1 + SHARED_PAGES) * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     MUST(family != MAP_FAILED);
@@ -219,6 +243,9 @@ static void make_family(void) {
     siginfo_t found;
     MUST(waitid(P_PID, (id_t)ended, &found, WEXITED | WNOWAIT) == 0);
     for (int i = 0; i < CHILDREN; i++) atomic_store(&family[i].asked, 1);
+    guest_home = pages(2 * AROUND + GUEST_STACK, PROT_READ | PROT_WRITE);
+    fill(guest_home, 2 * AROUND + GUEST_STACK, 99);
+    MUST(clone(visit, guest_home + AROUND + GUEST_STACK, CLONE_VM | SIGCHLD, NULL) > 0);
     if (fork() == 0) live(LEADER);
     if (fork() == 0) live(BESIDE);
     for (int i = 0; i < CHILDREN; i++) MUST(EVENTUALLY(atomic_load(&family[i].answered)));
@@ -229,6 +256,9 @@ static void ask_family(void) {
     CHECK(waitid(P_PID, (id_t)ended, &found, WEXITED | WNOWAIT) == 0 && found.si_pid == ended && found.si_status == 7, "pid %d ended with %d",
           found.si_pid, found.si_status);
     compare_shared();
+    CHECK(!differs(guest_home, AROUND, 99) && !differs(guest_home + AROUND + GUEST_STACK, AROUND, 99), "memory beside the guest's stack differs");
+    uint64_t beats = atomic_load(&guest_beats);
+    CHECK(EVENTUALLY(atomic_load(&guest_beats) > beats), "the guest stands still");
     for (int i = 0; i < CHILDREN; i++) {
         int question = atomic_fetch_add(&family[i].asked, 1) + 1;
         CHECK(EVENTUALLY(atomic_load(&family[i].answered) == question), "child %d does not answer", i);

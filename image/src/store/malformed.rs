@@ -391,6 +391,18 @@ impl Parts {
         });
     }
 
+    /// Adds a child of the root in its memory, changed.
+    fn tenant(&mut self, change: impl FnOnce(&mut Process)) {
+        self.child(|child| {
+            child.memory_of = 4711;
+            child.space = None;
+            child.first_touch.clear();
+            child.membarrier = 0;
+            child.actions.clear();
+            change(child);
+        });
+    }
+
     /// Adds a child of that, like it but for what is changed.
     fn grandchild(&mut self, change: impl FnOnce(&mut Process)) {
         self.tree(|tree| {
@@ -1115,6 +1127,97 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "table-shared-and-listed",
             Built(|parts| parts.child(|child| child.table_of = 4711)),
             "`tree`: process 4720 shares descriptors and lists its own",
+        ),
+        (
+            "memory-of-nobody",
+            Built(|parts| {
+                parts.tenant(|child| child.memory_of = 4242);
+            }),
+            "`tree`: process 4720 shares the memory of none that stands before it",
+        ),
+        (
+            "memory-of-a-sharer",
+            Built(|parts| {
+                parts.tenant(|_| ());
+                parts.grandchild(|other| other.memory_of = 4720);
+            }),
+            "`tree`: process 4730 shares the memory of one that has none of its own",
+        ),
+        (
+            "memory-shared-and-own",
+            Built(|parts| parts.child(|child| child.memory_of = 4711)),
+            "`tree`: process 4720 shares memory and has its own",
+        ),
+        (
+            "memory-shared-and-told",
+            Built(|parts| {
+                parts.tenant(|child| {
+                    child.first_touch = vec![Range {
+                        start: HEAP,
+                        end: HEAP + PAGE_SIZE,
+                    }];
+                })
+            }),
+            "`tree`: process 4720 shares memory and tells of it itself",
+        ),
+        (
+            "memory-across-another",
+            Built(|parts| {
+                parts.child(|_| ());
+                parts.grandchild(|other| {
+                    other.memory_of = 4711;
+                    other.space = None;
+                    other.first_touch.clear();
+                });
+            }),
+            "`tree`: process 4730 shares with process 4711 what cannot come to it",
+        ),
+        (
+            "pages-of-a-sharer",
+            Built(|parts| {
+                parts.tenant(|_| ());
+                let mut range = parts.ranges[0];
+                range[..4].copy_from_slice(&2_u32.to_le_bytes());
+                parts.ranges.push(range);
+            }),
+            "of object 2",
+        ),
+        (
+            "actions-of-nobody",
+            Built(|parts| parts.tenant(|child| child.actions_of = 4242)),
+            "`tree`: process 4720 shares the signal actions of none that stands before it",
+        ),
+        (
+            "actions-of-a-sharer",
+            Built(|parts| {
+                parts.tenant(|child| child.actions_of = 4711);
+                parts.grandchild(|other| other.actions_of = 4720);
+            }),
+            "`tree`: process 4730 shares the signal actions of one that has none of its own",
+        ),
+        (
+            "actions-in-another-memory",
+            Built(|parts| {
+                parts.child(|child| {
+                    child.actions_of = 4711;
+                    child.actions.clear();
+                })
+            }),
+            "`tree`: process 4720 shares signal actions and not the memory they are in",
+        ),
+        (
+            "actions-shared-and-listed",
+            Built(|parts| {
+                parts.tenant(|child| {
+                    child.actions_of = 4711;
+                    child.actions = vec![Action {
+                        signo: 1,
+                        handler: 1,
+                        ..Action::default()
+                    }];
+                })
+            }),
+            "`tree`: process 4720 shares signal actions and lists its own",
         ),
         (
             "directory-of-nobody",

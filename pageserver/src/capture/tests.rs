@@ -7,7 +7,7 @@ use std::time::Duration;
 use pageferry_image::model::files::file;
 use pageferry_image::model::sockets::{Attached, State};
 use pageferry_image::page::PAGE_LEN;
-use pageferry_tracee::SeizeOptions;
+use pageferry_tracee::{Registers, SeizeOptions};
 use pageferry_wire::PageKind;
 
 use super::*;
@@ -736,11 +736,65 @@ fn what_processes_have_in_common_is_told_once() {
 }
 
 #[test]
-fn processes_in_one_memory_are_refused() {
-    let subject = with_a_sharing_child("CLONE_VM");
-    assert_eq!(subject.refused(), ["shared-context"]);
-    // With everything: what else is shared is no further reason.
-    let subject = with_a_sharing_child("CLONE_VM | CLONE_SIGHAND | CLONE_FILES | CLONE_FS");
+fn memory_that_processes_have_in_common_is_told_once() {
+    for (flags, has_actions) in [
+        ("CLONE_VM", false),
+        ("CLONE_VM | CLONE_SIGHAND | CLONE_FILES | CLONE_FS", true),
+    ] {
+        let subject = with_a_sharing_child(flags);
+        let (pid, number) = (subject.pid(), subject.said("child") as i32);
+        let surveyed = survey(pid, &SurveyOptions::default()).expect("surveyed");
+        let kib = procfs::status(pid, pid).expect("it runs").rss_anon_kib;
+        assert!(surveyed.resident_bytes < 2 * kib * 1024, "{flags}");
+        subject.captured(|captured| {
+            let [root, child] = &captured.tree.processes[..] else {
+                panic!("{flags}: there are two");
+            };
+            assert_eq!((root.memory_of, root.actions_of), (0, 0));
+            let actions_of = if has_actions { pid } else { 0 };
+            assert_eq!(
+                (child.pid, child.memory_of, child.actions_of),
+                (number, pid, actions_of),
+                "{flags}"
+            );
+            assert!(child.space.is_none() && child.first_touch.is_empty());
+            assert_eq!(captured.tree.space_of(child), root.space.as_ref());
+            // What its thread needs is there all the same: the page its stack is in.
+            let stack = Registers::from_bytes(&child.threads[0].registers)
+                .expect("it has registers")
+                .rsp;
+            let mut first = root.first_touch.iter();
+            assert!(first.any(|range| (range.start..range.end).contains(&stack)));
+            let [of_root, of_child] = &captured.pages[..] else {
+                panic!("{flags}: one for each");
+            };
+            assert!(of_child.eager.is_empty() && of_child.lazy.is_empty());
+            assert!(!of_root.lazy.is_empty());
+        });
+    }
+}
+
+/// Nothing but the child's end lets its parent be stopped.
+#[test]
+fn one_that_its_parent_waits_for_in_vfork_is_refused() {
+    let subject = Subject::start(
+        r#"static int rest(void *nothing) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    close(1);
+    for (;;) pause();
+}
+static void *other(void *nothing) {
+    usleep(100000);
+    ready();
+}
+int main(void) {
+    static char stack[65536] __attribute__((aligned(16)));
+    pthread_t thread;
+    pthread_create(&thread, 0, other, 0);
+    clone(rest, stack + sizeof stack, SIGCHLD | CLONE_VM | CLONE_VFORK, 0);
+}
+"#,
+    );
     assert_eq!(subject.refused(), ["shared-context"]);
 }
 

@@ -467,6 +467,8 @@ fn assert_shared(members: &[Member], making: &Making) {
             (|shares| shares.table) as fn(&Shares) -> bool,
         ),
         (|one| one.directory_of, |shares| shares.directory),
+        (|one| one.memory_of, |shares| shares.memory),
+        (|one| one.actions_of, |shares| shares.actions),
     ] {
         let had = had(members, making, kind);
         let set = |one: &Member| if owner(one) == 0 { one.pid } else { owner(one) };
@@ -549,6 +551,31 @@ fn one_that_would_have_to_pass_on_two_is_in_the_way() {
 }
 
 #[test]
+fn memory_comes_from_those_who_have_it_only() {
+    // 8 and 9 are in the memory of 7, and 10, below them, has one of its own.
+    let mut tree = sharing(&[(7, 1, 0, 0), (8, 7, 0, 0), (9, 8, 0, 7), (10, 9, 0, 0)]);
+    for place in [1, 2] {
+        tree[place].memory_of = 7;
+    }
+    tree[2].actions_of = 8;
+    let making = Making::of(&tree).expect("nothing is in the way");
+    assert_shared(&tree, &making);
+    // 8 would have to part with it, which nobody can.
+    tree[1].memory_of = 0;
+    tree[2].actions_of = 0;
+    let shares = Shares {
+        memory: true,
+        ..Shares::default()
+    };
+    let obstacle = Obstacle::Sharing {
+        pid: 9,
+        other: 7,
+        shares,
+    };
+    assert_eq!(Making::of(&tree), Err(vec![obstacle]));
+}
+
+#[test]
 fn nothing_comes_through_a_helper() {
     let mut tree = members(&[(7, 1, 7, 7), (9, 7, 8, 8)]);
     tree[1].directory_of = 7;
@@ -567,11 +594,11 @@ proptest! {
     /// their parents.
     #[test]
     fn what_is_shared_is_shared_or_refused(
-        claims in prop::collection::vec((0..8_usize, 0..4_usize, 0..4_usize), 1..12),
+        claims in prop::collection::vec((0..8_usize, 0..4_usize, 0..4_usize, 0..6_usize), 1..12),
     ) {
         let mut tree = sharing(&[(ROOT, CRADLE, 0, 0)]);
         let mut is_inherited = true;
-        for (number, (parent, table, directory)) in claims.into_iter().enumerate() {
+        for (number, (parent, table, directory, memory)) in claims.into_iter().enumerate() {
             let parent = tree[parent % tree.len()];
             let owner = |claim: usize, owner: fn(&Member) -> i32| match (claim, tree.get(claim)) {
                 (0, _) | (_, None) => 0,
@@ -581,7 +608,10 @@ proptest! {
             let (table_of, directory_of) = (owner(table, |one| one.table_of), owner(directory, |one| one.directory_of));
             let comes = |its: i32, parents: i32| its == 0 || its == parent.pid || its == parents && parents != 0;
             is_inherited &= comes(table_of, parent.table_of) && comes(directory_of, parent.directory_of);
-            tree.push(Member { pid: ROOT + 1 + number as i32, ppid: parent.pid, table_of, directory_of, ..tree[0] });
+            let memory_of = owner(memory, |one| one.memory_of);
+            is_inherited &= comes(memory_of, parent.memory_of);
+            let pid = ROOT + 1 + number as i32;
+            tree.push(Member { pid, ppid: parent.pid, table_of, directory_of, memory_of, ..tree[0] });
         }
         match Making::of(&tree) {
             Ok(making) => assert_shared(&tree, &making),
