@@ -197,7 +197,9 @@ impl<'i> Subject<'i> {
         };
         let process = &tree.processes[index];
         let home = tree.processes.iter();
-        let home = home.map(|one| one.pid).position(|pid| pid == process.home());
+        let home = home
+            .map(|one| one.pid)
+            .position(|pid| pid == process.home());
         Ok(Self {
             image,
             process,

@@ -258,6 +258,61 @@ fn a_core_file_shows_threads_memory_and_registers() {
     assert_eq!(names(&pair), before, "something is left");
 }
 
+/// One that has the memory of another: its core file has that, and its own threads; and it is said whose it is.
+#[test]
+fn a_core_file_of_one_in_the_memory_of_another_shows_that() {
+    if skip_without_gdb() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let mut subject =
+        Subject::start(&pair, &pair.a, "common_memory", ORDINARY, &[]).expect("it needs nothing");
+    subject.must_pass("at home");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/subjects/common_memory.c");
+    let program_path = compile(&source, "common_memory", &[]);
+    let image = pair.path("image");
+    Ferry::new(&pair)
+        .dump(subject.pid, &image, &["--leave-running"])
+        .must_exit(0);
+    subject.end(&pair.a);
+
+    let inspect = |options: &[&str]| {
+        let mut command = Command::new(program());
+        let output = command.arg("inspect").args(options).arg(&image).output();
+        said(&output.expect("it was built"))
+    };
+    let text = inspect(&[]);
+    assert_eq!(
+        count(&text, &format!("mappings: those of {}\n", subject.pid)),
+        3,
+        "{text}"
+    );
+    let text = inspect(&["--json"]);
+    let lines = text.lines().map(|line| {
+        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        line["data"].clone()
+    });
+    let tenants = lines.filter(|data| data["memory_of"] == subject.pid);
+    let tenants: Vec<i64> = tenants.filter_map(|data| data["pid"].as_i64()).collect();
+    let [plain, ..] = tenants[..] else {
+        panic!("{text}");
+    };
+    let numbers = [i64::from(subject.pid), plain].map(|pid| {
+        let file = pair.path(&format!("core.{pid}"));
+        let output = core(&image, &file, &["--pid", &pid.to_string()]);
+        assert!(output.status.success(), "{output:?}");
+        let commands = ["info threads", "printf \"ended %d\\n\", *(int *)&ended"];
+        let text = gdb(&program_path, &file, &commands);
+        assert!(text.contains(&format!("LWP {pid}")), "{text}");
+        let number = text
+            .split("ended ")
+            .nth(1)
+            .and_then(|rest| rest.lines().next());
+        number.and_then(|number| number.parse().ok()).unwrap_or(0)
+    });
+    assert!(numbers[0] > 1 && numbers[0] == numbers[1], "{numbers:?}");
+}
+
 /// What lies in the folder that both hosts see.
 fn names(pair: &Pair) -> Vec<String> {
     let entries = fs::read_dir(&pair.shared).expect("it is ours").flatten();

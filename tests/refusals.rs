@@ -175,7 +175,11 @@ fn memory_and_tables_that_cannot_come_to_a_process_are_refused_by_name() {
     let pair = Pair::new(Clocks::Behind);
     for (name, argument, what) in [
         ("common_memory", "parted", "shares its memory with process"),
-        ("sharing", "crossed", "shares its descriptor table with process"),
+        (
+            "sharing",
+            "crossed",
+            "shares its descriptor table with process",
+        ),
     ] {
         let mut subject =
             Subject::start(&pair, &pair.a, name, ORDINARY, &[argument]).expect("it needs nothing");

@@ -209,7 +209,10 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         tree.processes.push(inside.process);
         pages.push(inside.pages);
         clocks.push(inside.clocks_ns);
-        first_touch.entry(home.pid).or_insert_with(Vec::new).append(&mut inside.first_touch);
+        first_touch
+            .entry(home.pid)
+            .or_insert_with(Vec::new)
+            .append(&mut inside.first_touch);
     }
     for (process, pages) in tree.processes.iter_mut().zip(&mut pages) {
         // What the others in its memory touch first is there when they are.

@@ -1180,6 +1180,120 @@ fn husk_sharing_story(pids: &[i32]) {
 }
 
 #[test]
+fn one_that_is_born_into_the_memory_of_another_moves_in_when_that_is_ready() {
+    if !able() {
+        return;
+    }
+    let pids = chosen_pids(17_500, 3);
+    forked(|| husk_memory_story(&pids));
+}
+
+fn husk_memory_story(pids: &[i32]) {
+    let [root, guest, apart] = *pids else {
+        panic!("three pids");
+    };
+    const AGENT: u64 = 0x1_0000_0000;
+    const CODE: u64 = 0x2_0000_0000;
+    let mut family = husk_family(root);
+    let born = |pid, shares| Birth {
+        pid: Some(pid),
+        exit_signal: libc::SIGCHLD as u32,
+        shares_table: false,
+        shares_directory: false,
+        shares_memory: shares,
+        shares_actions: shares,
+    };
+    family
+        .bear(root, &[born(guest, true), born(apart, false)])
+        .unwrap();
+    for (other, is_shared) in [(guest, true), (apart, false)] {
+        assert_eq!(descriptor::same_memory(root, other).unwrap(), is_shared);
+        assert_eq!(descriptor::same_actions(root, other).unwrap(), is_shared);
+        assert!(!descriptor::same_table(root, other).unwrap());
+    }
+    assert!(matches!(
+        family.move_in(apart, root),
+        Err(Error::WrongState { .. })
+    ));
+    // Nothing stays of what the guest was made in: neither its text nor its stack.
+    let gone = procfs::maps(root).unwrap();
+    let gone = gone
+        .iter()
+        .filter(|vma| vma.path == "[stack]" || !vma.path.starts_with('['));
+    let mut batch = Batch::new();
+    for vma in gone {
+        batch.call(
+            libc::SYS_munmap,
+            &[vma.start.into(), (vma.end - vma.start).into()],
+        );
+    }
+    batch.call(
+        libc::SYS_mmap,
+        &[
+            CODE.into(),
+            4096.into(),
+            (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC).into(),
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE).into(),
+            (-1).into(),
+            0.into(),
+        ],
+    );
+    // 1: lock inc qword [rdi]; pause; jmp 1b
+    let code = [0xf0, 0x48, 0xff, 0x07, 0xf3, 0x90, 0xeb, 0xf8];
+    let memory = RemoteMemory::open(root).unwrap();
+    for (pid, counter) in [(root, CODE + 256), (guest, CODE + 320)] {
+        if pid == guest {
+            memory.write(CODE, &code).unwrap();
+            family.move_in(guest, root).unwrap();
+        }
+        let tracee = family.member(pid).unwrap();
+        let mut injection = tracee.plant_with_room(Some(AGENT), 1).unwrap();
+        let mut whoami = Batch::new();
+        whoami.call(libc::SYS_getpid, &[]);
+        assert_eq!(injection.run(pid, &whoami).unwrap(), [Ok(pid as u64)]);
+        if pid == root {
+            let answers = injection.run(pid, &batch).unwrap();
+            assert!(
+                answers.iter().all(std::result::Result::is_ok),
+                "{answers:?}"
+            );
+        }
+        let start = ThreadStart {
+            tid: pid,
+            registers: pageferry_tracee::Registers {
+                rip: CODE,
+                rdi: counter,
+                rsp: CODE + 4096,
+                orig_rax: u64::MAX,
+                cs: 0x33,
+                ss: 0x2b,
+                eflags: 0x202,
+                ..Default::default()
+            },
+            xsave: Vec::new(),
+            sigmask: 0,
+        };
+        injection.finish(&[start]).unwrap();
+    }
+    assert!(
+        procfs::maps(guest)
+            .unwrap()
+            .iter()
+            .all(|vma| vma.start != AGENT)
+    );
+    family.clear_exit_kill().unwrap();
+    let held = family.release().unwrap();
+    wait_for("both to count", || {
+        [256, 320].iter().all(|offset| {
+            let count = pageferry_tracee::RemotePtr::<u64>::new(CODE + offset);
+            memory.read_value(count).unwrap() > 0
+        })
+    });
+    // Our end is theirs.
+    std::mem::forget(held);
+}
+
+#[test]
 fn husks_end_as_they_are_told_and_leave_others_behind() {
     if !able() {
         return;

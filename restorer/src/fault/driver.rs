@@ -324,7 +324,9 @@ impl Driver {
                 source_offset: source_offset(memory.object),
             })
             .collect();
-        let pids = memories.iter().flat_map(|memory| memory.pids.iter().copied());
+        let pids = memories
+            .iter()
+            .flat_map(|memory| memory.pids.iter().copied());
         let pids: BTreeSet<i32> = pids.collect();
         let root = memories.first().and_then(|memory| memory.pids.first());
         let mut driver = Self {

@@ -213,7 +213,11 @@ pub(crate) fn rebuild_process(injection: &mut Injection<'_>, process: &Process) 
         let args = [u64::from(command).into(), 0u64.into(), 0u64.into()];
         work.call("the process", "membarrier", libc::SYS_membarrier, &args);
     }
-    if process.space.as_ref().is_some_and(|space| space.lock_future) {
+    if process
+        .space
+        .as_ref()
+        .is_some_and(|space| space.lock_future)
+    {
         work.call(
             "the process",
             "mlockall(MCL_FUTURE)",
