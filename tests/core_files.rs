@@ -274,6 +274,7 @@ fn a_core_file_of_one_in_the_memory_of_another_shows_that() {
     Ferry::new(&pair)
         .dump(subject.pid, &image, &["--leave-running"])
         .must_exit(0);
+    let pid = subject.pid;
     subject.end(&pair.a);
 
     let inspect = |options: &[&str]| {
@@ -283,7 +284,7 @@ fn a_core_file_of_one_in_the_memory_of_another_shows_that() {
     };
     let text = inspect(&[]);
     assert_eq!(
-        count(&text, &format!("mappings: those of {}\n", subject.pid)),
+        count(&text, &format!("mappings: those of {pid}\n")),
         3,
         "{text}"
     );
@@ -292,12 +293,12 @@ fn a_core_file_of_one_in_the_memory_of_another_shows_that() {
         let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
         line["data"].clone()
     });
-    let tenants = lines.filter(|data| data["memory_of"] == subject.pid);
+    let tenants = lines.filter(|data| data["memory_of"] == pid);
     let tenants: Vec<i64> = tenants.filter_map(|data| data["pid"].as_i64()).collect();
     let [plain, ..] = tenants[..] else {
         panic!("{text}");
     };
-    let numbers = [i64::from(subject.pid), plain].map(|pid| {
+    let numbers = [i64::from(pid), plain].map(|pid| {
         let file = pair.path(&format!("core.{pid}"));
         let output = core(&image, &file, &["--pid", &pid.to_string()]);
         assert!(output.status.success(), "{output:?}");
