@@ -211,7 +211,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         clocks.push(inside.clocks_ns);
         first_touch
             .entry(home.pid)
-            .or_insert_with(Vec::new)
+            .or_default()
             .append(&mut inside.first_touch);
     }
     for (process, pages) in tree.processes.iter_mut().zip(&mut pages) {
