@@ -107,7 +107,8 @@ static void *mother(void *argument) {
         [PLAIN] = CLONE_VM, [WHOLE] = CLONE_VM | CLONE_SIGHAND | CLONE_FILES | CLONE_FS, [GRAND] = CLONE_VM | CLONE_SIGHAND, [HEIR] = CLONE_VM, [LAST] = CLONE_VM};
     int own = (int)(uintptr_t)argument;
     char *stack = pages(STACK, PROT_READ | PROT_WRITE);
-    int pid = clone(live, stack + STACK, flags[own] | SIGCHLD, argument);
+    /* One tells nobody of its end. */
+    int pid = clone(live, stack + STACK, flags[own] | (own == GRAND ? 0 : SIGCHLD), argument);
     MUST(pid > 0);
     atomic_store(&all[own].pid, pid);
     for (;;) syscall(SYS_pause);
