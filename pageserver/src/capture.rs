@@ -194,14 +194,13 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         let timerfds = (index + 1 == count).then_some((table.files.as_mut_slice(), timerfds_read));
         let descriptors = table.descriptors.remove(&member.pid).unwrap_or_default();
         let pid = member.pid;
-        let memory_of = common.memory.get(&pid).copied().unwrap_or(0);
-        let home = homes.get(&if memory_of == 0 { pid } else { memory_of });
-        let home = home.ok_or(pageferry_tracee::Error::Gone { pid: memory_of })?;
-        let work = (descriptors, memory_of);
-        let mut inside = member.ask(&mut look, family, home, work, &cpus, timerfds)?;
+        let memory_of = common.memory.get(&pid).copied();
+        let home = homes.get(&memory_of.unwrap_or(pid));
+        let home = home.ok_or(pageferry_tracee::Error::Gone { pid })?;
+        let mut inside = member.ask(&mut look, family, home, descriptors, &cpus, timerfds)?;
         inside.process.table_of = common.tables.get(&pid).copied().unwrap_or(0);
         inside.process.directory_of = common.directories.get(&pid).copied().unwrap_or(0);
-        inside.process.memory_of = memory_of;
+        inside.process.memory_of = memory_of.unwrap_or(0);
         inside.process.actions_of = common.actions.get(&pid).copied().unwrap_or(0);
         if inside.process.actions_of != 0 {
             inside.process.actions.clear();
@@ -348,6 +347,7 @@ fn newcomers(
 
 /// The memory of a frozen process, and of those that share it.
 struct Home {
+    /// The first that has it.
     pid: i32,
     vmas: Vec<Vma>,
     guards: Vec<PageRange>,
@@ -437,13 +437,13 @@ impl Outside {
         }))
     }
 
-    /// Asks it for the rest. Of `home`, its memory, it tells if that is its own: if it has that of nobody.
+    /// Asks it for the rest. Of `home`, its memory, it tells only if that is not another's.
     fn ask(
         self,
         look: &mut Look<'_>,
         family: &mut Family,
         home: &Home,
-        (descriptors, memory_of): (Vec<Descriptor>, i32),
+        descriptors: Vec<Descriptor>,
         cpus: &Cpus,
         timerfds: Option<(&mut [File], host::Clocks)>,
     ) -> Result<Inside> {
@@ -455,7 +455,7 @@ impl Outside {
             cwd,
         } = self;
         let Home { vmas, guards, .. } = home;
-        let is_owner = memory_of == 0;
+        let is_owner = home.pid == pid;
         let copied = match is_owner {
             true => memory::copied_file_pages(pid, vmas)?,
             false => Vec::new(),
