@@ -175,7 +175,7 @@ impl Left {
                 "it ran on the target, without all its pages; the source copy pid {pid} stays stopped"
             ),
             Self::Undecided => format!(
-                "the target may run it; the source copy pid {pid} stays stopped, perhaps without the locks on files that it had. Look at the target before continuing it"
+                "the target may run it; the source copy pid {pid} stays stopped, perhaps without its locks on files that the target may see. Look at the target before continuing it"
             ),
         }
     }
