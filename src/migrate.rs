@@ -595,7 +595,7 @@ impl Shell<'_> {
                 match thawed {
                     // For the keeper: there is nothing left to let go.
                     Ok(()) => {
-                        if let Err(error) = self.journal.record(Record::Refused) {
+                        if let Err(error) = self.journal.record(Record::Thawed) {
                             tracing::warn!("the journal cannot be written: {error}");
                         }
                     }
@@ -653,7 +653,9 @@ impl Shell<'_> {
         let locks = std::mem::take(&mut self.locks);
         if let (Some(tree), false) = (&self.tree, locks.is_empty()) {
             // The target cannot have them then, and refuses.
-            if let Err(error) = tree.give_up_locks(locks).await {
+            if let Err(error) = self.journal.record(Record::Unlocked) {
+                tracing::warn!("the journal cannot be written: {error}");
+            } else if let Err(error) = tree.give_up_locks(locks).await {
                 tracing::warn!("{}", report::chain(&error));
             }
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry, Finished};
-use crate::hosts::{Before, Clocks, Host, Pair, eventually, skip};
+use crate::hosts::{Before, Clocks, Host, LocalFile, Pair, eventually, skip};
 use crate::lifecycle::{THERE_AND_BACK, journey};
 use crate::subject::{ORDINARY, Subject};
 
@@ -24,25 +24,6 @@ while True: time.sleep(1000)";
 
 /// A file that each host has for itself, the same on both.
 const LOCAL: &str = "/tmp/leased";
-
-struct Local<'a>(&'a Pair);
-
-impl<'a> Local<'a> {
-    fn make(pair: &'a Pair) -> Self {
-        let script =
-            "echo one line >/tmp/leased; chown 65534 /tmp/leased; touch -d @1700000000 /tmp/leased";
-        for host in [&pair.a, &pair.b] {
-            host.must("sh", &["-c", script]);
-        }
-        Self(pair)
-    }
-
-    fn remove(self) {
-        for host in [&self.0.a, &self.0.b] {
-            host.must("rm", &[LOCAL]);
-        }
-    }
-}
 
 /// The program.
 struct Holder {
@@ -126,7 +107,7 @@ fn a_write_lease_crosses_on_a_file_of_each_host_and_is_broken_by_nobody() {
     }
     let pair = Pair::new(Clocks::FarAhead);
     let before = Before::of(&pair);
-    let local = Local::make(&pair);
+    let local = LocalFile::make(&pair, LOCAL);
     let mut subject = Subject::start(&pair, &pair.a, "leases", ORDINARY, &[LOCAL]).expect("it can");
     let on_a = journey(&pair, subject.pid, THERE_AND_BACK, |_, when| {
         subject.must_pass(when);
@@ -140,7 +121,7 @@ fn a_write_lease_crosses_on_a_file_of_each_host_and_is_broken_by_nobody() {
     ferry.cross(subject.pid);
     subject.must_pass("when the contents were compared");
     subject.end(ferry.target);
-    local.remove();
+    drop(local);
     before.assert_nothing_left(&pair);
 }
 
@@ -151,12 +132,12 @@ fn leases_that_would_not_be_had_again_are_refused_by_name() {
     }
     let pair = Pair::new(Clocks::Behind);
     let before = Before::of(&pair);
-    let local = Local::make(&pair);
-    let (local_path, seen) = (PathBuf::from(LOCAL), pair.path("leased"));
+    let local = LocalFile::make(&pair, LOCAL);
+    let seen = pair.path("leased");
     fs::write(&seen, "one line\n").expect("the directory is ours");
     let cases = [
         (&seen, &["write"][..], "by opening the same file"),
-        (&local_path, &["write", "mapped"], "the file is mapped"),
+        (&local.path, &["write", "mapped"], "the file is mapped"),
     ];
     let ferry = Ferry::new(&pair);
     for (path, how, why) in cases {
@@ -174,7 +155,7 @@ fn leases_that_would_not_be_had_again_are_refused_by_name() {
         holder.end(&pair.a);
     }
 
-    let holder = Holder::start(&pair, &pair.a, &local_path, &["read"]);
+    let holder = Holder::start(&pair, &pair.a, &local.path, &["read"]);
     pair.a
         .start(&[], &["sh", "-c", "exec 3>>/tmp/leased; exec sleep 100000"]);
     eventually("somebody to want it", || (holder.told() == 1).then_some(()));
@@ -190,7 +171,7 @@ fn leases_that_would_not_be_had_again_are_refused_by_name() {
     eventually("them to end", || {
         pair.a.processes().is_empty().then_some(())
     });
-    local.remove();
+    drop(local);
     before.assert_nothing_left(&pair);
 }
 
@@ -202,9 +183,8 @@ fn who_is_against_a_lease_on_the_target_is_named() {
     }
     let pair = Pair::new(Clocks::Behind);
     let before = Before::of(&pair);
-    let local = Local::make(&pair);
-    let path = PathBuf::from(LOCAL);
-    let holder = Holder::start(&pair, &pair.a, &path, &["read"]);
+    let local = LocalFile::make(&pair, LOCAL);
+    let holder = Holder::start(&pair, &pair.a, &local.path, &["read"]);
     let ferry = Ferry::new(&pair);
 
     pair.b
@@ -222,7 +202,7 @@ fn who_is_against_a_lease_on_the_target_is_named() {
     holder.must_have_its_lease(&pair.a, "READ", "after the refusal");
     end(&pair.b, other.inner);
 
-    let other = Holder::start(&pair, &pair.b, &path, &["write"]);
+    let other = Holder::start(&pair, &pair.b, &local.path, &["write"]);
     let failed = fails(&ferry, holder.pid, 1);
     let named = format!("process {} has a write lease on the file here", other.pid);
     assert!(failed.stderr.contains(&named), "{}", failed.stderr);
@@ -233,7 +213,7 @@ fn who_is_against_a_lease_on_the_target_is_named() {
     ferry.cross(holder.pid);
     holder.must_have_its_lease(&pair.b, "READ", "where it crossed to");
     holder.end(&pair.b);
-    local.remove();
+    drop(local);
     before.assert_nothing_left(&pair);
 }
 
@@ -244,8 +224,8 @@ fn a_copy_beside_an_original_with_a_write_lease_is_refused() {
         return;
     }
     let pair = Pair::new(Clocks::Behind);
-    let local = Local::make(&pair);
-    let holder = Holder::start(&pair, &pair.a, Path::new(LOCAL), &["write"]);
+    let local = LocalFile::make(&pair, LOCAL);
+    let holder = Holder::start(&pair, &pair.a, &local.path, &["write"]);
     let ferry = Ferry::new(&pair);
     let image = pair.path("image");
     let dumped = ferry.dump(holder.pid, &image, &["--leave-running"]);
@@ -257,5 +237,5 @@ fn a_copy_beside_an_original_with_a_write_lease_is_refused() {
     holder.must_have_its_lease(&pair.a, "WRITE", "after the refusal");
     holder.end(&pair.a);
     fs::remove_dir_all(image).expect("it was dumped there");
-    local.remove();
+    drop(local);
 }

@@ -210,7 +210,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
     (tree.files, tree.pipes) = (table.files, table.pipes);
     let (models, held_locks) = locks::in_order(table.locks);
     tree.locks = models;
-    look.known.sync_written(&look.leased, SYNC_WAIT_FROZEN)?;
+    look.known.sync_written(SYNC_WAIT_FROZEN)?;
     let moved = look.shared.moved();
     let (objects, mut shared) = look.shared.into_models(tree.processes.len());
     in_flight.keep(&mut shared)?;

@@ -262,7 +262,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
         .sort_by_key(|refusal| (refusal.pid != root, refusal.pid, refusal.object));
     found.notes.extend(socket_notes(&tables, &table)?);
     if found.refusals.is_empty() {
-        look.known.sync_written(&look.leased, SYNC_WAIT)?;
+        look.known.sync_written(SYNC_WAIT)?;
     }
     found.sockets = bound_sockets(&table);
     found.files = look.known.identities();

@@ -115,32 +115,24 @@ impl KnownFiles {
     ///
     /// # Errors
     /// [`Error::File`], after the time with [`ErrorKind::TimedOut`].
-    pub(crate) fn sync_written(&self, leased: &Leased, limit: Duration) -> Result<()> {
+    pub(crate) fn sync_written(&self, limit: Duration) -> Result<()> {
+        let shared = self.0.keys().filter(|(_, shared)| *shared);
+        let paths: Vec<String> = shared.map(|(path, _)| path.clone()).collect();
+        if paths.is_empty() {
+            return Ok(());
+        }
         let failed = |path: &str, source| Error::File {
             path: path.to_owned(),
             source,
         };
-        let mut wanted = Vec::new();
-        let shared = self.0.iter().filter(|((_, shared), _)| *shared);
-        for ((path, _), (device, inode, _)) in shared {
-            let copy = match leased.copy((*device, *inode)) {
-                // The lease is gone with it.
-                Some(Err(error)) if error.kind() == ErrorKind::NotFound => None,
-                copy => copy.transpose().map_err(|source| failed(path, source))?,
-            };
-            wanted.push((path.clone(), copy));
-        }
-        let paths: Vec<String> = wanted.iter().map(|(path, _)| path.clone()).collect();
-        if paths.is_empty() {
-            return Ok(());
-        }
         // A call on a network file system whose server is gone does not come back, and cannot be taken back.
         let (tell, told) = mpsc::channel();
+        let wanted = paths.clone();
         std::thread::Builder::new()
             .name("sync".into())
             .spawn(move || {
-                for (path, copy) in wanted {
-                    if tell.send(sync(&path, copy)).is_err() {
+                for path in wanted {
+                    if tell.send(sync(&path)).is_err() {
                         return;
                     }
                 }
@@ -167,16 +159,14 @@ impl KnownFiles {
     }
 }
 
-/// What of the file at `path`, open in `copy` if it is to be opened by nobody, is not on its storage yet goes there.
-fn sync(path: &str, copy: Option<fs::File>) -> std::io::Result<()> {
+/// What of the file at `path` is not on its storage yet goes there.
+fn sync(path: &str) -> std::io::Result<()> {
     // By now there may be nothing under that name, or something else.
-    let open = || {
-        fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-    };
-    match copy.map_or_else(open, Ok).and_then(|file| file.sync_data()) {
+    let opened = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    match opened.and_then(|file| file.sync_data()) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         synced => synced,
@@ -457,10 +447,16 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     if writable && !look.on_shared_storage(&path)? {
         return Ok(Err(RefusalKind::WritableFile { path }));
     }
-    let is_opened_there = !look.options.at_rest && look.on_shared_storage(&path)?;
-    if is_opened_there && locks::is_leased_alone(entry) {
-        let why = locks::SEEN;
-        return Ok(Err(RefusalKind::Lease { path, why }));
+    if locks::is_leased_alone(entry) {
+        let is_opened_there = !look.options.at_rest && look.on_shared_storage(&path)?;
+        let why = match (writable, is_opened_there) {
+            (true, _) => Some(locks::WRITTEN),
+            (false, true) => Some(locks::SEEN),
+            (false, false) => None,
+        };
+        if let Some(why) = why {
+            return Ok(Err(RefusalKind::Lease { path, why }));
+        }
     }
     let identity = match look.known_file(&path, writable, open.dev(), open.ino()) {
         Some(known) => known,

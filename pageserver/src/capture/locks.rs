@@ -122,6 +122,8 @@ pub(crate) const MAPPED: &str =
 /// Why a lease for writing is refused on a file that both hosts see.
 pub(crate) const SEEN: &str =
     "is for writing, and the target would break it by opening the same file (release it)";
+/// Why it is on one that is open for writing.
+pub(crate) const WRITTEN: &str = "is for writing, and the file is open for writing: it is opened on the way to be synced, which would break it (release it)";
 const BREAKING: &str = "is being broken (try again when the program has answered)";
 
 /// The lease that an open file has.

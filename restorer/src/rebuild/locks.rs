@@ -8,8 +8,8 @@
 //!
 //! Between 3 and 4 nobody holds them, and nothing of the tree runs.
 //!
-//! A lease is never the source's to give up: on a file that both hosts see it is for reading, and both can have it. Whoever has the
-//! file open here against it ends the attempt.
+//! A lease is never waited for: on a file that both hosts see it is for reading, and both can have it. Whoever has the file open here
+//! against it ends the attempt.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -167,9 +167,11 @@ impl Locks {
         tree: &Tree,
     ) -> Result<()> {
         let pid = process.pid;
+        let Some(left) = self.left.remove(&pid) else {
+            return Ok(());
+        };
         // While others with this table are built, descriptors in it are closed.
         let is_closed_in = tree.processes.iter().any(|other| other.table_of == pid);
-        let left = self.left.remove(&pid).unwrap_or_default();
         let (now, later) = left
             .into_iter()
             .partition(|lock| !is_closed_in || lock.kind() == Kind::Lease);
