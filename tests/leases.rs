@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry, Finished};
@@ -214,6 +215,47 @@ fn who_is_against_a_lease_on_the_target_is_named() {
     holder.must_have_its_lease(&pair.b, "READ", "where it crossed to");
     holder.end(&pair.b);
     drop(local);
+    before.assert_nothing_left(&pair);
+}
+
+/// The target waits for a lock, so that all is given up for it, and cannot have it. With a lease goes whom it tells.
+#[test]
+fn leases_that_were_given_up_in_vain_are_had_again_and_tell_whom_they_told() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    // The target cannot be sure that its refusal was heard.
+    pair.leaves(&pair.b, "file /run/pageferry/");
+    let before = Before::of(&pair);
+    let (local, locked) = (
+        LocalFile::make(&pair, LOCAL),
+        LocalFile::make(&pair, "/tmp/locked"),
+    );
+    let mut subject = Subject::start(
+        &pair,
+        &pair.a,
+        "leases",
+        ORDINARY,
+        &[LOCAL, text(&locked.path)],
+    )
+    .expect("it can");
+    let on_target = fs::File::open(pair.b.outside("/tmp/locked")).expect("it was made");
+    let lock = Flock::lock(on_target, FlockArg::LockExclusiveNonblock);
+    let lock = lock.map_err(|(_, errno)| errno).expect("nobody has it");
+    let ferry = Ferry::new(&pair);
+    let failed = fails(&ferry, subject.pid, 1);
+    assert!(
+        failed.stderr.contains("a lock that the source gave up"),
+        "{}",
+        failed.stderr
+    );
+    subject.must_pass("after the refusal");
+    drop(lock);
+    ferry.cross(subject.pid);
+    subject.must_pass("where it crossed to");
+    subject.end(&pair.b);
+    drop((local, locked));
     before.assert_nothing_left(&pair);
 }
 

@@ -1,8 +1,9 @@
 /* Leases: for reading on files of both hosts, whose end is told to this process by a signal with the number of the descriptor, to
- * another process, to nobody; for writing on the file that the first argument names, if there is one.
+ * another process, to nobody; for writing on the file that the first argument names, if there is one. The second is locked.
  *
  * Each is broken by a child that opens the file: it does not wait, and gets EWOULDBLOCK. */
 #include "subject.h"
+#include <sys/file.h>
 
 enum { OWN, OF_CHILD, OF_NOBODY, WRITING, LEASES };
 static char path[LEASES][4200];
@@ -62,6 +63,7 @@ static void setup(void) {
         MUST((leased[i] = open(path[i], O_RDONLY)) >= 0);
         MUST(take(i));
     }
+    if (argument_count > 1) MUST(flock(open(arguments[1], O_RDONLY), LOCK_EX) == 0);
     MUST((second = dup(leased[OWN])) > leased[OWN]);
 }
 
