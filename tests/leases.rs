@@ -228,19 +228,10 @@ fn leases_that_were_given_up_in_vain_are_had_again_and_tell_whom_they_told() {
     // The target cannot be sure that its refusal was heard.
     pair.leaves(&pair.b, "file /run/pageferry/");
     let before = Before::of(&pair);
-    let (local, locked) = (
-        LocalFile::make(&pair, LOCAL),
-        LocalFile::make(&pair, "/tmp/locked"),
-    );
-    let mut subject = Subject::start(
-        &pair,
-        &pair.a,
-        "leases",
-        ORDINARY,
-        &[LOCAL, text(&locked.path)],
-    )
-    .expect("it can");
-    let on_target = fs::File::open(pair.b.outside("/tmp/locked")).expect("it was made");
+    let local = LocalFile::make(&pair, LOCAL);
+    let mut subject =
+        Subject::start(&pair, &pair.a, "leases", ORDINARY, &["-", LOCAL]).expect("it can");
+    let on_target = fs::File::open(pair.b.outside(LOCAL)).expect("it was made");
     let lock = Flock::lock(on_target, FlockArg::LockExclusiveNonblock);
     let lock = lock.map_err(|(_, errno)| errno).expect("nobody has it");
     let ferry = Ferry::new(&pair);
@@ -255,7 +246,7 @@ fn leases_that_were_given_up_in_vain_are_had_again_and_tell_whom_they_told() {
     ferry.cross(subject.pid);
     subject.must_pass("where it crossed to");
     subject.end(&pair.b);
-    drop((local, locked));
+    drop(local);
     before.assert_nothing_left(&pair);
 }
 

@@ -1,5 +1,5 @@
 /* Leases: for reading on files of both hosts, whose end is told to this process by a signal with the number of the descriptor, to
- * another process, to nobody; for writing on the file that the first argument names, if there is one. The second is locked.
+ * another process, to nobody; for writing on the file that the first argument names, if there is one, and not "-". The second is locked.
  *
  * Each is broken by a child that opens the file: it does not wait, and gets EWOULDBLOCK. */
 #include "subject.h"
@@ -50,7 +50,7 @@ static void setup(void) {
         MUST(fd >= 0);
         close(fd);
     }
-    if (argument_count > 0) snprintf(path[count++], sizeof path[0], "%s", arguments[0]);
+    if (argument_count > 0 && strcmp(arguments[0], "-")) snprintf(path[count++], sizeof path[0], "%s", arguments[0]);
     signo[OWN] = signo[WRITING] = SIGRTMIN + 3, signo[OF_NOBODY] = SIGRTMIN + 4;
     struct sigaction act = {.sa_sigaction = hear, .sa_flags = SA_SIGINFO | SA_RESTART};
     MUST(sigaction(SIGRTMIN + 3, &act, NULL) == 0 && pipe(answers) == 0);
