@@ -250,9 +250,9 @@ fn leases_that_were_given_up_in_vain_are_had_again_and_tell_whom_they_told() {
     before.assert_nothing_left(&pair);
 }
 
-/// A copy of the file is made by reading it, which the original would be told of.
+/// A copy of the file is made by reading it, of which only one that writes would be told.
 #[test]
-fn a_copy_beside_an_original_with_a_write_lease_is_refused() {
+fn a_copy_beside_an_original_has_its_read_lease_and_is_refused_for_a_write_lease() {
     if skip().is_some() {
         return;
     }
@@ -268,6 +268,21 @@ fn a_copy_beside_an_original_with_a_write_lease_is_refused() {
     let named = format!("process {} has a write lease on it", holder.pid);
     assert!(restored.stderr.contains(&named), "{}", restored.stderr);
     holder.must_have_its_lease(&pair.a, "WRITE", "after the refusal");
+    holder.end(&pair.a);
+    fs::remove_dir_all(&image).expect("it was dumped there");
+
+    let holder = Holder::start(&pair, &pair.a, &local.path, &["read"]);
+    let dumped = ferry.dump(holder.pid, &image, &["--leave-running"]);
+    dumped.must_exit(0);
+    let restored = ferry.restore(&image, &["--isolate", "--detach"]).wait();
+    restored.must_exit(0);
+    let inside = pair.a.nested().expect("it runs in namespaces of its own");
+    holder.must_have_its_lease(&inside, "READ", "beside the original");
+    holder.must_have_its_lease(&pair.a, "READ", "beside its copy");
+    holder.end(&inside);
+    eventually("the namespaces to be gone", || {
+        pair.a.nested().is_none().then_some(())
+    });
     holder.end(&pair.a);
     fs::remove_dir_all(image).expect("it was dumped there");
     drop(local);
