@@ -28,8 +28,8 @@ use pageferry_restorer::rebuild::locks::{self, Waiting};
 use pageferry_restorer::rebuild::shared::NewFiles;
 use pageferry_restorer::rebuild::{self, Eager, Rebuilt};
 use pageferry_tracee::family::Family;
-use pageferry_tracee::host;
 use pageferry_tracee::tree::{Held, Pumped, SeizeOptions};
+use pageferry_tracee::{host, lock};
 use tokio::sync::mpsc as unbounded;
 use tokio::sync::oneshot;
 
@@ -345,25 +345,41 @@ fn give_up_locks(family: &mut Family, locks: &HeldLocks) -> Result<(), Error> {
 fn take_locks_again(family: &mut Family, locks: &HeldLocks) -> Result<(), Error> {
     let mut taken = family.unpark().map_err(Error::Thaw);
     for (pid, locks) in locks.iter() {
-        taken = taken.and_then(|()| {
-            let calls: Vec<_> = locks.iter().map(|held| (held.fd, held.lock)).collect();
-            let member = family.member(pid).map_err(Error::Thaw)?;
-            let answers = match member.take_locks(&calls) {
-                // One that has ended meanwhile has no locks.
-                Err(error) if error.is_gone() => return Ok(()),
-                answers => answers.map_err(Error::Thaw)?,
-            };
-            let lost = calls
-                .iter()
-                .zip(answers)
-                .find(|(_, answer)| answer.is_err());
-            lost.map_or(Ok(()), |((fd, _), _)| Err(Error::LockLost { pid, fd: *fd }))
-        });
+        taken = taken.and_then(|()| take_again(family, pid, locks));
     }
     if taken.is_err() {
         family.park().map_err(Error::Park)?;
     }
     taken
+}
+
+/// How often a lock that somebody has taken meanwhile is asked for, and how long is waited in between: who takes one for a moment, to
+/// see whether anybody has it, must not keep the program from running.
+const LOCK_TRIES: u32 = 21;
+const LOCK_WAIT: Duration = Duration::from_millis(50);
+
+fn take_again(family: &mut Family, pid: i32, locks: &[lock::Held]) -> Result<(), Error> {
+    let mut left = locks.to_vec();
+    for attempt in 1.. {
+        let member = family.member(pid).map_err(Error::Thaw)?;
+        let answers = match member.take_locks_again(&left) {
+            // One that has ended meanwhile has no locks.
+            Err(error) if error.is_gone() => return Ok(()),
+            answers => answers.map_err(Error::Thaw)?,
+        };
+        let lost = left.into_iter().zip(answers);
+        left = lost
+            .filter_map(|(held, answer)| answer.err().map(|_| held))
+            .collect();
+        match left.first() {
+            Some(held) if attempt == LOCK_TRIES => {
+                return Err(Error::LockLost { pid, fd: held.fd });
+            }
+            Some(_) => std::thread::sleep(LOCK_WAIT),
+            None => break,
+        }
+    }
+    Ok(())
 }
 
 enum TargetCommand {

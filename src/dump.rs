@@ -180,6 +180,7 @@ async fn dump(
     let mut options = plan::survey_options(&args.carry, vec!["/".into()]);
     // A process that goes on here needs no manager to leave it alone.
     options.unmanaged |= args.leave_running;
+    options.at_rest = true;
     let survey = survey::survey(pid, &options)
         .map_err(|e| before("the process cannot be looked at")(e.into()))?;
     for note in &survey.notes {

@@ -26,7 +26,7 @@ use pageferry_image::model::shared::shared;
 use pageferry_image::model::sockets::unix_path;
 use pageferry_image::model::task::Tree;
 use pageferry_tracee::shared::next_data;
-use pageferry_tracee::{process, surroundings};
+use pageferry_tracee::{lock, process, surroundings};
 
 use crate::{plan, report};
 
@@ -178,6 +178,13 @@ impl Isolation {
                 continue;
             };
             let shown = path.display();
+            let holders = lock::lease_holders(metadata.dev(), metadata.ino()).unwrap_or_default();
+            if let Some(holder) = holders.first() {
+                refusals.push(format!(
+                    "file {shown}: process {holder} has a write lease on it, which a copy would break"
+                ));
+                continue;
+            }
             if !metadata.is_file() {
                 refusals.push(format!(
                     "file {shown}: is no regular file, and cannot be copied"
@@ -352,7 +359,11 @@ fn holder(tree: &Tree, id: u32) -> String {
 
 /// With its holes, owners, mode and time. Whether it is what the file still is: nobody was seen to write to that meanwhile.
 fn copy_file(from: &Path, to: &Path) -> io::Result<bool> {
-    let source = File::open(from)?;
+    // Nobody's lease is waited for.
+    let source = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(from)?;
     let before = source.metadata()?;
     let mut options = OpenOptions::new();
     // Nobody else may open it before it is as it was.

@@ -122,6 +122,8 @@ pub enum Left {
     Runs,
     /// Here, whole and stopped: it was parked, and could not be continued.
     Parked,
+    /// Here, whole and stopped: the target refused it, and it may not have its locks again.
+    Unlocked,
     /// It ran on the target, without all its pages; the source copy stays stopped.
     Lost,
     /// COMMIT was recorded: the target may run it, and the source copy stays stopped.
@@ -129,10 +131,11 @@ pub enum Left {
 }
 
 impl Left {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Moved,
         Self::Runs,
         Self::Parked,
+        Self::Unlocked,
         Self::Lost,
         Self::Undecided,
     ];
@@ -156,7 +159,7 @@ impl Left {
             Self::Moved => exit::DONE,
             Self::Runs => exit::FAILED,
             Self::Lost => exit::LOST,
-            Self::Parked | Self::Undecided => exit::UNDECIDED,
+            Self::Parked | Self::Unlocked | Self::Undecided => exit::UNDECIDED,
         }
     }
 
@@ -171,11 +174,14 @@ impl Left {
             Self::Parked => format!(
                 "COMMIT was not sent; pid {pid} is whole here but still stopped. Let it run: kill -CONT {pid}"
             ),
+            Self::Unlocked => format!(
+                "the target has not got it; pid {pid} is whole here but still stopped, perhaps without its locks on files that the target may see. Let it run all the same: kill -CONT {pid}"
+            ),
             Self::Lost => format!(
                 "it ran on the target, without all its pages; the source copy pid {pid} stays stopped"
             ),
             Self::Undecided => format!(
-                "the target may run it; the source copy pid {pid} stays stopped, perhaps without the locks on files that it had. Look at the target before continuing it"
+                "the target may run it; the source copy pid {pid} stays stopped, perhaps without its locks on files that the target may see. Look at the target before continuing it"
             ),
         }
     }
@@ -186,8 +192,10 @@ impl Left {
 /// 1. The engine dies. Its pipe closes, its traced threads are let go by the kernel, in either order.
 /// 2. If PARK stands without COMMIT, each process runs into the queued SIGSTOP and stays in state T. COMMIT was never
 ///    sent, so all are continued.
-/// 3. If COMMIT stands there, the target may run them: they stay stopped for good.
-/// 4. If RESIDENT stands there, the target has every page: the stopped copies are ended, children before their parents.
+/// 3. If COMMIT stands there, the target may run them: they stay stopped for good. If REFUSED does, too, it does not: they are
+///    continued as after 2, unless they may have lost their locks.
+/// 4. If THAWED stands there, they run.
+/// 5. If RESIDENT stands there, the target has every page: the stopped copies are ended, children before their parents.
 pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> Left {
     let start = procfs::stat(pid, pid).map(|stat| stat.start_time_ticks);
     let mut text = String::new();
@@ -199,11 +207,14 @@ pub fn keep(mut pipe: File, pid: i32, was_stopped: bool) -> Left {
         _ => false,
     };
     if source_may_run(&records) {
-        // REFUSED says that the right to run was taken back, and the park with it.
-        let parked = records.contains(&Record::Park) && !records.contains(&Record::Refused);
-        let released = !parked || was_stopped || !still_it() || release_all(pid);
+        let is_held = records.contains(&Record::Park) && !records.contains(&Record::Thawed);
+        let left = match is_held && still_it() {
+            true if records.contains(&Record::Unlocked) => Left::Unlocked,
+            true if !was_stopped && !release_all(pid) => Left::Parked,
+            _ => Left::Runs,
+        };
         settle_for(&text);
-        if released { Left::Runs } else { Left::Parked }
+        left
     } else if records.contains(&Record::Resident) {
         if !records.contains(&Record::Done) && still_it() {
             for pid in tree_of(pid).into_iter().rev() {
@@ -276,7 +287,7 @@ mod tests {
         for status in [Left::ALL.len() as i32, 101, -1] {
             assert_eq!(Left::from_status(status), Left::Undecided);
         }
-        // Both are exit 6; only one may be continued without a look at the target.
+        // All are exit 6; only one may not be continued without a look at the target.
         assert_eq!(
             Left::Parked.exit_code(),
             Left::Undecided.exit_code(),
@@ -284,7 +295,49 @@ mod tests {
         );
         assert!(Left::Parked.text(7).contains("kill -CONT 7"));
         assert!(!Left::Parked.text(7).contains("may run it"));
+        assert_eq!(Left::Unlocked.exit_code(), Left::Parked.exit_code());
+        assert!(Left::Unlocked.text(7).contains("kill -CONT 7"));
         assert!(Left::Undecided.text(7).contains("the target may run it"));
         assert!(!Left::Undecided.text(7).contains("kill -CONT"));
+    }
+
+    /// What the keeper makes of a process that an engine parked, and then wrote down these words and died; and whether it is stopped.
+    fn kept(words: &[&str]) -> (Left, bool) {
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .expect("it is there");
+        let pid = i32::try_from(child.id()).expect("a process id");
+        kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it is ours");
+        let state = || procfs::stat(pid, pid).expect("it is not reaped").state;
+        while state() != 'T' {
+            std::thread::sleep(RELEASE_WAIT);
+        }
+        let (read, write) = nix::unistd::pipe().expect("a pipe");
+        let mut write = File::from(write);
+        for word in words {
+            writeln!(write, "{word}").expect("there is room");
+        }
+        drop(write);
+        let left = keep(File::from(read), pid, false);
+        let is_stopped = state() == 'T';
+        child
+            .kill()
+            .and_then(|()| child.wait())
+            .expect("it is ours");
+        (left, is_stopped)
+    }
+
+    /// The engine was killed when the target had refused, before the copy here was let go, or had its locks again.
+    #[test]
+    fn what_the_target_refused_is_let_go_by_the_keeper_unless_it_may_lack_its_locks() {
+        assert_eq!(kept(&["park"]), (Left::Runs, false));
+        assert_eq!(kept(&["park", "commit", "refused"]), (Left::Runs, false));
+        let unlocked = ["park", "commit", "unlocked", "refused"];
+        assert_eq!(kept(&unlocked), (Left::Unlocked, true));
+        assert_eq!(kept(&unlocked[..3]), (Left::Undecided, true));
+        // Stopped by somebody else, then.
+        let thawed = ["park", "commit", "unlocked", "refused", "thawed"];
+        assert_eq!(kept(&thawed), (Left::Runs, true));
     }
 }

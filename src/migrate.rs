@@ -192,7 +192,7 @@ enum Failure {
     )]
     LockLost { what: String, pid: i32, why: String },
     #[error(
-        "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped, and has given up the locks on files that it had. Look at the target before continuing it"
+        "{what}; COMMIT was sent and not answered: the source copy pid {pid} stays stopped, and has given up its locks on files that the target may see. Look at the target before continuing it"
     )]
     Undecided { what: String, pid: i32 },
     #[error(
@@ -595,7 +595,7 @@ impl Shell<'_> {
                 match thawed {
                     // For the keeper: there is nothing left to let go.
                     Ok(()) => {
-                        if let Err(error) = self.journal.record(Record::Refused) {
+                        if let Err(error) = self.journal.record(Record::Thawed) {
                             tracing::warn!("the journal cannot be written: {error}");
                         }
                     }
@@ -631,6 +631,7 @@ impl Shell<'_> {
     }
 
     async fn park(&mut self) -> Result<(), String> {
+        self.locks = std::mem::take(&mut self.locks).in_the_way(self.waits_for_locks);
         let waited_for = self.locks.waited_for();
         match waited_for.map_err(|error| report::chain(&error))? {
             Some(who) if self.waits_for_locks => {
@@ -647,12 +648,14 @@ impl Shell<'_> {
     }
 
     /// COMMIT is recorded: the copy stays stopped, or gets them again before it runs. On the target they may already be had once more,
-    /// where they are for reading, or on another file; there the program must find none but its own.
+    /// where they are for reading; there the program must find none but its own.
     async fn give_up_locks(&mut self) {
         let locks = std::mem::take(&mut self.locks);
         if let (Some(tree), false) = (&self.tree, locks.is_empty()) {
             // The target cannot have them then, and refuses.
-            if let Err(error) = tree.give_up_locks(locks).await {
+            if let Err(error) = self.journal.record(Record::Unlocked) {
+                tracing::warn!("the journal cannot be written: {error}");
+            } else if let Err(error) = tree.give_up_locks(locks).await {
                 tracing::warn!("{}", report::chain(&error));
             }
         }

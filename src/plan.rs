@@ -142,6 +142,7 @@ pub fn survey_options(args: &CarryArgs, same_file: Vec<PathBuf>) -> SurveyOption
         same_file,
         unmanaged: args.unmanaged,
         ghost_limit: args.ghost_limit,
+        at_rest: false,
     }
 }
 

@@ -746,6 +746,36 @@ impl Before {
     }
 }
 
+/// A file of one line that each host has for itself at the same path, looking the same. Removed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct LocalFile<'a> {
+    pair: &'a Pair,
+    pub(crate) path: PathBuf,
+}
+
+impl<'a> LocalFile<'a> {
+    /// `path` lies in `/tmp`, which each host has for itself. It is nobody's (65534).
+    #[track_caller]
+    pub(crate) fn make(pair: &'a Pair, path: &str) -> Self {
+        let script =
+            format!("echo one line >{path}; chown 65534 {path}; touch -d @1700000000 {path}");
+        for host in [&pair.a, &pair.b] {
+            host.must("sh", &["-c", &script]);
+        }
+        let path = PathBuf::from(path);
+        Self { pair, path }
+    }
+}
+
+impl Drop for LocalFile<'_> {
+    fn drop(&mut self) {
+        for host in [&self.pair.a, &self.pair.b] {
+            // What is left is found by who looks for it.
+            let _ = fs::remove_file(host.outside(self.path.to_str().expect("it is ASCII")));
+        }
+    }
+}
+
 /// The numbers of a process in all pid namespaces it is in, the real host's first.
 pub(crate) fn ns_pids(pid: i32) -> Vec<i32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();

@@ -329,6 +329,7 @@ objects! {
     messages_tell_who_sent_them_elsewhere_too: "message_senders", ORDINARY, Behind;
     connections_that_wait_to_be_accepted_cross_in_order: "pending_connections", ORDINARY, FarAhead;
     locks_on_files_cross_and_are_waited_for: "locks", ORDINARY, Behind;
+    leases_cross_and_tell_whom_they_told: "leases", ORDINARY, FarAhead;
     named_pipes_cross_with_their_contents: "fifos", ORDINARY, FarAhead;
     blocking_calls_cross_without_returning: "blocking", ORDINARY, Behind;
 }

@@ -7,7 +7,7 @@ use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::sys::signal::Signal;
 
 use crate::ferry::{Drain, Ferry};
-use crate::hosts::{Before, Clocks, Host, Pair, eventually, skip};
+use crate::hosts::{Before, Clocks, Host, LocalFile, Pair, eventually, skip};
 
 /// Takes an exclusive flock and a record lock for reading on its first argument, opened for reading, and sleeps.
 const HOLDER: &str = "import fcntl, os, sys, time
@@ -62,13 +62,19 @@ impl Holder {
         )
     }
 
+    /// Whether somebody on `host` has them.
+    fn are_taken(&self, host: &Host) -> bool {
+        let probe = host.run("python3", &["-c", PROBE, text(&self.file)]);
+        probe.status.success()
+    }
+
     #[track_caller]
     fn must_have_its_locks(&self, host: &Host, when: &str) {
-        let has = || {
-            let probe = host.run("python3", &["-c", PROBE, text(&self.file)]);
-            probe.status.success()
-        };
-        assert!(has(), "it has not its locks on {} {when}", host.name);
+        assert!(
+            self.are_taken(host),
+            "it has not its locks on {} {when}",
+            host.name
+        );
         let process = host.process(self.pid).expect("it has answered");
         assert_eq!(process.tracer(), Some(0), "it is traced {when}");
         let stat = fs::read_to_string(process.proc("stat")).expect("it runs");
@@ -100,17 +106,8 @@ fn locks_that_were_given_up_in_vain_are_taken_again() {
     // The target cannot be sure that its refusal was heard.
     pair.leaves(&pair.b, "file /run/pageferry/");
     let before = Before::of(&pair);
-    let file = PathBuf::from("/tmp/locked");
-    for host in [&pair.a, &pair.b] {
-        host.must(
-            "sh",
-            &[
-                "-c",
-                "echo one line >/tmp/locked; touch -d @1700000000 /tmp/locked",
-            ],
-        );
-    }
-    let holder = Holder::start(&pair, &file);
+    let local = LocalFile::make(&pair, "/tmp/locked");
+    let holder = Holder::start(&pair, &local.path);
     let ferry = Ferry::new(&pair);
     // Ours, and we are in no pid namespace of theirs.
     let on_target = || {
@@ -161,9 +158,7 @@ fn locks_that_were_given_up_in_vain_are_taken_again() {
     ferry.cross(holder.pid);
     holder.must_have_its_locks(&pair.b, "where it crossed to");
     holder.end(&pair.b);
-    for host in [&pair.a, &pair.b] {
-        host.must("rm", &["/tmp/locked"]);
-    }
+    drop(local);
     before.assert_nothing_left(&pair);
 }
 
@@ -175,19 +170,12 @@ fn a_lock_that_a_process_of_the_target_has_is_refused_by_name() {
     }
     let pair = Pair::new(Clocks::FarAhead);
     let before = Before::of(&pair);
-    let file = PathBuf::from("/tmp/locked");
-    for host in [&pair.a, &pair.b] {
-        host.must(
-            "sh",
-            &[
-                "-c",
-                "echo one line >/tmp/locked; touch -d @1700000000 /tmp/locked",
-            ],
-        );
-    }
-    let holder = Holder::start(&pair, &file);
-    pair.b
-        .start(&[], &["flock", "--no-fork", text(&file), "sleep", "100000"]);
+    let local = LocalFile::make(&pair, "/tmp/locked");
+    let holder = Holder::start(&pair, &local.path);
+    pair.b.start(
+        &[],
+        &["flock", "--no-fork", text(&local.path), "sleep", "100000"],
+    );
     let other = eventually("somebody to have it on B", || {
         let locks = pair.b.must("cat", &["/proc/locks"]);
         locks.split_whitespace().nth(4)?.parse::<i32>().ok()
@@ -214,8 +202,10 @@ fn a_lock_that_a_process_of_the_target_has_is_refused_by_name() {
     eventually("it to be gone", || {
         pair.a.process(holder.pid).is_none().then_some(())
     });
-    pair.a
-        .start(&[], &["flock", "--no-fork", text(&file), "sleep", "100000"]);
+    pair.a.start(
+        &[],
+        &["flock", "--no-fork", text(&local.path), "sleep", "100000"],
+    );
     let other = eventually("somebody to have it on A", || {
         let locks = pair.a.must("cat", &["/proc/locks"]);
         locks.split_whitespace().nth(4)?.parse::<i32>().ok()
@@ -246,9 +236,7 @@ fn a_lock_that_a_process_of_the_target_has_is_refused_by_name() {
     holder.must_have_its_locks(&pair.a, "after its rest");
     holder.end(&pair.a);
     fs::remove_dir_all(image).expect("it was dumped there");
-    for host in [&pair.a, &pair.b] {
-        host.must("rm", &["/tmp/locked"]);
-    }
+    drop(local);
     before.assert_nothing_left(&pair);
 }
 
@@ -334,5 +322,86 @@ fn a_lock_that_a_stranger_waits_for_is_not_given_up() {
     ferry.cross(holder.pid);
     holder.must_have_its_locks(&pair.b, "where it crossed to");
     holder.end(&pair.b);
+    before.assert_nothing_left(&pair);
+}
+
+/// What no other host sees is in nobody's way: a copy that stays stopped keeps its locks, for whoever lets it run.
+#[test]
+fn locks_on_files_of_one_host_stay_with_the_stopped_copy() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    let before = Before::of(&pair);
+    let local = LocalFile::make(&pair, "/tmp/locked");
+    let holder = Holder::start(&pair, &local.path);
+    let ferry = Ferry::new(&pair);
+    let receive = ferry.receive(Drain::Off);
+    let mut migrate = ferry.migrate(holder.pid);
+    migrate.wait_for_phase("drain");
+    assert!(holder.are_taken(&pair.b), "it runs without its locks");
+    assert!(
+        holder.are_taken(&pair.a),
+        "its copy on A has given its locks up"
+    );
+    receive.signal(ferry.target, Signal::SIGTERM);
+    ferry.must_succeed(migrate, receive);
+    eventually("its copy on A to be gone", || {
+        (!holder.are_taken(&pair.a)).then_some(())
+    });
+    holder.end(&pair.b);
+    drop(local);
+    before.assert_nothing_left(&pair);
+}
+
+/// Takes an exclusive flock on its first argument as soon as it can be had, says so in the second, and ends a while later.
+const INQUISITIVE: &str = "import fcntl, os, sys, time
+file = os.open(sys.argv[1], os.O_RDONLY)
+while True:
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: continue
+    open(sys.argv[2], 'a').write('had')
+    time.sleep(0.2)
+    break";
+
+/// Whoever takes a lock for a moment, as one does to see whether anybody has it, does not keep the program from running.
+#[test]
+fn a_lock_that_is_taken_for_a_moment_meanwhile_is_had_again() {
+    if skip().is_some() {
+        return;
+    }
+    let pair = Pair::new(Clocks::Behind);
+    pair.leaves(&pair.b, "file /run/pageferry/");
+    let before = Before::of(&pair);
+    let local = LocalFile::make(&pair, "/tmp/locked");
+    let holder = Holder::start(&pair, &local.path);
+    let had = pair.path("had");
+    fs::write(&had, "").expect("the directory is ours");
+    let path = text(&local.path);
+    pair.a
+        .start(&[], &["python3", "-c", INQUISITIVE, path, text(&had)]);
+    let on_target = fs::File::open(pair.b.outside(path)).expect("it was made");
+    let lock = Flock::lock(on_target, FlockArg::LockExclusiveNonblock);
+    let lock = lock.map_err(|(_, errno)| errno).expect("nobody has it");
+    let ferry = Ferry::new(&pair);
+    // On a busy machine it may come too late.
+    for attempt in 1.. {
+        assert!(attempt <= 20, "it never had the lock");
+        let receive = ferry.receive(Drain::On);
+        ferry.migrate(holder.pid).wait().must_exit(1);
+        receive.wait().must_exit(1);
+        holder.must_have_its_locks(&pair.a, "after the refusal");
+        if !fs::read_to_string(&had).expect("it is text").is_empty() {
+            break;
+        }
+    }
+    drop(lock);
+    for process in pair.a.processes() {
+        process.signal(Signal::SIGKILL);
+    }
+    eventually("them to end", || {
+        pair.a.processes().is_empty().then_some(())
+    });
+    drop(local);
     before.assert_nothing_left(&pair);
 }

@@ -14,6 +14,7 @@ mod hosts;
 mod hosts_themselves;
 mod images;
 mod isolation;
+mod leases;
 mod lifecycle;
 mod locks;
 mod page_servers;

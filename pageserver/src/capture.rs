@@ -31,7 +31,7 @@ use pageferry_tracee::procfs::{self, Vma};
 use pageferry_tracee::{Family, Injection, Tracee};
 
 use self::files::{Depth, Look};
-use self::locks::HeldLocks;
+use self::locks::{HeldLocks, Leased};
 use self::memory::FirstTouch;
 use self::relations::Common;
 use self::shared::{Moved, Objects, SharedPages};
@@ -122,6 +122,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         known: survey.known.clone(),
         shared: Objects::default(),
         ended: Vec::new(),
+        leased: Leased::default(),
     };
     let Ordered {
         rows: stats,
@@ -130,16 +131,18 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         mut refusals,
     } = ordered(survey.pid, &pids)?;
     look.ended = zombies.iter().map(|zombie| zombie.pid).collect();
-    let newcomers = newcomers(&mut look, &stats, survey, &mut refusals)?;
-    if !refusals.is_empty() {
-        return Err(Error::Refused(refusals));
-    }
     let mut entries = Vec::with_capacity(stats.len());
     for (pid, _) in &stats {
         // A table is looked at once.
         let is_first = !common.tables.contains_key(pid);
         let table = is_first.then(|| procfs::descriptors(*pid)).transpose()?;
-        entries.push((*pid, table.unwrap_or_default()));
+        let table = table.unwrap_or_default();
+        look.leased.add(*pid, &table);
+        entries.push((*pid, table));
+    }
+    let newcomers = newcomers(&mut look, &stats, survey, &mut refusals)?;
+    if !refusals.is_empty() {
+        return Err(Error::Refused(refusals));
     }
     let in_flight = InFlight::find(family, &mut entries)?;
     let timerfds_read = host::clocks()?;

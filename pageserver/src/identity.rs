@@ -4,7 +4,7 @@
 //! that are not would be silent corruption. The comparison is the operator's choice ([`FileCheck`]).
 
 use std::fs::{File, Metadata};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
@@ -35,11 +35,16 @@ const PROGRAM_HEADERS_MAX: u16 = 512;
 const PT_NOTE: u32 = 4;
 const NT_GNU_BUILD_ID: u32 = 3;
 
-/// The identity of the file `path` leads to.
+/// The identity of the file `path` leads to. `open` opens it, and is called only if something must be read.
 ///
 /// # Errors
 /// [`Error::File`] if it cannot be read as far as `check` asks.
-pub fn identify(path: &str, check: FileCheck, must_be_shared: bool) -> Result<FileIdentity> {
+pub fn identify(
+    path: &str,
+    check: FileCheck,
+    must_be_shared: bool,
+    open: impl FnOnce() -> io::Result<File>,
+) -> Result<FileIdentity> {
     let failed = |source| Error::File {
         path: path.to_owned(),
         source,
@@ -49,13 +54,13 @@ pub fn identify(path: &str, check: FileCheck, must_be_shared: bool) -> Result<Fi
     if metadata.is_file() && !must_be_shared {
         match check {
             FileCheck::BuildId => {
-                identity.build_id = build_id(&File::open(path).map_err(failed)?)
+                identity.build_id = build_id(&open().map_err(failed)?)
                     .map_err(failed)?
                     .unwrap_or_default()
             }
             FileCheck::Content => {
                 identity.content_sha256 =
-                    content_sha256(&File::open(path).map_err(failed)?).map_err(failed)?
+                    content_sha256(&open().map_err(failed)?).map_err(failed)?
             }
             FileCheck::Size | FileCheck::Mtime => {}
         }
@@ -176,13 +181,18 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
     }
 }
 
-fn content_sha256(mut file: &File) -> io::Result<Vec<u8>> {
+/// The position of the open file, which may be a program's, stays where it is.
+fn content_sha256(file: &File) -> io::Result<Vec<u8>> {
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
     loop {
-        match file.read(&mut buffer)? {
+        match file.read_at(&mut buffer, at)? {
             0 => return Ok(digest.finalize().to_vec()),
-            length => digest.update(&buffer[..length]),
+            length => {
+                digest.update(&buffer[..length]);
+                at += length as u64;
+            }
         }
     }
 }
@@ -292,8 +302,9 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
         file.write_all(b"first").expect("written");
         let path = file.path().to_str().expect("UTF-8").to_owned();
-        let mtime = identify(&path, FileCheck::Mtime, false).expect("identified");
-        let content = identify(&path, FileCheck::Content, false).expect("identified");
+        let identify = |check| identify(&path, check, false, || File::open(&path));
+        let mtime = identify(FileCheck::Mtime).expect("identified");
+        let content = identify(FileCheck::Content).expect("identified");
         assert_eq!(difference(&mtime, FileCheck::Mtime), None);
         assert_eq!(difference(&content, FileCheck::Content), None);
         file.as_file().write_all_at(b"FIRST", 0).expect("written");

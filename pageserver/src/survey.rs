@@ -26,6 +26,7 @@ use pageferry_wire::message::{BoundSocket, Plan};
 
 pub use self::refusal::{Object, Pids, Refusal, RefusalKind};
 use crate::capture::files::{self, Depth, KnownFiles, Look, Table, Verdict};
+use crate::capture::locks::Leased;
 use crate::capture::relations::Common;
 use crate::capture::shared::Objects;
 use crate::capture::sockets::flight::InFlight;
@@ -62,6 +63,8 @@ pub struct SurveyOptions {
     pub unmanaged: bool,
     /// Bytes of a deleted file, not on a tmpfs, that is carried with its content.
     pub ghost_limit: u64,
+    /// The tree comes to rest: nobody opens its files elsewhere while it has them here.
+    pub at_rest: bool,
 }
 
 /// What was found.
@@ -181,6 +184,7 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
         known: KnownFiles::default(),
         shared: Objects::default(),
         ended: Vec::new(),
+        leased: Leased::default(),
     };
     let stat = procfs::stat(root, root)?;
     // Nothing else can be asked about these.
@@ -197,12 +201,21 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     found.clock_offsets_ns = procfs::timens_offsets(root)?;
     found.notes.extend(identity_notes(root, &stat));
     let memory = relations::memories(&pids)?;
+    // Before any file is opened. One that has none has ended, or is refused below.
+    let mut read = BTreeMap::new();
+    for &pid in &pids {
+        if let Ok(entries) = procfs::descriptors(pid) {
+            look.leased.add(pid, &entries);
+            read.insert(pid, entries);
+        }
+    }
     let mut tables = Vec::new();
     let (mut stats, mut zombies) = (Vec::new(), Vec::new());
     for &pid in &pids {
         look.pid = pid;
         let host = memory.get(&pid).copied();
-        match member(&mut look, root, host, &mut found, &mut zombies) {
+        let entries = read.remove(&pid);
+        match member(&mut look, root, host, entries, &mut found, &mut zombies) {
             Ok(Some((stat, entries))) => {
                 tables.push((pid, entries));
                 stats.push((pid, stat));
@@ -268,12 +281,13 @@ fn look(root: i32, options: &SurveyOptions) -> Result<Survey> {
     Ok(found)
 }
 
-/// Adds what one process has to `found`; its row in the process table and its descriptors. `None`: it is refused as a whole, or
-/// has ended and is one of `zombies`. What is in the memory of `host` has been looked at there.
+/// Adds what one process has to `found`; its row in the process table and its descriptors, which are `entries` if they are known.
+/// `None`: it is refused as a whole, or has ended and is one of `zombies`. What is in the memory of `host` has been looked at there.
 fn member(
     look: &mut Look<'_>,
     root: i32,
     host: Option<i32>,
+    entries: Option<Vec<DescriptorEntry>>,
     found: &mut Survey,
     zombies: &mut Vec<Zombie>,
 ) -> Result<Option<(procfs::Stat, Vec<DescriptorEntry>)>> {
@@ -318,7 +332,7 @@ fn member(
     process(look, root, &stat, &status, &mut refusals)?;
     threads(pid, &tids, false, &mut refusals)?;
     refusals.extend(timers::refusals(pid)?);
-    let entries = procfs::descriptors(pid)?;
+    let entries = entries.map_or_else(|| procfs::descriptors(pid), Ok)?;
     if let Some(shared) = host.and_then(|host| found.members.get(&host)).cloned() {
         found.refusals.extend(refusals);
         found.tids.extend(tids);

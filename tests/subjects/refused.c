@@ -97,10 +97,11 @@ static void setup(void) {
     int local = open(local_path, O_RDWR | O_CREAT, 0600);
     atexit(remove_local);
     holds("local-file", local);
-    snprintf(path, sizeof path, "%s.locked", state_path);
+    snprintf(path, sizeof path, "%s.leased", state_path);
     close(open(path, O_RDWR | O_CREAT, 0600));
     int leased = open(path, O_RDONLY);
-    holds("file-lock", fcntl(leased, F_SETLEASE, F_RDLCK) ? -1 : leased);
+    unlink(path);
+    holds("lease", fcntl(leased, F_SETLEASE, F_RDLCK) ? -1 : leased);
     holds("pidfd", (int)syscall(SYS_pidfd_open, getpid(), 0));
     holds("path-descriptor", open("/usr", O_PATH));
     struct { unsigned words[30]; } parameters = {0};

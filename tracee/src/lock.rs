@@ -1,17 +1,19 @@
 //! Locks on files: what `/proc` tells of them, and how a process takes them again or gives them up.
 //!
 //! A record lock belongs to the process that made the call, so it is always that process which calls; the locks of an open file
-//! are given up through a copy of the descriptor. Nothing here waits for a lock.
+//! are given up through a copy of the descriptor. Nothing here waits for a lock. A lease is taken through the holder's own number,
+//! which the signal tells when it is broken; its end takes away whom the open file tells.
 //!
 //! # Safety
 //! Each unsafe block is one system call with integers or with a structure that outlives the call.
 
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use nix::errno::Errno;
+use nix::sys::stat::{major, minor};
 
 use crate::choke::{self, Kind as Call};
-use crate::descriptor::PidFd;
+use crate::descriptor::{self, Owner, PidFd};
 use crate::error::{Error, Result};
 use crate::injection::{Batch, Injection};
 use crate::tree::Tracee;
@@ -25,6 +27,8 @@ pub enum Kind {
     Record,
     /// `F_OFD_SETLK` (3.15): an open file.
     Description,
+    /// `F_SETLEASE`: an open file, which is told before somebody opens the file in a way that is against it.
+    Lease,
 }
 
 /// A lock.
@@ -49,6 +53,8 @@ pub struct Held {
     pub lock: Lock,
     /// As [`Line::file`].
     pub file: (u64, u64, u64),
+    /// Of a lease: whom its end is told.
+    pub owner: Owner,
 }
 
 /// A line of `/proc/locks`, or of `fdinfo` behind `lock:`.
@@ -56,8 +62,10 @@ pub struct Held {
 pub struct Line {
     /// The kernel's word: `POSIX`, `FLOCK`, `OFDLCK`, `LEASE`, `DELEG`.
     pub word: String,
-    /// The lock; `None` for a lease, or a kind that is not known.
+    /// The lock; `None` for a kind that is not known, and for a lease of which nothing is to be left.
     pub lock: Option<Lock>,
+    /// It is a lease that somebody waits to be given up, or to be for reading only.
+    pub breaking: bool,
     /// Who took it: 0 or less if that is nobody in this pid namespace, or if the kernel does not say.
     pub pid: i32,
     /// The file: major and minor number of its file system's device, and its inode.
@@ -74,7 +82,7 @@ impl Line {
         if waits {
             words.remove(1);
         }
-        let [_, word, _, access, pid, file, start, end] = words[..] else {
+        let [_, word, state, access, pid, file, start, end] = words[..] else {
             return None;
         };
         let mut file = file.split(':');
@@ -83,6 +91,7 @@ impl Line {
             "FLOCK" => Some(Kind::Flock),
             "POSIX" => Some(Kind::Record),
             "OFDLCK" => Some(Kind::Description),
+            "LEASE" => Some(Kind::Lease),
             _ => None,
         };
         let exclusive = match access {
@@ -108,6 +117,7 @@ impl Line {
         Some(Self {
             word: word.to_owned(),
             lock,
+            breaking: state == "BREAKING",
             pid: pid.parse().ok()?,
             file: (
                 u64::from_str_radix(major, 16).ok()?,
@@ -119,7 +129,7 @@ impl Line {
     }
 }
 
-/// All locks this pid namespace may know of, and who waits for them; leases are left out (proc_locks(5)).
+/// All locks this pid namespace may know of, and who waits for them (proc_locks(5)).
 ///
 /// # Errors
 /// [`Error::Path`].
@@ -133,14 +143,32 @@ pub fn all() -> Result<Vec<Line>> {
     Ok(lines.filter(|line| line.lock.is_some()).collect())
 }
 
+/// Processes of this pid namespace that have a lease for writing on this file, which whoever opens it breaks; device and inode as
+/// stat(2) tells them.
+///
+/// # Errors
+/// As [`all`].
+pub fn lease_holders(device: u64, inode: u64) -> Result<Vec<i32>> {
+    let file = (major(device), minor(device), inode);
+    let is_one = |line: &&Line| {
+        let is_lease = |lock: Lock| lock.kind == Kind::Lease && lock.exclusive;
+        line.file == file && line.lock.is_some_and(is_lease)
+    };
+    Ok(all()?.iter().filter(is_one).map(|line| line.pid).collect())
+}
+
 impl Lock {
-    /// Whether two owners cannot have both. The two kinds that lock ranges know of each other, `flock` only of itself.
+    /// Whether two owners cannot have both. The two kinds that lock ranges know of each other, `flock` and leases only of themselves.
     pub fn conflicts(&self, other: &Self) -> bool {
+        let ranges = |kind| match kind {
+            Kind::Record | Kind::Description => Kind::Record,
+            alone => alone,
+        };
         let end = |lock: &Self| match lock.len {
             0 => u64::MAX,
             len => lock.start.saturating_add(len),
         };
-        (self.kind == Kind::Flock) == (other.kind == Kind::Flock)
+        ranges(self.kind) == ranges(other.kind)
             && (self.exclusive || other.exclusive)
             && self.start < end(other)
             && other.start < end(self)
@@ -150,6 +178,14 @@ impl Lock {
         match self.exclusive {
             true => libc::LOCK_EX | libc::LOCK_NB,
             false => libc::LOCK_SH | libc::LOCK_NB,
+        }
+    }
+
+    /// As fcntl(2) calls it.
+    fn lock_type(&self) -> i32 {
+        match self.exclusive {
+            true => libc::F_WRLCK,
+            false => libc::F_RDLCK,
         }
     }
 
@@ -170,7 +206,8 @@ const _: () = assert!(std::mem::offset_of!(libc::flock, l_start) == 8);
 const _: () = assert!(std::mem::offset_of!(libc::flock, l_len) == 16);
 
 /// Has thread `tid` take `locks`, each through the descriptor named with it. The answers are in that order; `EAGAIN` where
-/// somebody else has one (fcntl(2), flock(2)).
+/// somebody else has one, or has the file of a lease open (fcntl(2), flock(2)). A lease needs `CAP_LEASE` or the file's owner, else the
+/// answer is `EACCES`; an open file whose signals nobody owns becomes the caller's.
 ///
 /// # Errors
 /// As [`Injection::run`].
@@ -190,14 +227,17 @@ pub fn take(
                     batch.call(libc::SYS_flock, &[(*fd).into(), operation.into()]);
                     continue;
                 }
+                Kind::Lease => {
+                    let (command, lock_type) = (libc::F_SETLEASE, lock.lock_type());
+                    let arguments = [(*fd).into(), command.into(), lock_type.into()];
+                    batch.call(libc::SYS_fcntl, &arguments);
+                    continue;
+                }
                 Kind::Record => libc::F_SETLK,
                 Kind::Description => libc::F_OFD_SETLK,
             };
             let at = index * RECORD_LEN;
-            let lock_type = match lock.exclusive {
-                true => libc::F_WRLCK,
-                false => libc::F_RDLCK,
-            };
+            let lock_type = lock.lock_type();
             injection.scratch(tid)[at..at + RECORD_LEN].copy_from_slice(&lock.record(lock_type));
             let address = injection.scratch_address(tid) + at as u64;
             batch.call(
@@ -225,6 +265,30 @@ impl Tracee {
         let answers = take(&mut injection, pid, locks);
         injection.cure()?;
         answers
+    }
+
+    /// Has the frozen process take again what it [gave up](Tracee::give_up_locks), as [`Tracee::take_locks`].
+    ///
+    /// # Errors
+    /// As [`Tracee::take_locks`]; [`Error::Kernel`] where an open file cannot be given its owner again.
+    pub fn take_locks_again(
+        &mut self,
+        locks: &[Held],
+    ) -> Result<Vec<std::result::Result<(), Errno>>> {
+        let calls: Vec<(u32, Lock)> = locks.iter().map(|held| (held.fd, held.lock)).collect();
+        let answers = self.take_locks(&calls)?;
+        let is_lease = |held: &Held| held.lock.kind == Kind::Lease;
+        for (held, answer) in locks.iter().zip(&answers) {
+            if is_lease(held) && answer.is_ok() {
+                let copy = PidFd::open(self.pid())?.get_fd(held.fd)?;
+                match descriptor::set_owner(copy.as_fd(), held.owner) {
+                    // Who has ended meanwhile is told no more.
+                    Err(error) if error.is_gone() => {}
+                    set => set?,
+                }
+            }
+        }
+        Ok(answers)
     }
 
     /// Gives up `locks` of a process that is [parked](Tracee::park), and all other record locks it has on the same files. It stays
@@ -260,6 +324,15 @@ fn unlock(process: &PidFd, fd: u32, lock: &Lock) -> Result<()> {
     let answer = match lock.kind {
         // SAFETY: no pointers.
         Kind::Flock => unsafe { libc::flock(copy.as_raw_fd(), libc::LOCK_UN) },
+        Kind::Lease => {
+            // SAFETY: no pointers.
+            let answer = unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+            match Errno::result(answer) {
+                // Nobody has waited for the program's answer for longer than the kernel lets him.
+                Err(Errno::EAGAIN) => 0,
+                _ => answer,
+            }
+        }
         _ => {
             let record = lock.record(libc::F_UNLCK);
             // SAFETY: the structure has the length of a `struct flock` and outlives the call, which does not keep it.
@@ -298,7 +371,18 @@ mod tests {
         let line = parse("2: FLOCK  ADVISORY  READ 12 00:2a:7 0 EOF");
         assert!(line.lock.is_some_and(|lock| lock.kind == Kind::Flock));
         let lease = parse("1: LEASE  ACTIVE    READ 1 00:2a:7 0 EOF");
-        assert_eq!((lease.lock, lease.word.as_str()), (None, "LEASE"));
+        assert!(
+            lease
+                .lock
+                .is_some_and(|lock| lock.kind == Kind::Lease && !lock.exclusive)
+        );
+        assert!(!lease.breaking);
+        let broken = parse("1: LEASE  BREAKING  READ 1 00:2a:7 0 EOF");
+        assert!(broken.breaking && broken.lock.is_some());
+        let ending = parse("1: LEASE  BREAKING  UNLCK 1 00:2a:7 0 EOF");
+        assert_eq!((ending.lock, ending.breaking), (None, true));
+        let delegation = parse("1: DELEG  ACTIVE    READ 1 00:2a:7 0 EOF");
+        assert_eq!((delegation.lock, delegation.word.as_str()), (None, "DELEG"));
         let waiter = parse("1: -> FLOCK  ADVISORY  READ 0 00:2a:7 0 EOF");
         assert!(waiter.waits && waiter.pid == 0 && !line.waits);
         for bad in ["", "1: POSIX ADVISORY READ 1 0:0 0 EOF"] {
@@ -318,7 +402,7 @@ mod tests {
             assert_eq!(a.conflicts(&b), b.conflicts(&a));
             a.conflicts(&b)
         };
-        use Kind::{Description, Flock, Record};
+        use Kind::{Description, Flock, Lease, Record};
         assert!(conflict(
             lock(Record, true, 0, 10),
             lock(Description, false, 9, 0)
@@ -333,5 +417,8 @@ mod tests {
         ));
         assert!(!conflict(lock(Record, true, 0, 0), lock(Flock, true, 0, 0)));
         assert!(conflict(lock(Flock, true, 0, 0), lock(Flock, false, 0, 0)));
+        assert!(conflict(lock(Lease, true, 0, 0), lock(Lease, false, 0, 0)));
+        assert!(!conflict(lock(Lease, true, 0, 0), lock(Flock, true, 0, 0)));
+        assert!(!conflict(lock(Lease, true, 0, 0), lock(Record, true, 0, 0)));
     }
 }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use pageferry_tracee::choke;
+use pageferry_tracee::descriptor::Owner;
 use pageferry_tracee::lock::{Held, Kind, Line, Lock};
 use pageferry_tracee::{
     Arg, Batch, Birth, End, Error, Family, Injection, RemoteMemory, SeizeOptions, ThreadStart,
@@ -823,7 +824,13 @@ fn a_parked_process_gives_up_its_locks_and_takes_them_again() {
         seen.sort_by_key(|lock| lock.start);
         assert_eq!(seen, locks().map(|(_, lock)| lock));
         let file = told()[0].file;
-        let held = locks().map(|(fd, lock)| Held { fd, lock, file });
+        let owner = Owner::default();
+        let held = locks().map(|(fd, lock)| Held {
+            fd,
+            lock,
+            file,
+            owner,
+        });
 
         tracee.park().unwrap();
         tracee.give_up_locks(&held).unwrap();

@@ -38,12 +38,17 @@ pub enum Record {
     Park,
     /// Source: the right to run is about to be handed over.
     Commit,
+    /// Source: locks of the stopped processes are about to be given up. Without [`Record::Thawed`] after it they may lack them, and
+    /// only somebody who knows that lets them go.
+    Unlocked,
     /// Target: COMMIT has come, and it will be accepted unless something fails now.
     Run,
     /// Target: the process is about to run; from here on it can never be refused.
     Releasing,
     /// Target: it will never run here. Source: it has the right to run back.
     Refused,
+    /// Source: nothing holds its copy any more, and it has all its locks.
+    Thawed,
     /// Every page is on the target.
     Resident,
     /// The source copy is gone.
@@ -52,12 +57,14 @@ pub enum Record {
 
 impl Record {
     /// Every record.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Park,
         Self::Commit,
+        Self::Unlocked,
         Self::Run,
         Self::Releasing,
         Self::Refused,
+        Self::Thawed,
         Self::Resident,
         Self::Done,
     ];
@@ -67,9 +74,11 @@ impl Record {
         match self {
             Self::Park => "park",
             Self::Commit => "commit",
+            Self::Unlocked => "unlocked",
             Self::Run => "run",
             Self::Releasing => "releasing",
             Self::Refused => "refused",
+            Self::Thawed => "thawed",
             Self::Resident => "resident",
             Self::Done => "done",
         }

@@ -8,15 +8,18 @@
     reason = "generated fields are documented in image/proto/locks.proto"
 )]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::files::{Descriptor, File};
+use super::files::{Descriptor, File, file};
 use super::{Invalid, ascending, at_most, ensure, limits};
 
 include!("generated/pageferry.locks.rs");
 
 /// One past the last byte of a file that can be locked: `OFFSET_MAX` is the last.
 const END: u64 = 1 << 63;
+/// Of open(2): the access mode among the flags of an open file, and the one that is for reading only.
+const O_ACCMODE: u32 = 3;
+const O_RDONLY: u32 = 0;
 
 impl Lock {
     /// Validates all locks of a tree against its open files and the table of each process, by pid.
@@ -49,18 +52,59 @@ impl Lock {
             ensure(is_held, object, "is of a process that has not the file")?;
             let has_end = lock.start < END && lock.len < END - lock.start;
             ensure(has_end, object, "reaches beyond the end of any file")?;
+            let is_whole = (lock.start, lock.len) == (0, 0);
             ensure(
-                lock.kind() != Kind::Flock || (lock.start, lock.len) == (0, 0),
+                lock.kind() != Kind::Flock || is_whole,
                 object,
                 "is a flock on a part of the file",
             )?;
+            ensure(
+                lock.kind() != Kind::Lease || is_whole,
+                object,
+                "is a lease on a part of the file",
+            )?;
         }
+        Self::validate_leases(locks, files)?;
         for pair in locks.windows(2) {
             let object = || format!("lock on open file {}", pair[1].file);
             ensure(
                 pair[0].owner() != pair[1].owner() || pair[0].end() <= pair[1].start,
                 object,
                 "overlaps another of the same owner",
+            )?;
+        }
+        Ok(())
+    }
+
+    /// A lease is had on a file that is found by its path, and only while no other open file is against it.
+    fn validate_leases(locks: &[Self], files: &[File]) -> Result<(), Invalid> {
+        let is_lease = |lock: &&Self| lock.kind() == Kind::Lease;
+        if !locks.iter().any(|lock| is_lease(&lock)) {
+            return Ok(());
+        }
+        // By path: how often it is open, and how often for writing.
+        let mut open: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        for file in files {
+            if let Some(path) = regular_path(file) {
+                let (all, written) = open.entry(path).or_default();
+                *all += 1;
+                *written += usize::from(file.flags & O_ACCMODE != O_RDONLY);
+            }
+        }
+        for lock in locks.iter().filter(is_lease) {
+            let object = || format!("lock on open file {}", lock.file);
+            let path = File::find(files, lock.file).and_then(regular_path);
+            let Some((all, written)) = path.and_then(|path| open.get(path)) else {
+                return Err(Invalid::new(object(), "is a lease on what can have none"));
+            };
+            let is_alone = match lock.exclusive {
+                true => *all == 1,
+                false => *written == 0,
+            };
+            ensure(
+                is_alone,
+                object,
+                "is a lease on a file that is open against it",
             )?;
         }
         Ok(())
@@ -95,15 +139,26 @@ impl Lock {
             (Kind::Flock, false) => "shared flock",
             (Kind::Record, true) => "record lock for writing",
             (Kind::Record, false) => "record lock for reading",
+            (Kind::Lease, true) => "write lease",
+            (Kind::Lease, false) => "read lease",
             (_, true) => "open file description lock for writing",
             (_, false) => "open file description lock for reading",
         }
     }
 }
 
+/// The path of a file that the target has.
+fn regular_path(file: &File) -> Option<&str> {
+    match &file.kind {
+        Some(file::Kind::Regular(regular)) => Some(&regular.identity.as_ref()?.path),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::files::{Eventfd, file};
+    use super::super::files::{Eventfd, Regular};
+    use super::super::memory::FileIdentity;
     use super::*;
 
     fn lock(kind: Kind, pid: i32, file: u32, start: u64, len: u64) -> Lock {
@@ -141,7 +196,7 @@ mod tests {
         }
         assert!(check(&[lock(Kind::Invalid, 7, 1, 0, 0)]).is_err());
         let unknown = Lock {
-            kind: 4,
+            kind: 5,
             ..lock(Kind::Record, 7, 1, 0, 0)
         };
         assert!(check(&[unknown]).is_err());
@@ -171,5 +226,55 @@ mod tests {
         assert_eq!(check(&[record(7, 0, 0), record(8, 0, 0)]), Ok(()));
         let flock = |pid| lock(Kind::Flock, pid, 2, 0, 0);
         assert!(check(&[flock(7), flock(8)]).is_err(), "one open file");
+    }
+
+    #[test]
+    fn a_lease_is_on_a_regular_file_that_nobody_has_open_against_it() {
+        let open = |id, path: &str, flags| File {
+            id,
+            flags,
+            kind: Some(file::Kind::Regular(Regular {
+                identity: Some(FileIdentity {
+                    path: path.into(),
+                    ..FileIdentity::default()
+                }),
+                position: 0,
+            })),
+            ..File::default()
+        };
+        let eventfd = File {
+            id: 4,
+            kind: Some(file::Kind::Eventfd(Eventfd::default())),
+            ..File::default()
+        };
+        let row = |fd, file| Descriptor {
+            fd,
+            file,
+            close_on_exec: false,
+        };
+        let table = [row(3, 1), row(4, 2), row(5, 3), row(6, 4)];
+        let check = |exclusive, file, second: &str, flags| {
+            let files = [
+                open(1, "/a", 0o100_000),
+                open(2, second, flags),
+                open(3, "/c", 2),
+                eventfd.clone(),
+            ];
+            let lease = Lock {
+                exclusive,
+                ..lock(Kind::Lease, 7, file, 0, 0)
+            };
+            Lock::validate_all(&[lease], &files, &[(7, &table)])
+        };
+        assert_eq!(check(true, 1, "/b", 2), Ok(()));
+        assert_eq!(check(false, 1, "/b", 2), Ok(()));
+        assert_eq!(check(false, 1, "/a", 0), Ok(()), "both read");
+        assert!(check(false, 1, "/a", 1).is_err(), "one writes");
+        assert!(check(true, 1, "/a", 0).is_err(), "it is open twice");
+        assert_eq!(check(true, 3, "/b", 0), Ok(()));
+        assert!(check(false, 3, "/b", 0).is_err(), "open for writing");
+        assert!(check(false, 4, "/b", 0).is_err(), "no file");
+        let part = lock(Kind::Lease, 7, 1, 0, 5);
+        assert!(super::tests::check(&[part]).is_err(), "a part");
     }
 }

@@ -463,6 +463,14 @@ impl Parts {
         });
     }
 
+    /// Adds a write lease of the root.
+    fn lease(&mut self, on: u32) {
+        self.lock(|lock| {
+            let kind = locks::Kind::Lease.into();
+            (lock.kind, lock.file, lock.start, lock.len) = (kind, on, 0, 0);
+        });
+    }
+
     fn edit(&mut self, offset: usize, bytes: &[u8]) {
         self.edits.push((offset, bytes.to_vec()));
     }
@@ -1349,6 +1357,35 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "lock-on-part-by-flock",
             Built(|parts| parts.lock(|lock| lock.kind = locks::Kind::Flock.into())),
             "`tree`: lock on open file 2 is a flock on a part of the file",
+        ),
+        (
+            "lock-lease-on-part",
+            Built(|parts| parts.lock(|lock| lock.kind = locks::Kind::Lease.into())),
+            "`tree`: lock on open file 2 is a lease on a part of the file",
+        ),
+        (
+            "lock-lease-on-no-file",
+            Built(|parts| parts.lease(3)),
+            "`tree`: lock on open file 3 is a lease on what can have none",
+        ),
+        (
+            "lock-lease-on-an-open-file",
+            Built(|parts| {
+                parts.tree(|tree| {
+                    let mut second = tree.files[1].clone();
+                    second.id = tree.files.last().map_or(1, |last| last.id) + 1;
+                    let descriptors = &mut tree.processes[0].descriptors;
+                    let fd = descriptors.last().map_or(0, |last| last.fd) + 1;
+                    descriptors.push(Descriptor {
+                        fd,
+                        file: second.id,
+                        close_on_exec: false,
+                    });
+                    tree.files.push(second);
+                });
+                parts.lease(2);
+            }),
+            "`tree`: lock on open file 2 is a lease on a file that is open against it",
         ),
         (
             "lock-over-another",

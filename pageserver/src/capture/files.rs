@@ -28,7 +28,7 @@ use pageferry_tracee::descriptor::{self, PidFd};
 use pageferry_tracee::procfs::{self, DescriptorEntry};
 use pageferry_tracee::{Error as ProcessError, pipe};
 
-use super::locks;
+use super::locks::{self, Leased};
 use super::shared::Objects;
 use super::sockets::{self, flight, flight::InFlight};
 use crate::identity;
@@ -73,6 +73,8 @@ const KERNEL_STORAGE: [i64; 18] = [
     0x6573_5543,
     0x9584_58f6,
 ];
+/// File systems whose files no other host sees, whatever the operator has not said: tmpfs, ext2 to ext4, XFS, Btrfs, F2FS.
+const LOCAL_STORAGE: [i64; 5] = [TMPFS, 0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
 /// tmpfs, of `statfs(2)`.
 pub(crate) const TMPFS: i64 = 0x0102_1994;
 /// Memory devices that are the same on every host, by minor number (major 1).
@@ -98,6 +100,8 @@ pub(crate) struct Look<'a> {
     pub pids: &'a [i32],
     /// Children of theirs that have ended, as far as they are known yet.
     pub ended: Vec<i32>,
+    /// What they have a lease on.
+    pub leased: Leased,
 }
 
 /// Identities already read, by path and whether the file must be the same one; with the device and inode they were read for.
@@ -190,7 +194,11 @@ impl Look<'_> {
         device: u64,
         inode: u64,
     ) -> Result<FileIdentity> {
-        let identity = identity::identify(path, self.options.file_check, must_be_shared)?;
+        let open = || match self.leased.copy((device, inode)) {
+            Some(copy) => copy,
+            None => fs::File::open(path),
+        };
+        let identity = identity::identify(path, self.options.file_check, must_be_shared, open)?;
         self.known.0.insert(
             (path.to_owned(), must_be_shared),
             (device, inode, identity.clone()),
@@ -210,6 +218,13 @@ impl Look<'_> {
     /// Whether what is written to `path` here is what the target reads there.
     pub(crate) fn on_shared_storage(&self, path: &str) -> Result<bool> {
         Ok(self.is_same_file(path) || SHARED_STORAGE.contains(&storage(path)?))
+    }
+
+    /// Whether what an open file leads to is certainly seen by no other host.
+    fn is_local(&self, entry: &DescriptorEntry) -> bool {
+        let through = format!("/proc/{}/fd/{}", self.pid, entry.fd);
+        let is_of_host = |magic| LOCAL_STORAGE.contains(&magic);
+        !self.is_same_file(&entry.link) && storage(&through).is_ok_and(is_of_host)
     }
 
     /// Whether the operator says so.
@@ -349,6 +364,13 @@ fn opened_object(
     entry: &DescriptorEntry,
     name: &str,
 ) -> Result<Verdict<Shape>> {
+    // Before it is opened.
+    if locks::is_leased(entry) {
+        return Ok(Err(RefusalKind::Lease {
+            path: name.to_owned(),
+            why: locks::GOES_ALONG,
+        }));
+    }
     let limit = look.options.ghost_limit;
     let object = look.shared.opened(look.pid, entry.fd, name, limit)?;
     Ok(object.map(|object| Shape::Shared { object }))
@@ -424,6 +446,17 @@ fn named_shape(look: &mut Look<'_>, entry: &DescriptorEntry) -> Result<Verdict<S
     }
     if writable && !look.on_shared_storage(&path)? {
         return Ok(Err(RefusalKind::WritableFile { path }));
+    }
+    if locks::is_leased_alone(entry) {
+        let is_opened_there = !look.options.at_rest && look.on_shared_storage(&path)?;
+        let why = match (writable, is_opened_there) {
+            (true, _) => Some(locks::WRITTEN),
+            (false, true) => Some(locks::SEEN),
+            (false, false) => None,
+        };
+        if let Some(why) = why {
+            return Ok(Err(RefusalKind::Lease { path, why }));
+        }
     }
     let identity = match look.known_file(&path, writable, open.dev(), open.ino()) {
         Some(known) => known,
@@ -533,12 +566,6 @@ pub(crate) fn table(
         look.pid = pid;
         match sight.file(look, group) {
             Ok(Ok((kind, owner))) => {
-                table.files.push(File {
-                    id,
-                    flags: entry.info.flags & !(libc::O_CLOEXEC as u32),
-                    owner,
-                    kind: Some(kind),
-                });
                 if let Some(inode) = entry.pipe_or_socket_inode() {
                     sight.sockets.files.insert(inode, id);
                 }
@@ -549,8 +576,14 @@ pub(crate) fn table(
                         what,
                     });
                 }
+                let opened = locks::Opened {
+                    file: id,
+                    kind: &kind,
+                    owner: told(owner.as_ref()),
+                    is_local: !entry.info.locks.is_empty() && look.is_local(entry),
+                };
                 for row in group.iter().filter(|row| !row.is_sent()) {
-                    match locks::held(row.pid, row.entry, id) {
+                    match locks::held(row.pid, row.entry, opened) {
                         Ok(held) => table.locks.extend(held),
                         Err(what) => table.refusals.push(Refusal {
                             pid: row.pid,
@@ -568,6 +601,12 @@ pub(crate) fn table(
                             close_on_exec: row.entry.info.close_on_exec(),
                         });
                 }
+                table.files.push(File {
+                    id,
+                    flags: entry.info.flags & !(libc::O_CLOEXEC as u32),
+                    owner,
+                    kind: Some(kind),
+                });
             }
             Ok(Err(what)) => table.refusals.push(Refusal {
                 pid,
@@ -851,6 +890,15 @@ impl Sight<'_> {
             found => found.map(|owner| (kind, owner)),
         })
     }
+}
+
+/// As the kernel is told it.
+fn told(owner: Option<&Owner>) -> descriptor::Owner {
+    owner.map_or_else(descriptor::Owner::default, |owner| descriptor::Owner {
+        kind: owner.kind,
+        id: owner.id,
+        signo: owner.signo,
+    })
 }
 
 /// Who is signalled when the descriptor becomes ready.

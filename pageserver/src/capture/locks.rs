@@ -2,12 +2,20 @@
 //! process took through it.
 //!
 //! A thread that waits for a lock asks for it again when it goes on, so only locks that are held are carried.
+//!
+//! Whoever opens a file on which there is a lease for writing breaks it: the program is told, and the open(2) waits, for up to 45
+//! seconds. So such a file is opened by nobody here. What must be read of it is read through the program's own open file, and where
+//! the target would have to open the very file, the lease is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File as OpenFile;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
+use nix::errno::Errno;
+use pageferry_image::model::files::file;
 use pageferry_image::model::locks::{Kind, Lock as Model};
-use pageferry_tracee::descriptor;
+use pageferry_tracee::descriptor::{self, Owner, PidFd};
 use pageferry_tracee::lock::{self, Line, Lock};
 use pageferry_tracee::procfs::{self, DescriptorEntry, FileKey};
 
@@ -15,19 +23,37 @@ use super::files::Verdict;
 use crate::Result;
 use crate::survey::{Object, Pids, Refusal, RefusalKind};
 
-/// Locks of frozen processes as these could give them up, by process.
+/// Locks of frozen processes as these could give them up.
 #[derive(Debug, Clone, Default)]
-pub struct HeldLocks(BTreeMap<i32, Vec<lock::Held>>);
+pub struct HeldLocks {
+    /// On files of this host, by process.
+    local: BTreeMap<i32, Vec<lock::Held>>,
+    /// On files that the target may see too, by process.
+    seen: BTreeMap<i32, Vec<lock::Held>>,
+}
 
 impl HeldLocks {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.local.is_empty() && self.seen.is_empty()
     }
 
-    /// By process.
+    /// Those that could be in the way of the tree on the target: all if it `waits` for some, else only those on files that it may
+    /// see.
+    pub fn in_the_way(self, waits: bool) -> Self {
+        match waits {
+            true => self,
+            false => Self {
+                local: BTreeMap::new(),
+                seen: self.seen,
+            },
+        }
+    }
+
+    /// By process; one may come twice.
     pub fn iter(&self) -> impl Iterator<Item = (i32, &[lock::Held])> {
-        self.0.iter().map(|(pid, held)| (*pid, held.as_slice()))
+        let all = self.local.iter().chain(&self.seen);
+        all.map(|(pid, held)| (*pid, held.as_slice()))
     }
 
     /// Somebody who would get one of them if it was given up for a moment: a clause. No process of a frozen tree waits for a lock.
@@ -39,15 +65,18 @@ impl HeldLocks {
             return Ok(None);
         }
         let all = lock::all()?;
-        let waiters = all.iter().filter(|line| line.waits);
+        let waiters = all.iter().filter(|line| line.waits || line.breaking);
         for waiter in waiters {
             let is_wanted = |held: &&lock::Held| {
                 let conflicts = |wanted: Lock| wanted.conflicts(&held.lock);
-                held.file == waiter.file && waiter.lock.is_some_and(conflicts)
+                // Of a lease the line is the holder's.
+                let is_lease = waiter.breaking && held.lock.kind == lock::Kind::Lease;
+                held.file == waiter.file && (is_lease || waiter.lock.is_some_and(conflicts))
             };
             for (pid, locks) in self.iter() {
                 if let Some(held) = locks.iter().find(is_wanted) {
                     let who = match waiter.pid {
+                        _ if waiter.breaking => "somebody who opens the file".to_owned(),
                         1.. => format!("process {}", waiter.pid),
                         _ => "a process that cannot be seen from here".to_owned(),
                     };
@@ -67,21 +96,125 @@ impl HeldLocks {
 pub(crate) struct Held {
     held: lock::Held,
     model: Model,
+    /// It is this process that took it.
+    is_taker: bool,
+    /// No other host sees the file.
+    is_local: bool,
 }
 
-/// The locks that a process holds through `entry`, which is open file number `file`; why one is refused.
-pub(crate) fn held(pid: i32, entry: &DescriptorEntry, file: u32) -> Verdict<Vec<Held>> {
+/// An open file, as far as it must be known for its locks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Opened<'f> {
+    /// Its number.
+    pub file: u32,
+    pub kind: &'f file::Kind,
+    pub owner: Owner,
+    /// No other host sees the file.
+    pub is_local: bool,
+}
+
+/// Why the lease on a file that goes along is refused: it is had through several open files while it is read here and filled there,
+/// and that is against a lease.
+pub(crate) const GOES_ALONG: &str = "goes along, and would not be had there (release it)";
+/// Why a lease for writing is refused on a file that is mapped: on the target a mapping has an open file of its own.
+pub(crate) const MAPPED: &str =
+    "is for writing, and the file is mapped: it would not be had on the target (release it)";
+/// Why a lease for writing is refused on a file that both hosts see.
+pub(crate) const SEEN: &str =
+    "is for writing, and the target would break it by opening the same file (release it)";
+/// Why it is on one that is open for writing.
+pub(crate) const WRITTEN: &str = "is for writing, and the file is open for writing: it is opened on the way to be synced, which would break it (release it)";
+const BREAKING: &str = "is being broken (try again when the program has answered)";
+
+/// The lease that an open file has.
+fn lease(entry: &DescriptorEntry) -> Option<Line> {
+    let mut lines = entry.info.locks.iter().filter_map(|text| Line::parse(text));
+    lines.find(|line| line.word == "LEASE")
+}
+
+/// Whether an open file has a lease.
+pub(crate) fn is_leased(entry: &DescriptorEntry) -> bool {
+    lease(entry).is_some()
+}
+
+/// Whether an open file has a lease that is broken by whoever opens the file: for writing, or one that is being broken already.
+pub(crate) fn is_leased_alone(entry: &DescriptorEntry) -> bool {
+    let is_alone = |line: Line| line.breaking || line.lock.is_none_or(|lock| lock.exclusive);
+    lease(entry).is_some_and(is_alone)
+}
+
+/// Files that must not be opened, for that would break a lease, and where each is open already.
+#[derive(Debug, Default)]
+pub(crate) struct Leased(BTreeMap<FileKey, Place>);
+
+impl Leased {
+    /// Adds what a process has open.
+    pub(crate) fn add(&mut self, pid: i32, entries: &[DescriptorEntry]) {
+        for entry in entries.iter().filter(|entry| is_leased_alone(entry)) {
+            // Closed meanwhile, and the lease gone with it, as only a running process can do.
+            if let Ok(found) = std::fs::metadata(format!("/proc/{pid}/fd/{}", entry.fd)) {
+                let key = (found.dev(), found.ino());
+                self.0.entry(key).or_insert((pid, entry.fd));
+            }
+        }
+    }
+
+    /// Whether the file is one of them.
+    pub(crate) fn has(&self, key: FileKey) -> bool {
+        self.0.contains_key(&key)
+    }
+
+    /// The open file itself, if it is one of them.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::NotFound`] if it has been closed meanwhile.
+    pub(crate) fn copy(&self, key: FileKey) -> Option<io::Result<OpenFile>> {
+        let &(pid, fd) = self.0.get(&key)?;
+        Some(copy(pid, fd, key))
+    }
+}
+
+fn copy(pid: i32, fd: u32, key: FileKey) -> io::Result<OpenFile> {
+    let copy = PidFd::open(pid).and_then(|process| process.get_fd(fd));
+    let copy = OpenFile::from(copy.map_err(|error| match &error {
+        _ if error.is_gone() => io::ErrorKind::NotFound.into(),
+        pageferry_tracee::Error::Kernel { errno, .. } if *errno == Errno::EBADF => {
+            io::ErrorKind::NotFound.into()
+        }
+        _ => io::Error::other(error),
+    })?);
+    let found = copy.metadata()?;
+    match (found.dev(), found.ino()) == key {
+        true => Ok(copy),
+        false => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// The locks that a process holds through `entry`, which is the open file `opened`; why one is refused.
+pub(crate) fn held(pid: i32, entry: &DescriptorEntry, opened: Opened<'_>) -> Verdict<Vec<Held>> {
     let mut locks = Vec::with_capacity(entry.info.locks.len());
     for text in &entry.info.locks {
         let line = Line::parse(text);
-        let Some((lock, file_key)) = line.as_ref().and_then(|line| Some((line.lock?, line.file)))
-        else {
+        if line.as_ref().is_some_and(|line| line.breaking) {
+            return Err(RefusalKind::Lease {
+                path: entry.link.clone(),
+                why: BREAKING,
+            });
+        }
+        let can_be_had =
+            |kind| kind != lock::Kind::Lease || matches!(opened.kind, file::Kind::Regular(_));
+        let found = line.as_ref().and_then(|line| {
+            let lock = line.lock.filter(|lock| can_be_had(lock.kind))?;
+            Some((lock, line.file, line.pid == pid))
+        });
+        let Some((lock, file_key, is_taker)) = found else {
             return Err(RefusalKind::FileLock {
                 path: entry.link.clone(),
                 kind: line.map_or_else(|| text.clone(), |line| line.word),
             });
         };
         let kind = match lock.kind {
+            lock::Kind::Lease => Kind::Lease,
             lock::Kind::Flock => Kind::Flock,
             lock::Kind::Record => Kind::Record,
             lock::Kind::Description => Kind::Description,
@@ -91,15 +224,18 @@ pub(crate) fn held(pid: i32, entry: &DescriptorEntry, file: u32) -> Verdict<Vec<
                 fd: entry.fd,
                 lock,
                 file: file_key,
+                owner: opened.owner,
             },
             model: Model {
                 kind: kind.into(),
                 exclusive: lock.exclusive,
                 pid,
-                file,
+                file: opened.file,
                 start: lock.start,
                 len: lock.len,
             },
+            is_taker,
+            is_local: opened.is_local,
         });
     }
     Ok(locks)
@@ -174,23 +310,47 @@ pub(crate) fn held_outside(pids: &[i32], places: &BTreeSet<Place>) -> Result<Vec
     Ok(refusals)
 }
 
-/// As the model wants them: those of an open file once, though each of its descriptors tells them.
+/// As the model wants them: those of an open file once, though each of its descriptors tells them, and as those of the process that
+/// took them, if it has them still.
 pub(crate) fn in_order(mut locks: Vec<Held>) -> (Vec<Model>, HeldLocks) {
-    locks.sort_by_key(|held| held.model.place());
+    locks.sort_by_key(|held| (held.model.place(), !held.is_taker));
     locks.dedup_by_key(|held| held.model.place());
-    let mut by_pid = HeldLocks::default();
+    let mut of_tree = HeldLocks::default();
     for held in &locks {
-        let of_process = by_pid.0.entry(held.model.pid).or_default();
-        of_process.push(held.held);
+        let by_pid = match held.is_local {
+            true => &mut of_tree.local,
+            false => &mut of_tree.seen,
+        };
+        by_pid.entry(held.model.pid).or_default().push(held.held);
     }
-    (locks.into_iter().map(|held| held.model).collect(), by_pid)
+    (locks.into_iter().map(|held| held.model).collect(), of_tree)
 }
 
 #[cfg(test)]
 mod tests {
+    use pageferry_image::model::files::{Eventfd, Regular};
     use pageferry_tracee::procfs::FdInfo;
 
     use super::*;
+
+    const EVENTFD: file::Kind = file::Kind::Eventfd(Eventfd {
+        count: 0,
+        semaphore: false,
+    });
+
+    fn held_in(pid: i32, entry: &DescriptorEntry, kind: &file::Kind) -> Verdict<Vec<Held>> {
+        let opened = Opened {
+            file: 1,
+            kind,
+            owner: Owner::default(),
+            is_local: pid == 7,
+        };
+        super::held(pid, entry, opened)
+    }
+
+    fn held(pid: i32, entry: &DescriptorEntry) -> Verdict<Vec<Held>> {
+        held_in(pid, entry, &EVENTFD)
+    }
 
     fn entry(locks: &[&str]) -> DescriptorEntry {
         DescriptorEntry {
@@ -207,25 +367,68 @@ mod tests {
     fn locks_of_an_open_file_are_held_once_and_those_of_processes_by_each() {
         let flock = "1: FLOCK  ADVISORY  WRITE 7 08:01:99 0 EOF";
         let record = "2: POSIX  ADVISORY  READ 7 08:01:99 5 9";
-        let mut all = held(8, &entry(&[flock]), 1).expect("carried");
-        all.extend(held(7, &entry(&[flock, record]), 1).expect("carried"));
+        let mut all = held(8, &entry(&[flock])).expect("carried");
+        all.extend(held(7, &entry(&[flock, record])).expect("carried"));
         let (locks, by_pid) = in_order(all);
-        assert_eq!((by_pid.0[&7].len(), by_pid.0[&8].len()), (1, 1));
+        assert_eq!(by_pid.local[&7].len(), 2);
         assert_eq!(locks.len(), 2, "{locks:?}");
-        assert_eq!((locks[0].kind(), locks[0].pid), (Kind::Flock, 8));
+        assert_eq!((locks[0].kind(), locks[0].pid), (Kind::Flock, 7));
         let record = &locks[1];
         assert_eq!((record.kind(), record.pid), (Kind::Record, 7));
         assert_eq!((record.start, record.len, record.exclusive), (5, 5, false));
     }
 
     #[test]
-    fn leases_and_what_nobody_knows_are_refused_by_the_kernels_word() {
+    fn a_lease_is_held_by_who_took_it() {
+        let regular = file::Kind::Regular(Regular::default());
+        let entry = entry(&["1: LEASE  ACTIVE    WRITE 8 08:01:99 0 EOF"]);
+        assert!(is_leased_alone(&entry));
+        let mut all = held_in(7, &entry, &regular).expect("carried");
+        all.extend(held_in(8, &entry, &regular).expect("carried"));
+        let (locks, by_pid) = in_order(all);
+        assert_eq!(by_pid.iter().count(), 1);
+        assert_eq!(locks.len(), 1, "{locks:?}");
+        let lease = (locks[0].kind(), locks[0].exclusive, locks[0].pid);
+        assert_eq!(lease, (Kind::Lease, true, 8));
+    }
+
+    #[test]
+    fn only_what_the_target_may_see_is_in_its_way_unless_it_waits() {
+        let record = |pid| format!("1: POSIX  ADVISORY  READ {pid} 08:01:99 5 9");
+        let (here, there) = (record(7), record(8));
+        let mut all = held(7, &entry(&[&here])).expect("carried");
+        all.extend(held(8, &entry(&[&there])).expect("carried"));
+        let (_, locks) = in_order(all);
+        let pids = |waits| -> Vec<i32> {
+            let in_the_way = locks.clone().in_the_way(waits);
+            in_the_way.iter().map(|(pid, _)| pid).collect()
+        };
+        assert_eq!(pids(true), [7, 8]);
+        assert_eq!(pids(false), [8]);
+    }
+
+    #[test]
+    fn a_lease_that_is_being_broken_is_refused() {
+        let regular = file::Kind::Regular(Regular::default());
+        for left in ["UNLCK", "READ "] {
+            let line = format!("1: LEASE  BREAKING  {left} 7 08:01:99 0 EOF");
+            let entry = entry(&[&line]);
+            assert!(is_leased_alone(&entry));
+            let refusal = held_in(7, &entry, &regular).expect_err("not carried");
+            assert_eq!(refusal.key(), "lease", "{refusal}");
+        }
+        let reading = entry(&["1: LEASE  ACTIVE    READ 7 08:01:99 0 EOF"]);
+        assert!(is_leased(&reading) && !is_leased_alone(&reading));
+    }
+
+    #[test]
+    fn what_nobody_knows_is_refused_by_the_kernels_word() {
         for (line, word) in [
             ("1: LEASE  ACTIVE    READ 7 08:01:99 0 EOF", "LEASE"),
             ("1: DELEG  ACTIVE    READ 7 08:01:99 0 EOF", "DELEG"),
             ("1: new words", "1: new words"),
         ] {
-            let refusal = held(7, &entry(&[line]), 1).expect_err("not carried");
+            let refusal = held(7, &entry(&[line])).expect_err("not carried");
             assert_eq!(
                 refusal,
                 RefusalKind::FileLock {

@@ -14,7 +14,7 @@ use pageferry_tracee::pagemap::{self, Scan};
 use pageferry_tracee::procfs::{self, Stat, VmFlags, Vma};
 
 use super::files::{Look, Verdict, present_name};
-use super::shared;
+use super::{locks, shared};
 use crate::survey::{Object, Refusal, RefusalKind};
 use crate::{Error, Result};
 
@@ -134,6 +134,12 @@ fn mapped_object(look: &mut Look<'_>, vma: &Vma, name: &str) -> Result<Verdict<B
 fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     let path = vma.path.as_str();
     let must_be_shared = writes_file(vma);
+    if look.leased.has((vma.device, vma.inode)) {
+        return Ok(Err(RefusalKind::Lease {
+            path: path.to_owned(),
+            why: locks::MAPPED,
+        }));
+    }
     if shared::is_object(path) || look.shared.has((vma.device, vma.inode)) {
         return mapped_object(look, vma, path);
     }

@@ -445,13 +445,20 @@ refusals! {
         /// The path.
         path: String,
     } = "writable-file", "{path} is open for writing on local storage (--same-file {path} if the target sees the same file)";
-    /// A lease, a delegation, or a lock of a kind unknown here.
+    /// A delegation, or a lock of a kind unknown here.
     FileLock {
         /// The path.
         path: String,
         /// The kernel's word, or its whole line.
         kind: String,
     } = "file-lock", "{kind} lock on {path}, which is not carried yet (release it)";
+    /// A lease that could not be had again, or would be broken on the way.
+    Lease {
+        /// The path.
+        path: String,
+        /// Why, and what to do.
+        why: &'static str,
+    } = "lease", "lease on {path} {why}";
     /// A lock of an open file that is not the tree's alone.
     LockOutside {
         /// The path.

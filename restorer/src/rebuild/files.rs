@@ -17,7 +17,7 @@ use pageferry_tracee::injection::Injection;
 use pageferry_tracee::procfs::TimerfdInfo;
 use pageferry_tracee::{descriptor, pipe, timer};
 
-use super::locks::Locks;
+use super::locks::{self, Locks};
 use super::shared::Objects;
 use super::sockets::names::Names;
 use super::{Error, Result, Work, sockets};
@@ -400,9 +400,14 @@ impl Files {
                     .identity
                     .as_ref()
                     .ok_or_else(|| Invalid::new(object(), "names no file"))?;
-                open(&identity.path, carried.flags, Some(regular.position)).map_err(|error| {
-                    Error::object(format!("{named} ({})", identity.path), "open", error)
-                })?
+                let object = format!("{named} ({})", identity.path);
+                let (path, flags) = (identity.path.as_str(), carried.flags);
+                if self.locks.is_leased(carried.id) {
+                    locks::open_leased(&object, path, flags, regular.position)?
+                } else {
+                    open(path, flags, Some(regular.position))
+                        .map_err(|error| Error::object(object, "open", error))?
+                }
             }
             file::Kind::Shared(shared) => {
                 let mut opened = self.objects.open(shared.object, carried.flags)?;

@@ -28,6 +28,8 @@ pub enum Kind {
     Record = 2,
     /// F_OFD_SETLK: of an open file
     Description = 3,
+    /// F_SETLEASE: of an open file, on the file; whom it tells is the file's owner
+    Lease = 4,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -40,6 +42,7 @@ impl Kind {
             Self::Flock => "KIND_FLOCK",
             Self::Record => "KIND_RECORD",
             Self::Description => "KIND_DESCRIPTION",
+            Self::Lease => "KIND_LEASE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -49,6 +52,7 @@ impl Kind {
             "KIND_FLOCK" => Some(Self::Flock),
             "KIND_RECORD" => Some(Self::Record),
             "KIND_DESCRIPTION" => Some(Self::Description),
+            "KIND_LEASE" => Some(Self::Lease),
             _ => None,
         }
     }
