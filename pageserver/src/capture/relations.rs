@@ -81,11 +81,17 @@ pub(crate) fn memories(pids: &[i32]) -> Result<BTreeMap<i32, i32>> {
 /// Those of `memory` whose parents wait in vfork(2) for them: nothing else reaches such a thread but SIGKILL.
 pub(crate) fn in_vfork(rows: &[Row], memory: &BTreeMap<i32, i32>) -> Result<Vec<Refusal>> {
     let mut found = Vec::new();
+    // One may have many children and threads.
+    let mut parents: BTreeMap<i32, bool> = BTreeMap::new();
     for (pid, stat) in rows.iter().filter(|(pid, _)| memory.contains_key(pid)) {
-        let waits = match procfs::stands_in_vfork(stat.ppid) {
-            Err(error) if error.is_gone() => false,
-            waits => waits?,
+        let waits = match (parents.get(&stat.ppid), stat.ppid) {
+            (Some(&known), _) => known,
+            (None, parent) => match procfs::stands_in_vfork(parent) {
+                Err(error) if error.is_gone() => false,
+                waits => waits?,
+            },
         };
+        parents.insert(stat.ppid, waits);
         if waits {
             found.push(Refusal {
                 pid: *pid,
