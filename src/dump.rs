@@ -54,11 +54,13 @@ enum Failure {
         source: Option<BoxError>,
     },
     #[error(
-        "{what}; pid {pid} is intact, but could not be let go of: {why}. If it stays stopped: kill -CONT {pid}"
+        "{what}; pid {pid} is intact, but could not be let go of: {why}. If it stays stopped: kill -CONT {}",
+        report::all_of(.pid)
     )]
     Stuck { what: String, pid: i32, why: String },
     #[error(
-        "{image} is complete, but pid {pid} could not be ended: {why}. End it: kill -KILL {pid}"
+        "{image} is complete, but pid {pid} could not be ended: {why}. End it: kill -KILL {}",
+        report::all_of(.pid)
     )]
     Alive {
         image: String,

@@ -11,7 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::exit;
+use crate::{exit, report};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tracee::procfs;
@@ -172,10 +172,12 @@ impl Left {
             }
             Self::Runs => format!("pid {pid} runs on here, as before"),
             Self::Parked => format!(
-                "COMMIT was not sent; pid {pid} is whole here but still stopped. Let it run: kill -CONT {pid}"
+                "COMMIT was not sent; pid {pid} is whole here but still stopped. Let it run: kill -CONT {}",
+                report::all_of(&pid)
             ),
             Self::Unlocked => format!(
-                "the target has not got it; pid {pid} is whole here but still stopped, perhaps without its locks on files that the target may see. Let it run all the same: kill -CONT {pid}"
+                "the target has not got it; pid {pid} is whole here but still stopped, perhaps without its locks on files that the target may see. Let it run all the same: kill -CONT {}",
+                report::all_of(&pid)
             ),
             Self::Lost => format!(
                 "it ran on the target, without all its pages; the source copy pid {pid} stays stopped"

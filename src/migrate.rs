@@ -184,11 +184,13 @@ enum Failure {
     #[error("{what}; pid {pid} ended meanwhile, and not by pageferry")]
     Ended { what: String, pid: i32 },
     #[error(
-        "{what}; pid {pid} is intact here, but could not be let go of: {why}. If it stays stopped: kill -CONT {pid}"
+        "{what}; pid {pid} is intact here, but could not be let go of: {why}. If it stays stopped: kill -CONT {}",
+        report::all_of(.pid)
     )]
     Stuck { what: String, pid: i32, why: String },
     #[error(
-        "{what}; pid {pid} is here and stays stopped: {why}. Without the lock it may do harm: end it (kill -KILL {pid}), or let it run if you know that nobody minds (kill -CONT {pid})"
+        "{what}; pid {pid} is here and stays stopped: {why}. Without the lock it may do harm: end it (kill -KILL {all}), or let it run if you know that nobody minds (kill -CONT {all})",
+        all = report::all_of(.pid)
     )]
     LockLost { what: String, pid: i32, why: String },
     #[error(
@@ -605,7 +607,11 @@ impl Shell<'_> {
             SourceAction::Kill => {
                 if let Ok(tree) = self.tree() {
                     if let Err(error) = tree.kill().await {
-                        tracing::error!("{}: kill -KILL {}", report::chain(&error), self.pid);
+                        tracing::error!(
+                            "{}: kill -KILL {}",
+                            report::chain(&error),
+                            report::all_of(&self.pid)
+                        );
                     }
                 }
                 for file in std::mem::take(&mut self.moved) {

@@ -6,6 +6,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use pageferry_tracee::procfs;
 use pageferry_wire::phase::Phase;
 use serde::{Deserialize, Serialize};
 use tracing::level_filters::LevelFilter;
@@ -173,6 +174,13 @@ pub fn set_up_log(common: &Common) {
             .with_timer(tracing_subscriber::fmt::time::uptime())
             .init(),
     }
+}
+
+/// The processes of the tree of `root`, as kill(1) is to be told: who stops or goes on alone is not what the others count on.
+pub fn all_of(root: &i32) -> String {
+    let all = procfs::descendants(*root).unwrap_or_else(|_| vec![*root]);
+    let all: Vec<String> = all.iter().map(i32::to_string).collect();
+    all.join(" ")
 }
 
 /// Writes the ledger of a receive or restore, of mode `mode`, that has no engine to write it. Gives its exit code back.
@@ -344,6 +352,21 @@ mod tests {
     fn what_a_file_says_does_not_reach_the_terminal_as_it_is() {
         assert_eq!(plain("größe \"x\" \\"), "größe \"x\" \\");
         assert_eq!(plain("a\x1b[2Jb\r\u{202e}"), "a\\u{1b}[2Jb\\r\\u{202e}");
+    }
+
+    #[test]
+    fn a_command_names_all_of_a_tree() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("it can be started");
+        let own = std::process::id();
+        let said = all_of(&(own as i32));
+        child.kill().and_then(|()| child.wait()).expect("it ran");
+        let named: Vec<&str> = said.split(' ').collect();
+        assert_eq!(named[0], own.to_string());
+        assert!(named.contains(&child.id().to_string().as_str()), "{said}");
+        assert_eq!(all_of(&0), "0");
     }
 
     #[test]
