@@ -1430,7 +1430,7 @@ pub fn syscall(pid: i32, tid: i32) -> Result<Option<BlockedCall>> {
 /// Whether a thread of the process waits in vfork(2), or in a clone(2) with CLONE_VFORK, for the end of its child.
 ///
 /// # Errors
-/// As [`tids`], [`stat`](self::stat) and [`syscall`]; a thread that ends meanwhile does not wait.
+/// As [`tids`], [`stat`] and [`syscall`]; a thread that ends meanwhile does not wait.
 pub fn stands_in_vfork(pid: i32) -> Result<bool> {
     let waits = |tid| -> Result<bool> {
         if self::stat(pid, tid)?.state != 'D' {
