@@ -375,7 +375,12 @@ fn take_again(family: &mut Family, pid: i32, locks: &[lock::Held]) -> Result<(),
             Some(held) if attempt == LOCK_TRIES => {
                 return Err(Error::LockLost { pid, fd: held.fd });
             }
-            Some(_) => std::thread::sleep(LOCK_WAIT),
+            Some(_) => {
+                // Whatever ends us meanwhile: without its locks it must not run.
+                family.park().map_err(Error::Park)?;
+                std::thread::sleep(LOCK_WAIT);
+                family.unpark().map_err(Error::Thaw)?;
+            }
             None => break,
         }
     }

@@ -176,10 +176,11 @@ pub fn set_up_log(common: &Common) {
     }
 }
 
-/// The processes of the tree of `root`, as kill(1) is to be told: who stops or goes on alone is not what the others count on.
+/// The processes of the tree of `root`, as kill(1) is to be told: who ends or goes on alone is not what the others count on. Children
+/// before their parents: the end of a parent may let stopped children go on.
 pub fn all_of(root: &i32) -> String {
     let all = procfs::descendants(*root).unwrap_or_else(|_| vec![*root]);
-    let all: Vec<String> = all.iter().map(i32::to_string).collect();
+    let all: Vec<String> = all.iter().rev().map(i32::to_string).collect();
     all.join(" ")
 }
 
@@ -364,7 +365,7 @@ mod tests {
         let said = all_of(&(own as i32));
         child.kill().and_then(|()| child.wait()).expect("it ran");
         let named: Vec<&str> = said.split(' ').collect();
-        assert_eq!(named[0], own.to_string());
+        assert_eq!(named.last(), Some(&own.to_string().as_str()));
         assert!(named.contains(&child.id().to_string().as_str()), "{said}");
         assert_eq!(all_of(&0), "0");
     }

@@ -1184,11 +1184,15 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "pages-of-a-sharer",
             Built(|parts| {
                 parts.tenant(|_| ());
+                parts.header.process_count += 1;
+                parts.header.thread_count += 1;
                 let mut range = parts.ranges[0];
                 range[..4].copy_from_slice(&2_u32.to_le_bytes());
+                range[16] = 1;
+                range[24] = 17;
                 parts.ranges.push(range);
             }),
-            "of object 2",
+            "of object 2, which the tree does not have",
         ),
         (
             "actions-of-nobody",

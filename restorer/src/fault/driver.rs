@@ -60,6 +60,11 @@ const IDENTIFICATIONS_MAX: u32 = 8;
 const SWEEP_MIN: usize = 16;
 /// The engine's beat: far longer than a fault takes between neighbouring hosts, far shorter than anybody would notice.
 const BEAT: Duration = Duration::from_millis(2);
+/// Pause between two looks at memory whose processes have ended.
+const OWNERLESS_PAUSE: Duration = Duration::from_millis(100);
+/// Pages at which memory is asked whether it is still there: the lowest and the highest that may be mapped, where almost surely
+/// nothing is.
+const PROBES: [u64; 2] = [0x1_0000, 0x7fff_ffff_e000];
 /// Bits of an address, and of what names a page within its object.
 const OBJECT_SHIFT: u32 = 48;
 const _: () = assert!(
@@ -214,7 +219,7 @@ impl DriverHandle {
         self.send(Command::LinkRestored(connections));
     }
 
-    /// This restored process has exited: only the others, and children, still need pages.
+    /// This restored process has exited: only the others, children, and whoever shares its memory still need pages.
     pub fn ended(&self, pid: i32) {
         self.send(Command::Ended(pid));
     }
@@ -292,6 +297,10 @@ pub struct Driver {
     forks: u64,
     /// How many processes there may be before those that have ended are looked for.
     sweep_at: usize,
+    /// Memory whose processes, as far as we know them, have all ended; one that was made in it on this host (CLONE_VM, and between
+    /// vfork(2) and execve) may still be there, which nobody tells us.
+    ownerless: BTreeSet<SpaceId>,
+    ownerless_look: Interval,
     spoiled: u32,
     events: Vec<Event>,
 }
@@ -347,12 +356,14 @@ impl Driver {
             resident_at_start: here.iter().map(|pages| pages.len() as u64).sum(),
             forks: 0,
             sweep_at: SWEEP_MIN.max(2 * memories.len()),
+            ownerless: BTreeSet::new(),
+            ownerless_look: tokio::time::interval(OWNERLESS_PAUSE),
             spoiled: 0,
             events: Vec::new(),
         };
-        driver
-            .beat
-            .set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for interval in [&mut driver.beat, &mut driver.ownerless_look] {
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
         let mut failure = None;
         for (space, memory) in (SpaceId::ROOT.0..).map(SpaceId).zip(memories) {
             let pids = memory.pids.iter().map(|&pid| (pid, space));
@@ -459,6 +470,10 @@ impl Driver {
             any = true;
             self.engine.handle_beat();
         }
+        while !self.ownerless.is_empty() && self.ownerless_look.poll_tick(context).is_ready() {
+            any = true;
+            self.let_go_of_ownerless();
+        }
         let spaces: Vec<SpaceId> = self.processes.keys().copied().collect();
         for space in spaces {
             while let Some(process) = self.processes.get(&space) {
@@ -516,9 +531,9 @@ impl Driver {
             }
             Command::Ended(pid) => {
                 if let Some(space) = self.restored.remove(&pid) {
-                    // Whoever else has it may still miss pages.
                     if self.restored.values().all(|&other| other != space) {
-                        self.forget(space);
+                        self.ownerless.insert(space);
+                        self.let_go_of_ownerless();
                     }
                 }
             }
@@ -664,26 +679,32 @@ impl Driver {
         if self.processes.len() < self.sweep_at {
             return;
         }
-        // Zeros are right for any page that is not pending, and almost surely nothing is mapped at this one; an address
-        // space that has ended says so.
-        let probe = PageRange::page_of(0x1_0000);
-        let is_gone = |(space, process): &(&SpaceId, &Process)| {
-            !self.engine.is_pending(**space, probe.start)
-                && matches!(
-                    process.uffd.get_ref().0.zero(addresses(probe)),
-                    Ok(Copied::Gone)
-                )
-        };
-        let gone: Vec<SpaceId> = self
-            .processes
-            .iter()
-            .filter(is_gone)
-            .map(|(&space, _)| space)
-            .collect();
-        for space in gone {
-            self.forget(space);
-        }
+        let spaces: Vec<SpaceId> = self.processes.keys().copied().collect();
+        self.let_go_of_gone(spaces);
         self.sweep_at = (2 * self.processes.len()).max(SWEEP_MIN);
+    }
+
+    fn let_go_of_ownerless(&mut self) {
+        let spaces: Vec<SpaceId> = self.ownerless.iter().copied().collect();
+        self.let_go_of_gone(spaces);
+        let processes = &self.processes;
+        self.ownerless.retain(|space| processes.contains_key(space));
+    }
+
+    /// Lets go of those of these that are memory no more.
+    fn let_go_of_gone(&mut self, spaces: Vec<SpaceId>) {
+        for space in spaces {
+            // Zeros are right for any page that is not pending; memory that has ended says so instead.
+            let probe = PROBES
+                .into_iter()
+                .find(|&probe| !self.engine.is_pending(space, probe));
+            if let (Some(probe), Some(process)) = (probe, self.processes.get(&space)) {
+                let page = addresses(PageRange::page_of(probe));
+                if matches!(process.uffd.get_ref().0.zero(page), Ok(Copied::Gone)) {
+                    self.forget(space);
+                }
+            }
+        }
     }
 
     /// Carries out what the engine wants, for one turn.

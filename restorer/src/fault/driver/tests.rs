@@ -506,6 +506,65 @@ fn a_process_that_ends_in_the_middle_ends_the_driver() {
     assert!(summary.pages_installed < DATA_PAGES, "{summary:?}");
 }
 
+/// One that was made in the memory of another here, and that nobody knows, outlives it and finds its pages.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn memory_is_filled_as_long_as_anybody_is_in_it() {
+    // read(0, one byte), write(1, 16 bytes of page 78), exit(0); then CLONE_VM | SIGCHLD.
+    let body = r#"
+code = area(16)
+ctypes.memset(code, 0, 16 * PAGE)
+text = (b"\x31\xff\x48\xbe" + struct.pack("Q", code + PAGE) + b"\xba\x01\0\0\0\x31\xc0\x0f\x05"
+    + b"\xbf\x01\0\0\0\x48\xbe" + struct.pack("Q", base + 78 * PAGE) + b"\xba\x10\0\0\0\xb8\x01\0\0\0\x0f\x05"
+    + b"\x31\xff\xb8\x3c\0\0\0\x0f\x05")
+ctypes.memmove(code, text, len(text))
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+assert libc.mprotect(code, PAGE, 7) == 0
+libc.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+assert libc.clone(code, code + 16 * PAGE, 0x111, None) > 0
+os._exit(0)"#;
+    let Some(mut subject) = Subject::spawn(body) else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let source = Source::new(subject.base);
+        let (base, pid) = (subject.base, subject.pid());
+        let (driver, handle) = Driver::new(
+            vec![subject.memory()],
+            source.serve(),
+            Options {
+                drain: false,
+                ..Options::default()
+            },
+        )
+        .expect("a driver");
+        handle.map(1, &source.map());
+        handle.map_end();
+        let told = handle.clone();
+        let page = tokio::task::spawn_blocking(move || {
+            subject.go();
+            subject.child.wait().expect("it ends");
+            told.ended(pid);
+            std::thread::sleep(3 * OWNERLESS_PAUSE);
+            subject.go();
+            let mut page = [0; 16];
+            let read = std::io::Read::read_exact(&mut subject.output, &mut page);
+            read.expect("the other one is there");
+            page
+        });
+        // It ends with the last of them.
+        let ended = tokio::time::timeout(Duration::from_secs(20), driver.run()).await;
+        ended.expect("nobody is left").expect("nothing was lacking");
+        let page = page.await.expect("the reader ends");
+        let expected = (base / PAGE_SIZE + 78).to_le_bytes();
+        assert_eq!(page, [expected, expected].concat()[..]);
+    });
+}
+
 #[test]
 fn children_that_have_ended_do_not_pile_up_while_the_drain_is_off() {
     let body = "
