@@ -333,10 +333,7 @@ fn roll_back(held: Option<Family>, parked: bool) -> Result<(), Error> {
 
 fn give_up_locks(family: &mut Family, locks: &HeldLocks) -> Result<(), Error> {
     for (pid, locks) in locks.iter() {
-        let given_up = family
-            .member(pid)
-            .and_then(|member| member.give_up_locks(locks));
-        given_up.map_err(Error::GiveUp)?;
+        family.give_up_locks(pid, locks).map_err(Error::GiveUp)?;
     }
     Ok(())
 }

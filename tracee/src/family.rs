@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use crate::injection::{Birth, End, Injection};
+use crate::lock;
 use crate::tree::{self, Group};
 use crate::{Error, Held, Result, SeizeOptions, Tracee, descriptor, procfs};
 
@@ -64,17 +65,32 @@ impl Family {
     /// # Errors
     /// As [`Tracee::plant`]; [`Error::WrongState`] if it is not of the family.
     pub fn plant(&mut self, pid: i32) -> Result<Injection<'_>> {
+        let (member, host) = self.with_host(pid)?;
+        let room = member.threads.len();
+        Injection::plant_by(member, host, None, room)
+    }
+
+    /// Gives up `locks` of `pid`, as [`Tracee::give_up_locks`] does; also where it is in the memory of another of the family.
+    ///
+    /// # Errors
+    /// As [`Tracee::give_up_locks`]; [`Error::WrongState`] if it is not of the family.
+    pub fn give_up_locks(&mut self, pid: i32, locks: &[lock::Held]) -> Result<()> {
+        let (member, host) = self.with_host(pid)?;
+        member.give_up_locks_by(host, locks)
+    }
+
+    /// The process `pid`, and the one in whose memory it is.
+    fn with_host(&mut self, pid: i32) -> Result<(&mut Tracee, Option<&mut Tracee>)> {
         let place = |members: &[Tracee], pid| members.iter().position(|one| one.pid() == pid);
         let index = place(&self.members, pid).ok_or(Error::WrongState {
             tid: pid,
-            what: "planting in another family",
+            what: "a process of another family",
         })?;
         let (before, rest) = self.members.split_at_mut(index);
         let member = &mut rest[0];
         // It stands before: the first in that memory is nobody's guest.
         let host = member.host.and_then(|host| place(before, host));
-        let room = member.threads.len();
-        Injection::plant_by(member, host.map(|host| &mut before[host]), None, room)
+        Ok((member, host.map(|host| &mut before[host])))
     }
 
     /// Makes children of a husk, see [`Tracee::bear`], and takes them in.

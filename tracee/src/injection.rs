@@ -264,20 +264,28 @@ impl<'a> Injection<'a> {
 
     /// Has a parked process make the call `fcntl(fd, F_SETLK, record)` for each of `fds`, through the gate alone. Each is one call, so
     /// that nothing is half done between two of them, and the SIGSTOP of the parking, which the way to it takes off the queue, is in
-    /// the queue again before the kernel does what it is asked.
+    /// the queue again before the kernel does what it is asked. One that is in the memory of another, its `host`, which is parked too,
+    /// has the record on the stack of that one, which makes no call.
     pub(crate) fn set_locks(
         tracee: &'a mut Tracee,
+        host: Option<&'a mut Tracee>,
         fds: &[u32],
         record: &[u8; lock::RECORD_LEN],
     ) -> Result<()> {
+        if tracee.host.is_some() && host.is_none() {
+            return Err(Error::WrongState {
+                tid: tracee.pid(),
+                what: "giving up locks without the one in whose memory it is",
+            });
+        }
         let mut injection = Self::new(tracee, 0)?;
         injection.parked = true;
         injection.open_first_gate()?;
-        // Below the gate's frame: nothing that is in use, and nothing of it is left.
-        let below = match injection.gate.as_ref().and_then(|gate| gate.frame.as_ref()) {
-            Some((frame, _)) => frame - RECORD_ROOM,
-            None => below_red_zone(injection.homes[0].registers.rsp, RECORD_ROOM),
-        };
+        let mut lender = None;
+        if let Some(host) = host {
+            lender.insert(Self::new(host, 0)?).open_first_gate()?;
+        }
+        let below = lender.as_ref().unwrap_or(&injection).below_gate();
         let mut before = [0; lock::RECORD_LEN];
         injection.memory.read(below, &mut before)?;
         let set = injection
@@ -285,7 +293,17 @@ impl<'a> Injection<'a> {
             .write(below, record)
             .and_then(|()| injection.set_each(fds, below));
         let put_back = twice(|| injection.memory.write(below, &before));
-        set.and(put_back).and(injection.cure())
+        let cured = injection.cure();
+        let returned = lender.map_or(Ok(()), Self::cure);
+        set.and(put_back).and(cured).and(returned)
+    }
+
+    /// Where a lock's record goes: below the gate's frame, so that nothing that is in use is there, and nothing of it is left.
+    fn below_gate(&self) -> u64 {
+        match self.gate.as_ref().and_then(|gate| gate.frame.as_ref()) {
+            Some((frame, _)) => frame - RECORD_ROOM,
+            None => below_red_zone(self.homes[0].registers.rsp, RECORD_ROOM),
+        }
     }
 
     fn set_each(&mut self, fds: &[u32], record: u64) -> Result<()> {
@@ -465,7 +483,15 @@ impl<'a> Injection<'a> {
         arguments: [u64; 6],
     ) -> Result<std::result::Result<u64, Errno>> {
         if let Some(host) = self.host.as_deref_mut() {
-            return Injection::through_gate(host, |gate| gate.call(what, number, arguments));
+            let len = self.len;
+            return Injection::through_gate(host, |gate| {
+                let answer = gate.call(what, number, arguments);
+                if answer.is_err() {
+                    // If it was the agent that it has mapped, it knows that by the length, and takes it out again.
+                    gate.len = len;
+                }
+                answer
+            });
         }
         choke::pass(Kind::Remote).map_err(|errno| Error::kernel(what, self.tracee.pid(), errno))?;
         let Some(gate) = &self.gate else {
@@ -960,12 +986,11 @@ impl<'a> Injection<'a> {
         }
         let tid = self.homes[gate.index].tid;
         if let Ok(registers) = twice(|| ptrace::registers(tid)) {
-            let called = registers.rip != self.code.syscall
-                && self
-                    .code
-                    .homing
-                    .is_none_or(|(syscall_return, _)| registers.rip != syscall_return);
-            if called && registers.rsi == self.len as u64 && agent::answer(registers.rax).is_ok() {
+            // The kernel's word for what was called; before it is, there is none.
+            let has_mapped = registers.orig_rax == libc::SYS_mmap as u64
+                && registers.rsi == self.len as u64
+                && agent::answer(registers.rax).is_ok();
+            if has_mapped {
                 self.address = Some(registers.rax);
             }
         }

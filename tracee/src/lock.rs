@@ -292,11 +292,21 @@ impl Tracee {
     }
 
     /// Gives up `locks` of a process that is [parked](Tracee::park), and all other record locks it has on the same files. It stays
-    /// parked; on its way to the call that gives up record locks our death would let it run.
+    /// parked; on its way to the call that gives up record locks our death would let it run. One that is in the memory of another
+    /// does it by [`crate::Family::give_up_locks`].
     ///
     /// # Errors
     /// [`Error::WrongState`] unless frozen; [`Error::Gone`]; [`Error::Kernel`], [`Error::Injected`]. Some may be given up by then.
     pub fn give_up_locks(&mut self, locks: &[Held]) -> Result<()> {
+        self.give_up_locks_by(None, locks)
+    }
+
+    /// As [`Tracee::give_up_locks`], where `host` is a process in the same memory whose threads have stacks of their own.
+    pub(crate) fn give_up_locks_by(
+        &mut self,
+        host: Option<&mut Self>,
+        locks: &[Held],
+    ) -> Result<()> {
         let pid = self.pid();
         let is_record = |held: &&Held| held.lock.kind == Kind::Record;
         let process = PidFd::open(pid)?;
@@ -314,7 +324,7 @@ impl Tracee {
             start: 0,
             len: 0,
         };
-        self.set_locks(&fds, &everything.record(libc::F_UNLCK))
+        self.set_locks(host, &fds, &everything.record(libc::F_UNLCK))
     }
 }
 

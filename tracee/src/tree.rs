@@ -470,14 +470,9 @@ impl Tracee {
             Stop::Event(event) => {
                 let other = ptrace::event_message(tid)?;
                 match event {
-                    libc::PTRACE_EVENT_CLONE if self.tids.iter().all(|&tid| tid != other) => {
-                        self.threads.push(Thread::running(other));
-                        self.tids.push(other);
-                    }
-                    libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK if self.keeps_children => {
-                        self.born.push(other);
-                    }
-                    libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => release_child(other)?,
+                    libc::PTRACE_EVENT_CLONE
+                    | libc::PTRACE_EVENT_FORK
+                    | libc::PTRACE_EVENT_VFORK => self.note_made(other)?,
                     libc::PTRACE_EVENT_EXEC => self.code = None,
                     _ => {}
                 }
@@ -487,6 +482,29 @@ impl Tracee {
             ptrace::interrupt(tid)?;
         }
         ptrace::resume(tid, forward)
+    }
+
+    /// A thread of ours has made this one, which is attached. Whether it is a thread too does not follow from the event: that is
+    /// named after the signal of its end, and after vfork.
+    fn note_made(&mut self, other: i32) -> Result<()> {
+        let process = match twice(|| procfs::status(other, other)) {
+            Ok(status) => status.tgid,
+            // Killed, and there is no more of it.
+            Err(error) if error.is_gone() => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if process != self.pid {
+            if self.keeps_children {
+                self.born.push(other);
+                return Ok(());
+            }
+            return release_child(other);
+        }
+        if !self.tids.contains(&other) {
+            self.threads.push(Thread::running(other));
+            self.tids.push(other);
+        }
+        Ok(())
     }
 
     /// A signal that the process ignores wakes a traced thread all the same, which makes some calls answer EINTR: they are
@@ -884,11 +902,17 @@ impl Tracee {
         Ok(())
     }
 
-    /// Has a parked process make the call `fcntl(fd, F_SETLK, record)` for each of `fds`. It stays parked.
-    pub(crate) fn set_locks(&mut self, fds: &[u32], record: &[u8; RECORD_LEN]) -> Result<()> {
+    /// Has a parked process make the call `fcntl(fd, F_SETLK, record)` for each of `fds`. It stays parked. See
+    /// [`Injection::set_locks`].
+    pub(crate) fn set_locks(
+        &mut self,
+        host: Option<&mut Self>,
+        fds: &[u32],
+        record: &[u8; RECORD_LEN],
+    ) -> Result<()> {
         self.must_be_frozen("giving up locks")?;
         let stop_again = self.stop_again;
-        let set = Injection::set_locks(self, fds, record);
+        let set = Injection::set_locks(self, host, fds, record);
         // What was met is the SIGSTOP of the parking.
         self.stop_again = stop_again;
         let pending = twice(|| procfs::status(self.pid, self.pid))?.shd_pnd;

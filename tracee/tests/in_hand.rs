@@ -940,18 +940,27 @@ fn husk_family(root: i32) -> Family {
 }
 
 impl Victim {
-    fn brood(processes: usize, forking: bool) -> Self {
+    /// `how`: "forking" or "cloning", if each is to have children all the time.
+    fn brood(processes: usize, how: Option<&str>) -> Self {
         let processes = processes.to_string();
-        let arguments: &[&str] = if forking {
-            &[&processes, "forking"]
-        } else {
-            &[&processes]
-        };
-        let victim = Self::start("brood", arguments, false);
+        let arguments: Vec<&str> = [processes.as_str()].into_iter().chain(how).collect();
+        let victim = Self::start("brood", &arguments, false);
         wait_for("the victim's children", || {
             victim.word(3).to_string() == processes
         });
         victim
+    }
+
+    /// Two processes in one memory, and the number of that which is the other's guest.
+    fn with_guest() -> (Self, i32) {
+        let victim = Self::start("guest", &[], false);
+        wait_for("the guest", || {
+            victim.word(3) == 2 && victim.turns(2).iter().all(|&turns| turns > 0)
+        });
+        let [guest] = procfs::children(victim.pid()).unwrap()[..] else {
+            panic!("one guest");
+        };
+        (victim, guest)
     }
 }
 
@@ -964,7 +973,7 @@ fn a_family_is_frozen_and_goes_on() {
     if !able() {
         return;
     }
-    let victim = Victim::brood(7, false);
+    let victim = Victim::brood(7, None);
     for _ in 0..5 {
         let mut family = frozen_family(victim.pid());
         let pids = family.pids();
@@ -987,10 +996,19 @@ fn a_family_is_frozen_and_goes_on() {
 
 #[test]
 fn no_child_that_is_born_in_a_freeze_escapes() {
+    no_child_escapes("forking");
+}
+
+#[test]
+fn no_child_of_clone_that_is_born_in_a_freeze_escapes() {
+    no_child_escapes("cloning");
+}
+
+fn no_child_escapes(how: &str) {
     if !able() {
         return;
     }
-    let victim = Victim::brood(5, true);
+    let victim = Victim::brood(5, Some(how));
     let mut newborn = 0;
     for round in 0..100 {
         let family = frozen_family(victim.pid());
@@ -1014,7 +1032,7 @@ fn a_family_is_parked_and_unparked_unseen() {
     if !able() {
         return;
     }
-    let victim = Victim::brood(5, false);
+    let victim = Victim::brood(5, None);
     let is_parked = |pid| procfs::status(pid, pid).unwrap().shd_pnd & bit(libc::SIGSTOP) != 0;
     for _ in 0..5 {
         let mut family = frozen_family(victim.pid());
@@ -1032,7 +1050,7 @@ fn a_parked_family_stays_stopped_when_its_tracer_is_killed() {
     if !able() {
         return;
     }
-    let victim = Victim::brood(5, false);
+    let victim = Victim::brood(5, None);
     let mut role = Role::start("park-family", victim.pid(), None);
     role.wait_until_ready();
     role.kill();
@@ -1047,11 +1065,102 @@ fn a_parked_family_stays_stopped_when_its_tracer_is_killed() {
 }
 
 #[test]
+fn a_guest_is_unharmed_by_a_failure_of_every_call() {
+    if !able() {
+        return;
+    }
+    let (victim, guest) = Victim::with_guest();
+    assert!(descriptor::same_memory(victim.pid(), guest).unwrap());
+    let (code, said) = Role::start("plant-guest", victim.pid(), None).end();
+    assert_eq!(code, Some(ROLE_DONE), "{said}");
+    victim.assert_works(2, "after all failures");
+}
+
+/// For each call that is made while the agent is planted in the guest of `root` and taken out again: nothing of it is left when that
+/// one fails.
+fn guest_story(root: i32) {
+    let mut family = frozen_family(root);
+    let [_, guest] = family.pids()[..] else {
+        panic!("a host and its guest");
+    };
+    let before = host_and_guest(&family);
+    for n in 1.. {
+        choke::arm(Some(choke::Fault::Fail(n)));
+        let result = family.plant(guest).and_then(Injection::cure);
+        let fired = choke::fired();
+        choke::arm(None);
+        let context = format!("call {n} failed: {result:?}");
+        for (now, before) in host_and_guest(&family).iter().zip(&before) {
+            now.assert_is(before, &context);
+        }
+        if !fired {
+            result.unwrap();
+            assert!(n > 60, "only {n} calls");
+            break;
+        }
+    }
+    family.thaw().unwrap();
+}
+
+/// What they have in common is looked at once, by the one of whom it is known where the kernel writes in there.
+fn host_and_guest(family: &Family) -> [Snapshot; 2] {
+    let [host, guest] = family.members() else {
+        panic!("a host and its guest");
+    };
+    let guest = Snapshot {
+        memory: BTreeMap::new(),
+        ..Snapshot::of(guest)
+    };
+    [Snapshot::of(host), guest]
+}
+
+/// Its stack ends where its stack pointer stands, and behind that is nothing.
+#[test]
+fn a_parked_guest_gives_up_its_locks_without_a_stack() {
+    if !able() {
+        return;
+    }
+    let (victim, guest) = Victim::with_guest();
+    let told = || procfs::descriptor(guest, 0).unwrap().info.locks;
+    for _ in 0..3 {
+        let mut family = frozen_family(victim.pid());
+        let rsp = family.member(guest).unwrap().registers(guest).unwrap().rsp;
+        let maps = procfs::maps(guest).unwrap();
+        assert!(maps.iter().any(|vma| vma.start == rsp && vma.write));
+        assert!(maps.iter().any(|vma| vma.end == rsp && !vma.read));
+        let before = host_and_guest(&family);
+        let member = family.member(guest).unwrap();
+        assert_eq!(member.take_locks(&locks()).unwrap(), [Ok(()); 3]);
+        let file = Line::parse(&told()[0]).unwrap().file;
+        let owner = Owner::default();
+        let held = locks().map(|(fd, lock)| Held {
+            fd,
+            lock,
+            file,
+            owner,
+        });
+        family.park().unwrap();
+        family.give_up_locks(guest, &held).unwrap();
+        assert_eq!(told(), [""; 0]);
+        for pid in family.pids() {
+            let pending = procfs::status(pid, pid).unwrap().shd_pnd;
+            assert_ne!(pending & bit(libc::SIGSTOP), 0, "{pid} is parked no more");
+        }
+        family.unpark().unwrap();
+        for (now, before) in host_and_guest(&family).iter().zip(&before) {
+            now.assert_is(before, "unlocked");
+        }
+        family.thaw().unwrap();
+        victim.assert_works(2, "after all that");
+    }
+}
+
+#[test]
 fn a_family_is_killed_whole() {
     if !able() {
         return;
     }
-    let victim = Victim::brood(5, true);
+    let victim = Victim::brood(5, Some("forking"));
     let family = frozen_family(victim.pid());
     let pids = family.pids();
     family.kill().unwrap();
@@ -1472,6 +1581,9 @@ fn role() {
         eprintln!("ready");
         let _ = std::io::stdin().read(&mut [0]);
         return;
+    }
+    if what == "plant-guest" {
+        return guest_story(pid);
     }
     if what == "linger" {
         // For the test to kill it in the midst of this: signals arrive, and the call goes on without us.
