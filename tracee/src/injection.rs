@@ -986,8 +986,9 @@ impl<'a> Injection<'a> {
         }
         let tid = self.homes[gate.index].tid;
         if let Ok(registers) = twice(|| ptrace::registers(tid)) {
-            // The kernel's word for what was called; before it is, there is none.
-            let has_mapped = registers.orig_rax == libc::SYS_mmap as u64
+            // The kernel's word for what was called: before our call there is none, unless its own registers are still there.
+            let has_mapped = registers != self.homes[gate.index].registers
+                && registers.orig_rax == libc::SYS_mmap as u64
                 && registers.rsi == self.len as u64
                 && agent::answer(registers.rax).is_ok();
             if has_mapped {
