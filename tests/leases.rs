@@ -209,6 +209,18 @@ fn who_is_against_a_lease_on_the_target_is_named() {
     assert!(failed.stderr.contains(&named), "{}", failed.stderr);
     holder.must_have_its_lease(&pair.a, "READ", "after the second refusal");
     other.must_have_its_lease(&pair.b, "WRITE", "after a refusal");
+
+    let mut comparing = Ferry::new(&pair);
+    let check = ["--file-check".to_owned(), "content".to_owned()];
+    comparing.migrate_options.extend(check);
+    let refused = fails(&comparing, holder.pid, 7);
+    let named = format!(
+        "pid {} file {LOCAL}: has a write lease of process {}, which opening it would break",
+        holder.pid, other.pid
+    );
+    assert_eq!(refused.refusals(), [named]);
+    holder.must_have_its_lease(&pair.a, "READ", "after the third refusal");
+    other.must_have_its_lease(&pair.b, "WRITE", "after contents were to be compared");
     other.end(&pair.b);
 
     ferry.cross(holder.pid);

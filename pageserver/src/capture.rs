@@ -16,6 +16,7 @@ pub(crate) mod task;
 pub(crate) mod timers;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -140,7 +141,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         look.leased.add(*pid, &table);
         entries.push((*pid, table));
     }
-    let newcomers = newcomers(&mut look, &stats, survey, &mut refusals)?;
+    let newcomers = newcomers(&mut look, &stats, &common.memory, survey, &mut refusals)?;
     if !refusals.is_empty() {
         return Err(Error::Refused(refusals));
     }
@@ -162,6 +163,7 @@ pub fn capture(family: &mut Family, survey: &Survey, options: &SurveyOptions) ->
         look.pid = pid;
         if !common.memory.contains_key(&pid) {
             let surveyed = survey.members.get(&pid).or(newcomers.get(&pid));
+            let surveyed = surveyed.map(Arc::as_ref);
             homes.insert(pid, Home::of(&mut look, surveyed, &mut refusals)?);
         }
         members.extend(Outside::of(
@@ -319,30 +321,43 @@ fn ordered(root: i32, pids: &[i32]) -> Result<Ordered> {
 }
 
 /// Looks at the processes that came after the survey, if they are few and small: a program that makes short-lived ones all the
-/// time always has some. Larger ones are for another survey.
+/// time always has some. Larger ones are for another survey. `common`: which have the memory of which; one that came into a memory
+/// that was there already is small, whatever that is. What was found, by those that have a memory first.
 fn newcomers(
     look: &mut Look<'_>,
     rows: &[Row],
+    common: &BTreeMap<i32, i32>,
     survey: &Survey,
     refusals: &mut Vec<Refusal>,
-) -> Result<BTreeMap<i32, Member>> {
+) -> Result<BTreeMap<i32, Arc<Member>>> {
     let is_new = |row: &&Row| !survey.members.contains_key(&row.0);
     let new: Vec<&Row> = rows.iter().filter(is_new).collect();
     let mut found = BTreeMap::new();
+    let refuse = |pid| Refusal {
+        pid,
+        object: Object::Process,
+        what: RefusalKind::Newcomer,
+    };
+    if new.len() > NEWCOMERS_MAX {
+        refusals.extend(new.iter().map(|(pid, _)| refuse(*pid)));
+        return Ok(found);
+    }
     for &(pid, stat) in &new {
         look.pid = *pid;
-        let member = if new.len() > NEWCOMERS_MAX {
-            None
-        } else {
-            survey::newcomer(look, survey.pid, stat, refusals)?
+        survey::newcomer(look, survey.pid, stat, refusals)?;
+        // Looked at with the first.
+        if common.contains_key(pid) {
+            continue;
+        }
+        let mut tenants = common.iter().filter(|(_, host)| *host == pid);
+        let surveyed = tenants.find_map(|(tenant, _)| survey.members.get(tenant));
+        let memory = match surveyed {
+            Some(known) => Some(Arc::clone(known)),
+            None => survey::newcomers_memory(*pid, refusals)?,
         };
-        match member {
-            Some(member) => drop(found.insert(*pid, member)),
-            None => refusals.push(Refusal {
-                pid: *pid,
-                object: Object::Process,
-                what: RefusalKind::Newcomer,
-            }),
+        match memory {
+            Some(memory) => drop(found.insert(*pid, memory)),
+            None => refusals.push(refuse(*pid)),
         }
     }
     Ok(found)

@@ -3,12 +3,12 @@
 //! A program's clean pages are not carried but mapped from the target's own copy of the file, so two files taken for the same
 //! that are not would be silent corruption. The comparison is the operator's choice ([`FileCheck`]).
 
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::Path;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 
 use pageferry_image::model::memory::FileIdentity;
+use pageferry_tracee::lock;
 use sha2::{Digest as _, Sha256};
 
 use crate::capture::files::{TMPFS, storage};
@@ -68,6 +68,14 @@ pub fn identify(
     Ok(identity)
 }
 
+/// Opens a file for reading. Never waits for somebody who has a lease on it: [`io::ErrorKind::WouldBlock`].
+pub(crate) fn open(path: &str) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+}
+
 /// What is known of a file without opening it.
 pub(crate) fn outline(path: &str, metadata: &Metadata, must_be_shared: bool) -> FileIdentity {
     FileIdentity {
@@ -104,7 +112,7 @@ pub fn refresh(identity: &mut FileIdentity) -> Result<()> {
         return Ok(());
     };
     if now.is_file() && storage(path)? == TMPFS {
-        let content = File::open(path).and_then(|file| content_sha256(&file));
+        let content = open(path).and_then(|file| content_sha256(&file));
         identity.content_sha256 = content.map_err(|source| Error::File {
             path: path.clone(),
             source,
@@ -130,10 +138,10 @@ pub fn touched(expected: &FileIdentity) -> Option<String> {
 
 /// How a file here differs from what the source has; `None` if it does not.
 ///
-/// The text is a clause about the file: `is missing`, `has another build id`.
+/// The text is a clause about the file: `is missing`, `has another build id`. One that would have to be read and on which somebody
+/// here has a write lease differs too: to open it would break that.
 pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
-    let path = Path::new(&expected.path);
-    let metadata = match std::fs::metadata(path) {
+    let metadata = match std::fs::metadata(&expected.path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Some("is missing".into()),
         Err(error) => return Some(format!("cannot be examined: {error}")),
@@ -159,26 +167,44 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
             .saturating_add(metadata.mtime_nsec());
         (mtime_ns != expected.mtime_ns).then(|| "was modified at another time".to_owned())
     };
-    let open = || File::open(path);
     match check {
         FileCheck::Size => None,
         FileCheck::Mtime => same_time(),
         FileCheck::BuildId if expected.build_id.is_empty() => same_time(),
-        FileCheck::BuildId => match open().and_then(|file| build_id(&file)) {
+        FileCheck::BuildId => match read(&expected.path, &metadata, build_id) {
             Ok(Some(id)) if id == expected.build_id => None,
             Ok(Some(_)) => Some("has another build id".into()),
             Ok(None) => Some("has no build id".into()),
-            Err(error) => Some(format!("cannot be read: {error}")),
+            Err(why) => Some(why),
         },
         FileCheck::Content if expected.content_sha256.is_empty() => {
             Some("has no checksum to compare with (dump with --file-check content)".into())
         }
-        FileCheck::Content => match open().and_then(|file| content_sha256(&file)) {
+        FileCheck::Content => match read(&expected.path, &metadata, content_sha256) {
             Ok(digest) if digest == expected.content_sha256 => None,
             Ok(_) => Some("has other content".into()),
-            Err(error) => Some(format!("cannot be read: {error}")),
+            Err(why) => Some(why),
         },
     }
+}
+
+/// What `reader` finds in the file at `path`, which nobody is disturbed for; why it cannot be read, a clause.
+fn read<T>(
+    path: &str,
+    metadata: &Metadata,
+    reader: impl FnOnce(&File) -> io::Result<T>,
+) -> std::result::Result<T, String> {
+    let leased = |who: &str| format!("has a write lease of {who}, which opening it would break");
+    let holders = lock::lease_holders(metadata.dev(), metadata.ino());
+    let holders = holders.map_err(|error| format!("cannot be asked for its leases: {error}"))?;
+    if let Some(holder) = holders.first() {
+        return Err(leased(&format!("process {holder}")));
+    }
+    let found = open(path).and_then(|file| reader(&file));
+    found.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => leased("somebody who cannot be seen"),
+        _ => format!("cannot be read: {error}"),
+    })
 }
 
 /// The position of the open file, which may be a program's, stays where it is.

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_image::model::files::file;
@@ -97,7 +98,8 @@ pub struct Survey {
     pub clock_offsets_ns: (i64, i64),
     /// Agents of killed tracers, which the freeze takes out: no part of the processes.
     leftovers: usize,
-    pub(crate) members: BTreeMap<i32, Member>,
+    /// Those in one memory have one in common.
+    pub(crate) members: BTreeMap<i32, Arc<Member>>,
     pub(crate) inodes: BTreeSet<u64>,
     /// Shared objects.
     pub(crate) shared: BTreeSet<FileKey>,
@@ -108,8 +110,8 @@ pub struct Survey {
     pub(crate) known: KnownFiles,
 }
 
-/// What the freeze need not look for again, by process.
-#[derive(Debug, Clone, Default)]
+/// What the freeze need not look for again, of a process' memory.
+#[derive(Debug, Default)]
 pub(crate) struct Member {
     pub(crate) vmas: Vec<Vma>,
     /// Guard regions of private mappings.
@@ -363,7 +365,8 @@ fn member(
     found.user_address_end = found.user_address_end.max(highest);
     found.leftovers += agents.len();
     let guards = memory::guards(pid, &vmas, |_| true)?;
-    found.members.insert(pid, Member { vmas, guards });
+    let member = Arc::new(Member { vmas, guards });
+    found.members.insert(pid, member);
     Ok(Some((stat, entries)))
 }
 
@@ -377,24 +380,31 @@ fn has_ended(pid: i32) -> bool {
 }
 
 /// Looks at a frozen process that came after the survey: at what that would have found, and what capture does not look at
-/// again. `None` if it has so much memory that the freeze would last.
+/// again. Not at its memory, of which see [`newcomers_memory`].
 pub(crate) fn newcomer(
     look: &Look<'_>,
     root: i32,
     stat: &procfs::Stat,
     refusals: &mut Vec<Refusal>,
-) -> Result<Option<Member>> {
+) -> Result<()> {
     let pid = look.pid;
     let status = procfs::status(pid, pid)?;
-    if status.vm_rss_kib > NEWCOMER_KIB_MAX {
+    process(look, root, stat, &status, refusals)?;
+    threads(pid, &procfs::tids(pid)?, true, refusals)
+}
+
+/// Looks at the memory of such a process, which the survey has not seen. `None` if it is so large that the freeze would last.
+pub(crate) fn newcomers_memory(
+    pid: i32,
+    refusals: &mut Vec<Refusal>,
+) -> Result<Option<Arc<Member>>> {
+    if procfs::status(pid, pid)?.vm_rss_kib > NEWCOMER_KIB_MAX {
         return Ok(None);
     }
-    process(look, root, stat, &status, refusals)?;
-    threads(pid, &procfs::tids(pid)?, true, refusals)?;
     let vmas = procfs::smaps(pid)?;
     refusals.extend(memory_policies(pid)?);
     let guards = memory::guards(pid, &vmas, |_| true)?;
-    Ok(Some(Member { vmas, guards }))
+    Ok(Some(Arc::new(Member { vmas, guards })))
 }
 
 fn empty(pid: i32, refusals: Vec<Refusal>) -> Survey {

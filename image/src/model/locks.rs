@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::files::{Descriptor, File, file};
+use super::memory::Space;
 use super::{Invalid, ascending, at_most, ensure, limits};
 
 include!("generated/pageferry.locks.rs");
@@ -22,7 +23,7 @@ const O_ACCMODE: u32 = 3;
 const O_RDONLY: u32 = 0;
 
 impl Lock {
-    /// Validates all locks of a tree against its open files and the table of each process, by pid.
+    /// Validates all locks of a tree against its open files, the table of each process, by pid, and its memory.
     ///
     /// # Errors
     /// The broken rule.
@@ -30,6 +31,7 @@ impl Lock {
         locks: &[Self],
         files: &[File],
         tables: &[(i32, &[Descriptor])],
+        spaces: &[&Space],
     ) -> Result<(), Invalid> {
         at_most(locks.len(), limits::LOCKS, || "list of locks".into())?;
         ascending(locks.iter().map(Self::place), "locks")?;
@@ -64,7 +66,7 @@ impl Lock {
                 "is a lease on a part of the file",
             )?;
         }
-        Self::validate_leases(locks, files)?;
+        Self::validate_leases(locks, files, spaces)?;
         for pair in locks.windows(2) {
             let object = || format!("lock on open file {}", pair[1].file);
             ensure(
@@ -76,20 +78,28 @@ impl Lock {
         Ok(())
     }
 
-    /// A lease is had on a file that is found by its path, and only while no other open file is against it.
-    fn validate_leases(locks: &[Self], files: &[File]) -> Result<(), Invalid> {
+    /// A lease is had on a file that is found by its path, and only while no other open file is against it; each mapping and each
+    /// program has one of its own.
+    fn validate_leases(locks: &[Self], files: &[File], spaces: &[&Space]) -> Result<(), Invalid> {
         let is_lease = |lock: &&Self| lock.kind() == Kind::Lease;
         if !locks.iter().any(|lock| is_lease(&lock)) {
             return Ok(());
         }
         // By path: how often it is open, and how often for writing.
         let mut open: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
-        for file in files {
-            if let Some(path) = regular_path(file) {
-                let (all, written) = open.entry(path).or_default();
-                *all += 1;
-                *written += usize::from(file.flags & O_ACCMODE != O_RDONLY);
-            }
+        let opened = files
+            .iter()
+            .filter_map(|file| Some((regular_path(file)?, file.flags & O_ACCMODE != O_RDONLY)));
+        let mapped = spaces.iter().flat_map(|space| {
+            let mappings = space.mappings.iter();
+            let files = mappings.map(|mapping| (mapping.file.as_ref(), mapping.file_writable));
+            files.chain([(space.exe.as_ref(), false)])
+        });
+        let mapped = mapped.filter_map(|(file, writes)| Some((file?.path.as_str(), writes)));
+        for (path, writes) in opened.chain(mapped) {
+            let (all, written) = open.entry(path).or_default();
+            *all += 1;
+            *written += usize::from(writes);
         }
         for lock in locks.iter().filter(is_lease) {
             let object = || format!("lock on open file {}", lock.file);
@@ -158,7 +168,7 @@ fn regular_path(file: &File) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::super::files::{Eventfd, Regular};
-    use super::super::memory::FileIdentity;
+    use super::super::memory::{FileIdentity, Mapping};
     use super::*;
 
     fn lock(kind: Kind, pid: i32, file: u32, start: u64, len: u64) -> Lock {
@@ -186,7 +196,7 @@ mod tests {
             close_on_exec: false,
         };
         let (root, child) = ([row(3, 1), row(4, 2)], [row(9, 2)]);
-        Lock::validate_all(locks, &files, &[(7, &root), (8, &child)])
+        Lock::validate_all(locks, &files, &[(7, &root), (8, &child)], &[])
     }
 
     #[test]
@@ -230,14 +240,17 @@ mod tests {
 
     #[test]
     fn a_lease_is_on_a_regular_file_that_nobody_has_open_against_it() {
-        let open = |id, path: &str, flags| File {
+        let named = |path: &str| {
+            Some(FileIdentity {
+                path: path.into(),
+                ..FileIdentity::default()
+            })
+        };
+        let open = |id, path, flags| File {
             id,
             flags,
             kind: Some(file::Kind::Regular(Regular {
-                identity: Some(FileIdentity {
-                    path: path.into(),
-                    ..FileIdentity::default()
-                }),
+                identity: named(path),
                 position: 0,
             })),
             ..File::default()
@@ -253,7 +266,7 @@ mod tests {
             close_on_exec: false,
         };
         let table = [row(3, 1), row(4, 2), row(5, 3), row(6, 4)];
-        let check = |exclusive, file, second: &str, flags| {
+        let check_in = |space: Space, exclusive, file, second, flags| {
             let files = [
                 open(1, "/a", 0o100_000),
                 open(2, second, flags),
@@ -264,7 +277,10 @@ mod tests {
                 exclusive,
                 ..lock(Kind::Lease, 7, file, 0, 0)
             };
-            Lock::validate_all(&[lease], &files, &[(7, &table)])
+            Lock::validate_all(&[lease], &files, &[(7, &table)], &[&space])
+        };
+        let check = |exclusive, file, second, flags| {
+            check_in(Space::default(), exclusive, file, second, flags)
         };
         assert_eq!(check(true, 1, "/b", 2), Ok(()));
         assert_eq!(check(false, 1, "/b", 2), Ok(()));
@@ -276,5 +292,28 @@ mod tests {
         assert!(check(false, 4, "/b", 0).is_err(), "no file");
         let part = lock(Kind::Lease, 7, 1, 0, 5);
         assert!(super::tests::check(&[part]).is_err(), "a part");
+
+        let mapped = |path, file_writable| Space {
+            mappings: vec![Mapping {
+                file: named(path),
+                file_writable,
+                ..Mapping::default()
+            }],
+            ..Space::default()
+        };
+        let check = |space, exclusive| check_in(space, exclusive, 1, "/b", 2);
+        assert_eq!(check(mapped("/b", true), true), Ok(()), "another is mapped");
+        assert!(check(mapped("/a", false), true).is_err(), "it is mapped");
+        assert_eq!(check(mapped("/a", false), false), Ok(()), "both read");
+        assert!(
+            check(mapped("/a", true), false).is_err(),
+            "the memory is it"
+        );
+        let program = || Space {
+            exe: named("/a"),
+            ..Space::default()
+        };
+        assert!(check(program(), true).is_err(), "it is executed");
+        assert_eq!(check(program(), false), Ok(()), "executing reads");
     }
 }

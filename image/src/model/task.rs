@@ -342,12 +342,12 @@ impl Tree {
                 )?;
             }
         }
-        Lock::validate_all(&self.locks, &self.files, &tables)?;
-        let mappings = self
-            .processes
-            .iter()
+        let processes = self.processes.iter();
+        let spaces: Vec<_> = processes
             .filter_map(|process| process.space.as_ref())
-            .flat_map(|space| &space.mappings);
+            .collect();
+        Lock::validate_all(&self.locks, &self.files, &tables, &spaces)?;
+        let mappings = spaces.iter().flat_map(|space| &space.mappings);
         Shared::validate_all(&self.shared, mappings, &self.files)
     }
 

@@ -1392,6 +1392,14 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             "`tree`: lock on open file 2 is a lease on a file that is open against it",
         ),
         (
+            "lock-lease-on-a-mapped-file",
+            Built(|parts| {
+                parts.space(|space| space.mappings[0].file = Some(identity("/etc/subject.conf")));
+                parts.lease(2);
+            }),
+            "`tree`: lock on open file 2 is a lease on a file that is open against it",
+        ),
+        (
             "lock-over-another",
             Built(|parts| {
                 parts.lock(|_| {});

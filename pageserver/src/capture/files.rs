@@ -196,7 +196,7 @@ impl Look<'_> {
     ) -> Result<FileIdentity> {
         let open = || match self.leased.copy((device, inode)) {
             Some(copy) => copy,
-            None => fs::File::open(path),
+            None => identity::open(path),
         };
         let identity = identity::identify(path, self.options.file_check, must_be_shared, open)?;
         self.known.0.insert(

@@ -159,7 +159,12 @@ impl Leased {
         }
     }
 
-    /// Whether the file is one of them.
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the file is one of them; its device and inode as stat(2) tells them.
     pub(crate) fn has(&self, key: FileKey) -> bool {
         self.0.contains_key(&key)
     }

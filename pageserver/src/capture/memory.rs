@@ -4,6 +4,7 @@
 //! memory. Flags (`smaps`) are those of the survey; a mapping that is new since makes them be read again.
 
 use std::collections::BTreeMap;
+use std::fs::Metadata;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 
@@ -134,11 +135,28 @@ fn mapped_object(look: &mut Look<'_>, vma: &Vma, name: &str) -> Result<Verdict<B
 fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     let path = vma.path.as_str();
     let must_be_shared = writes_file(vma);
-    if look.leased.has((vma.device, vma.inode)) {
-        return Ok(Err(RefusalKind::Lease {
-            path: path.to_owned(),
-            why: locks::MAPPED,
-        }));
+    // The way through map_files leads to the very file, whatever its path is now; it needs CAP_CHECKPOINT_RESTORE.
+    let through = format!("/proc/{}/map_files/{:x}-{:x}", look.pid, vma.start, vma.end);
+    let examined = || -> Result<std::io::Result<Metadata>> {
+        choke::pass(Call::Memory)
+            .map_err(|errno| pageferry_tracee::Error::path("stat", through.as_str(), errno))?;
+        Ok(std::fs::metadata(&through))
+    };
+    // Leases, and files known from elsewhere, are by the device that stat(2) tells. On Btrfs maps tells another.
+    let key = |mapped: &std::io::Result<Metadata>| match mapped {
+        Ok(mapped) => (mapped.dev(), mapped.ino()),
+        Err(_) => (vma.device, vma.inode),
+    };
+    // Most trees have no lease, and most mappings need no look at the file.
+    let mut mapped = None;
+    if !look.leased.is_empty() {
+        let leased = mapped.insert(examined()?);
+        if look.leased.has(key(leased)) {
+            return Ok(Err(RefusalKind::Lease {
+                path: path.to_owned(),
+                why: locks::MAPPED,
+            }));
+        }
     }
     if shared::is_object(path) || look.shared.has((vma.device, vma.inode)) {
         return mapped_object(look, vma, path);
@@ -146,11 +164,11 @@ fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     if let Some(known) = look.known_file(path, must_be_shared, vma.device, vma.inode) {
         return Ok(Ok(Backing::File(known)));
     }
-    // The way through map_files leads to the very file, whatever its path is now; it needs CAP_CHECKPOINT_RESTORE.
-    let through = format!("/proc/{}/map_files/{:x}-{:x}", look.pid, vma.start, vma.end);
-    choke::pass(Call::Memory)
-        .map_err(|errno| pageferry_tracee::Error::path("stat", through.as_str(), errno))?;
-    let mapped = std::fs::metadata(&through);
+    let mapped = mapped.map_or_else(examined, Ok)?;
+    let (device, inode) = key(&mapped);
+    if let Some(known) = look.known_file(path, must_be_shared, device, inode) {
+        return Ok(Ok(Backing::File(known)));
+    }
     let present = match &mapped {
         Ok(mapped) => present_name(path.to_owned(), mapped)?,
         Err(_) => path.to_owned(),
@@ -186,7 +204,7 @@ fn mapped_file(look: &mut Look<'_>, vma: &Vma) -> Result<Verdict<Backing>> {
     match refusal {
         Some(kind) => Ok(Err(kind)),
         None => look
-            .identify(path, must_be_shared, vma.device, vma.inode)
+            .identify(path, must_be_shared, device, inode)
             .map(|file| Ok(Backing::File(file))),
     }
 }

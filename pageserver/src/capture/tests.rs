@@ -823,17 +823,34 @@ int main(void) {{
     assert_eq!(subject.refused(), ["dead-leader"]);
 }
 
-/// The survey, then a child with this much memory, then the capture.
-fn captured_with_a_newcomer(memory_mib: usize) -> std::result::Result<Vec<i32>, Vec<Refusal>> {
+/// The survey, then a child of a program that has this much memory by then, then the capture. `tenant`: the child has the memory
+/// itself, no copy, and all of it was there before.
+fn captured_with_a_newcomer(
+    memory_mib: usize,
+    tenant: bool,
+) -> std::result::Result<Captured, Vec<Refusal>> {
+    let tenant = u8::from(tenant);
     let subject = Subject::start(&format!(
         r#"{CHILD}
-static void late(int signo) {{
+static void take(void) {{
     long len = {memory_mib}L << 20;
     char *block = mmap(NULL, len + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memset(block, 1, len + 1);
-    child(0);
 }}
-int main(void) {{ signal(SIGUSR1, late); ready(); }}
+static int rest(void *nothing) {{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (;;) pause();
+}}
+static void late(int signo) {{
+    static char stack[65536] __attribute__((aligned(16)));
+    if ({tenant}) clone(rest, stack + sizeof stack, SIGCHLD | CLONE_VM, 0);
+    else take(), child(0);
+}}
+int main(void) {{
+    signal(SIGUSR1, late);
+    if ({tenant}) take();
+    ready();
+}}
 "#
     ));
     let options = SurveyOptions::default();
@@ -865,17 +882,27 @@ int main(void) {{ signal(SIGUSR1, late); ready(); }}
     assert_eq!(captured.tree.validate(), Ok(()));
     let found: Vec<i32> = captured.tree.processes.iter().map(|one| one.pid).collect();
     assert_eq!(found, pids);
-    Ok(found)
+    Ok(captured)
 }
 
 #[test]
 fn a_child_that_came_after_the_survey_is_looked_at_in_the_freeze() {
-    assert_eq!(captured_with_a_newcomer(1).expect("captured").len(), 2);
+    let captured = captured_with_a_newcomer(1, false).expect("captured");
+    assert_eq!(captured.tree.processes.len(), 2);
 }
 
 #[test]
 fn a_large_child_that_came_after_the_survey_needs_another() {
-    let refusals = captured_with_a_newcomer(192).expect_err("refused");
+    let refusals = captured_with_a_newcomer(192, false).expect_err("refused");
     assert_eq!(refusals.len(), 1, "{refusals:?}");
     assert_eq!(refusals[0].what, RefusalKind::Newcomer);
+}
+
+#[test]
+fn a_child_that_came_into_a_large_memory_after_the_survey_is_small() {
+    let captured = captured_with_a_newcomer(192, true).expect("captured");
+    let [root, child] = &captured.tree.processes[..] else {
+        panic!("there are two");
+    };
+    assert_eq!((root.memory_of, child.memory_of), (0, root.pid));
 }
