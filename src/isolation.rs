@@ -172,13 +172,14 @@ impl Isolation {
             }
         }
         let mut taken = 0_u64;
-        for path in paths.into_iter().map(Path::new) {
+        for name in paths {
+            let path = Path::new(name);
             // What is missing is refused by name with all else that is.
             let Ok(metadata) = fs::metadata(path) else {
                 continue;
             };
             let shown = path.display();
-            let holders = lock::lease_holders(metadata.dev(), metadata.ino()).unwrap_or_default();
+            let holders = lock::lease_holders(name).unwrap_or_default();
             if let Some(holder) = holders.first() {
                 refusals.push(format!(
                     "file {shown}: process {holder} has a write lease on it, which a copy would break"

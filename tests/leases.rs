@@ -23,6 +23,34 @@ fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK if kind == 'write' else fcntl.
 say('%d %d' % (os.getpid(), file))
 while True: time.sleep(1000)";
 
+/// A file whose device stat(2) tells otherwise than /proc/PID/maps and /proc/locks, as on Btrfs: it is in an overlay whose layers are
+/// on two file systems.
+const OVERLAID: &str = "/tmp/overlaid/all/file";
+
+/// The overlay.
+struct Overlay<'a>(&'a Host);
+
+impl<'a> Overlay<'a> {
+    #[track_caller]
+    fn make(pair: &Pair, host: &'a Host) -> Self {
+        let script = "mkdir /tmp/overlaid && cd /tmp/overlaid && mkdir one two all &&
+            mount -t tmpfs none one && mount -t tmpfs none two && echo one line >one/file &&
+            mount -t overlay -o lowerdir=one:two,xino=off none all";
+        // Of mount(8) itself.
+        pair.leaves(host, "file /run/mount");
+        host.must("sh", &["-c", script]);
+        Self(host)
+    }
+}
+
+impl Drop for Overlay<'_> {
+    fn drop(&mut self) {
+        let script = "cd /tmp/overlaid && umount all one two && cd .. && rm -r overlaid";
+        // What is left is found by who looks for it.
+        self.0.run("sh", &["-c", script]);
+    }
+}
+
 /// A file that each host has for itself, the same on both.
 const LOCAL: &str = "/tmp/leased";
 
@@ -136,9 +164,12 @@ fn leases_that_would_not_be_had_again_are_refused_by_name() {
     let local = LocalFile::make(&pair, LOCAL);
     let seen = pair.path("leased");
     fs::write(&seen, "one line\n").expect("the directory is ours");
+    let overlay = Overlay::make(&pair, &pair.a);
+    let overlaid = PathBuf::from(OVERLAID);
     let cases = [
         (&seen, &["write"][..], "by opening the same file"),
         (&local.path, &["write", "mapped"], "the file is mapped"),
+        (&overlaid, &["write", "mapped"], "the file is mapped"),
     ];
     let ferry = Ferry::new(&pair);
     for (path, how, why) in cases {
@@ -155,6 +186,7 @@ fn leases_that_would_not_be_had_again_are_refused_by_name() {
         holder.must_have_its_lease(&pair.a, "WRITE", why);
         holder.end(&pair.a);
     }
+    drop(overlay);
 
     let holder = Holder::start(&pair, &pair.a, &local.path, &["read"]);
     pair.a
@@ -209,24 +241,34 @@ fn who_is_against_a_lease_on_the_target_is_named() {
     assert!(failed.stderr.contains(&named), "{}", failed.stderr);
     holder.must_have_its_lease(&pair.a, "READ", "after the second refusal");
     other.must_have_its_lease(&pair.b, "WRITE", "after a refusal");
-
-    let mut comparing = Ferry::new(&pair);
-    let check = ["--file-check".to_owned(), "content".to_owned()];
-    comparing.migrate_options.extend(check);
-    let refused = fails(&comparing, holder.pid, 7);
-    let named = format!(
-        "pid {} file {LOCAL}: has a write lease of process {}, which opening it would break",
-        holder.pid, other.pid
-    );
-    assert_eq!(refused.refusals(), [named]);
-    holder.must_have_its_lease(&pair.a, "READ", "after the third refusal");
-    other.must_have_its_lease(&pair.b, "WRITE", "after contents were to be compared");
     other.end(&pair.b);
 
     ferry.cross(holder.pid);
     holder.must_have_its_lease(&pair.b, "READ", "where it crossed to");
     holder.end(&pair.b);
-    drop(local);
+
+    // The target would have to read the file to compare it.
+    let mut comparing = Ferry::new(&pair);
+    let check = ["--file-check".to_owned(), "content".to_owned()];
+    comparing.migrate_options.extend(check);
+    let overlays = [&pair.a, &pair.b].map(|host| Overlay::make(&pair, host));
+    for path in [LOCAL, OVERLAID].map(Path::new) {
+        let holder = Holder::start(&pair, &pair.a, path, &["read"]);
+        let other = Holder::start(&pair, &pair.b, path, &["write"]);
+        let refused = fails(&comparing, holder.pid, 7);
+        let named = format!(
+            "pid {} file {}: has a write lease of process {}, which opening it would break",
+            holder.pid,
+            text(path),
+            other.pid
+        );
+        assert_eq!(refused.refusals(), [named]);
+        holder.must_have_its_lease(&pair.a, "READ", "after the third refusal");
+        other.must_have_its_lease(&pair.b, "WRITE", "after the comparison");
+        holder.end(&pair.a);
+        other.end(&pair.b);
+    }
+    drop((overlays, local));
     before.assert_nothing_left(&pair);
 }
 

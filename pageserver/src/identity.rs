@@ -171,7 +171,7 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
         FileCheck::Size => None,
         FileCheck::Mtime => same_time(),
         FileCheck::BuildId if expected.build_id.is_empty() => same_time(),
-        FileCheck::BuildId => match read(&expected.path, &metadata, build_id) {
+        FileCheck::BuildId => match read(&expected.path, build_id) {
             Ok(Some(id)) if id == expected.build_id => None,
             Ok(Some(_)) => Some("has another build id".into()),
             Ok(None) => Some("has no build id".into()),
@@ -180,7 +180,7 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
         FileCheck::Content if expected.content_sha256.is_empty() => {
             Some("has no checksum to compare with (dump with --file-check content)".into())
         }
-        FileCheck::Content => match read(&expected.path, &metadata, content_sha256) {
+        FileCheck::Content => match read(&expected.path, content_sha256) {
             Ok(digest) if digest == expected.content_sha256 => None,
             Ok(_) => Some("has other content".into()),
             Err(why) => Some(why),
@@ -191,11 +191,10 @@ pub fn difference(expected: &FileIdentity, check: FileCheck) -> Option<String> {
 /// What `reader` finds in the file at `path`, which nobody is disturbed for; why it cannot be read, a clause.
 fn read<T>(
     path: &str,
-    metadata: &Metadata,
     reader: impl FnOnce(&File) -> io::Result<T>,
 ) -> std::result::Result<T, String> {
     let leased = |who: &str| format!("has a write lease of {who}, which opening it would break");
-    let holders = lock::lease_holders(metadata.dev(), metadata.ino());
+    let holders = lock::lease_holders(path);
     let holders = holders.map_err(|error| format!("cannot be asked for its leases: {error}"))?;
     if let Some(holder) = holders.first() {
         return Err(leased(&format!("process {holder}")));

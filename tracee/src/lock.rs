@@ -7,7 +7,10 @@
 //! # Safety
 //! Each unsafe block is one system call with integers or with a structure that outlives the call.
 
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 
 use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
@@ -16,6 +19,7 @@ use crate::choke::{self, Kind as Call};
 use crate::descriptor::{self, Owner, PidFd};
 use crate::error::{Error, Result};
 use crate::injection::{Batch, Injection};
+use crate::procfs;
 use crate::tree::Tracee;
 
 /// Who has a lock, and on what.
@@ -143,18 +147,55 @@ pub fn all() -> Result<Vec<Line>> {
     Ok(lines.filter(|line| line.lock.is_some()).collect())
 }
 
-/// Processes of this pid namespace that have a lease for writing on this file, which whoever opens it breaks; device and inode as
-/// stat(2) tells them.
+/// The file at `path` as locks are told of it, with major and minor number of its device and its inode; nothing is opened. The device
+/// that stat(2) tells may be another: on Btrfs that is the subvolume's, on an overlay the layer's.
+///
+/// `None`: there is no such file.
 ///
 /// # Errors
-/// As [`all`].
-pub fn lease_holders(device: u64, inode: u64) -> Result<Vec<i32>> {
-    let file = (major(device), minor(device), inode);
-    let is_one = |line: &&Line| {
-        let is_lease = |lock: Lock| lock.kind == Kind::Lease && lock.exclusive;
-        line.file == file && line.lock.is_some_and(is_lease)
+/// [`Error::Path`].
+pub fn file_at(path: &str) -> Result<Option<(u64, u64, u64)>> {
+    let failed = |what, error: std::io::Error| {
+        let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        Error::path(what, path, errno)
     };
-    Ok(all()?.iter().filter(is_one).map(|line| line.pid).collect())
+    // No open of the file itself, only its place.
+    let place = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path);
+    let place = match place {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        place => place.map_err(|error| failed("open(O_PATH)", error))?,
+    };
+    let found = place.metadata().map_err(|error| failed("stat", error))?;
+    let info = procfs::own_descriptor(place.as_fd())?;
+    let (major, minor) = procfs::mounted_device(info.mnt_id)?
+        // A mount that is in no namespace, or not in ours.
+        .unwrap_or_else(|| (major(found.dev()), minor(found.dev())));
+    // Kernels before 5.14 do not say it, and it is mostly the same.
+    let inode = match info.ino {
+        0 => found.ino(),
+        inode => inode,
+    };
+    Ok(Some((major, minor, inode)))
+}
+
+/// Processes of this pid namespace that have a lease for writing on the file at `path`, which whoever opens it breaks. Of one that is
+/// not there nobody has.
+///
+/// # Errors
+/// As [`all`] and [`file_at`].
+pub fn lease_holders(path: &str) -> Result<Vec<i32>> {
+    let mut leases = all()?;
+    let is_lease = |lock: Lock| lock.kind == Kind::Lease && lock.exclusive;
+    leases.retain(|line| line.lock.is_some_and(is_lease));
+    if leases.is_empty() {
+        return Ok(Vec::new());
+    }
+    let file = file_at(path)?;
+    let leases = leases.iter().filter(|line| Some(line.file) == file);
+    Ok(leases.map(|line| line.pid).collect())
 }
 
 impl Lock {

@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::str::FromStr;
@@ -19,6 +20,7 @@ use nix::errno::Errno;
 use crate::choke::{self, Kind};
 use crate::error::{Error, Result};
 use crate::memory::{RemoteMemory, RemotePtr};
+use crate::process::own_pid;
 
 /// Number of resource limits, `RLIM_NLIMITS`.
 pub const LIMIT_COUNT: usize = 16;
@@ -847,6 +849,30 @@ pub fn descriptor(pid: i32, fd: u32) -> Result<DescriptorEntry> {
     Ok(DescriptorEntry { fd, link, info })
 }
 
+/// What the kernel tells of a descriptor of ours, of this thread's table.
+pub(crate) fn own_descriptor(fd: BorrowedFd<'_>) -> Result<FdInfo> {
+    let path = format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd());
+    parse_fdinfo(&read_text(own_pid(), &path)?, &path)
+}
+
+/// Major and minor number of the device of a mount, as mountinfo names it; `None` if no such mount is seen from here.
+pub(crate) fn mounted_device(mnt_id: i32) -> Result<Option<(u64, u64)>> {
+    const PATH: &str = "/proc/thread-self/mountinfo";
+    let text = read_text(own_pid(), PATH)?;
+    Ok(parse_mounted_device(&text, mnt_id))
+}
+
+/// Lines are `ID PARENT MAJOR:MINOR …`.
+fn parse_mounted_device(text: &str, mnt_id: i32) -> Option<(u64, u64)> {
+    let mut lines = text.lines().map(|line| line.split(' '));
+    let mut fields = lines.find_map(|mut fields| {
+        let is_it = fields.next()?.parse() == Ok(mnt_id);
+        is_it.then_some(fields)
+    })?;
+    let (major, minor) = fields.nth(1)?.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
 fn parse_fdinfo(text: &str, path: &str) -> Result<FdInfo> {
     let origin = Origin(path);
     let mut info = FdInfo::default();
@@ -1492,7 +1518,7 @@ mod tests {
     use super::*;
     use crate::descriptor;
     use crate::process::{self, alone, own_pid};
-    use std::os::fd::{AsRawFd as _, OwnedFd};
+    use std::os::fd::OwnedFd;
 
     fn own_tid() -> i32 {
         nix::unistd::gettid().as_raw()
@@ -1673,6 +1699,18 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
         // SAFETY: no pointers.
         assert_eq!(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }, 0);
         file.into()
+    }
+
+    #[test]
+    fn a_mount_is_found_with_its_device() {
+        let text = "24 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+90 24 0:43 / /tmp/a\\040b rw shared:3 - overlay none rw
+9 24 x - -
+";
+        assert_eq!(parse_mounted_device(text, 90), Some((0, 43)));
+        assert_eq!(parse_mounted_device(text, 24), Some((254, 0)));
+        assert_eq!(parse_mounted_device(text, 9), None);
+        assert_eq!(parse_mounted_device(text, 2), None);
     }
 
     #[test]

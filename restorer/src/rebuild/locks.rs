@@ -17,7 +17,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 
 use nix::errno::Errno;
-use nix::sys::stat::{major, minor};
 use pageferry_image::model::Invalid;
 use pageferry_image::model::files::{File, file};
 use pageferry_image::model::locks::{Kind, Lock as Model};
@@ -90,13 +89,9 @@ impl Waiting {
     /// Processes of this pid namespace that have a lock in its way; nobody, if that cannot be found out.
     fn holders(&self) -> Vec<i32> {
         let path = format!("/proc/{}/fd/{}", self.pid, self.fd);
-        let Ok((found, all)) = std::fs::metadata(path).and_then(|found| {
-            let all = lock::all().map_err(std::io::Error::other)?;
-            Ok((found, all))
-        }) else {
+        let (Ok(Some(file)), Ok(all)) = (lock::file_at(&path), lock::all()) else {
             return Vec::new();
         };
-        let file = (major(found.dev()), minor(found.dev()), found.ino());
         let in_the_way = |line: &&lock::Line| {
             line.pid > 0
                 && !line.waits
@@ -282,8 +277,7 @@ pub(super) fn open_leased(object: &str, path: &str, flags: u32, position: u64) -
         ),
     };
     let failed = |error: std::io::Error| Error::object(object, "open", error);
-    let found = std::fs::metadata(path).map_err(failed)?;
-    let holders = lock::lease_holders(found.dev(), found.ino())?;
+    let holders = lock::lease_holders(path)?;
     if !holders.is_empty() {
         return Err(has_lease(format!("process {}", list(&holders))));
     }
