@@ -85,8 +85,6 @@ impl Lock {
         if !locks.iter().any(|lock| is_lease(&lock)) {
             return Ok(());
         }
-        // By path: how often it is open, and how often for writing.
-        let mut open: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         let opened = files
             .iter()
             .filter_map(|file| Some((regular_path(file)?, file.flags & O_ACCMODE != O_RDONLY)));
@@ -96,25 +94,28 @@ impl Lock {
             files.chain([(space.exe.as_ref(), false)])
         });
         let mapped = mapped.filter_map(|(file, writes)| Some((file?.path.as_str(), writes)));
-        for (path, writes) in opened.chain(mapped) {
-            let (all, written) = open.entry(path).or_default();
-            *all += 1;
-            *written += usize::from(writes);
-        }
+        let opened = count(opened);
+        let mapped = count(mapped);
         for lock in locks.iter().filter(is_lease) {
             let object = || format!("lock on open file {}", lock.file);
             let path = File::find(files, lock.file).and_then(regular_path);
-            let Some((all, written)) = path.and_then(|path| open.get(path)) else {
+            let Some((path, opened)) = path.and_then(|path| opened.get_key_value(path)) else {
                 return Err(Invalid::new(object(), "is a lease on what can have none"));
             };
-            let is_alone = match lock.exclusive {
-                true => *all == 1,
-                false => *written == 0,
+            let mapped = mapped.get(path).copied().unwrap_or_default();
+            let is_alone = |(all, written): (usize, usize), own| match lock.exclusive {
+                true => all == own,
+                false => written == 0,
             };
             ensure(
-                is_alone,
+                is_alone(*opened, 1),
                 object,
                 "is a lease on a file that is open against it",
+            )?;
+            ensure(
+                is_alone(mapped, 0),
+                object,
+                "is a lease on a file that is mapped or executed against it",
             )?;
         }
         Ok(())
@@ -155,6 +156,17 @@ impl Lock {
             (_, false) => "open file description lock for reading",
         }
     }
+}
+
+/// By path: how often it is there, and how often to be written.
+fn count<'p>(paths: impl Iterator<Item = (&'p str, bool)>) -> BTreeMap<&'p str, (usize, usize)> {
+    let mut counts = BTreeMap::<_, (usize, usize)>::new();
+    for (path, writes) in paths {
+        let (all, written) = counts.entry(path).or_default();
+        *all += 1;
+        *written += usize::from(writes);
+    }
+    counts
 }
 
 /// The path of a file that the target has.

@@ -1397,7 +1397,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
                 parts.space(|space| space.mappings[0].file = Some(identity("/etc/subject.conf")));
                 parts.lease(2);
             }),
-            "`tree`: lock on open file 2 is a lease on a file that is open against it",
+            "`tree`: lock on open file 2 is a lease on a file that is mapped or executed against it",
         ),
         (
             "lock-over-another",
